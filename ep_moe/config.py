@@ -1,0 +1,326 @@
+"""What a user can configure, as validated dataclasses.
+
+Every key is declared once, by :func:`key`, with its default, its bounds and one line of documentation; the
+loader (``config_loading.py``) and the reference page (``docs/configuration.md``) read these declarations.
+Rules that involve several keys live in the ``__post_init__`` of the smallest section that holds them all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+PHASES = ("train", "prefill", "decode")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work. The message is one line: key path, value, what is allowed."""
+
+
+def key(default: Any, doc: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """Declare a configuration key: its ``default``, one line of ``doc``, and inclusive bounds for numbers."""
+    metadata = {"doc": doc, "low": low, "high": high}
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The transformer around the MoE layers."""
+
+    num_layers: int = key(2, "Transformer layers.", low=1)
+    num_dense_layers: int = key(0, "How many of the first layers keep a dense FFN instead of MoE.", low=0)
+    hidden_size: int = key(128, "Width of the residual stream; rows of this many values are dispatched.", low=1)
+    ffn_hidden_size: int = key(512, "Inner width of the dense FFN (dense layers only).", low=1)
+    num_attention_heads: int = key(4, "Attention heads.", low=1)
+    num_query_groups: int | None = key(
+        None, "Key/value heads of grouped-query attention; null means one per attention head.", low=1
+    )
+    vocab_size: int = key(256, "Vocabulary entries; 256 for bytes.", low=2)
+    init_std: float = key(0.02, "Standard deviation of the normal weight initialisation.", low=0.0)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.hidden_size % self.num_attention_heads == 0,
+            "model.hidden_size",
+            self.hidden_size,
+            f"must be divisible by model.num_attention_heads ({self.num_attention_heads})",
+        )
+        _require(
+            self.num_query_groups is None or self.num_attention_heads % self.num_query_groups == 0,
+            "model.num_query_groups",
+            self.num_query_groups,
+            f"must divide model.num_attention_heads ({self.num_attention_heads})",
+        )
+        _require(
+            self.num_dense_layers <= self.num_layers,
+            "model.num_dense_layers",
+            self.num_dense_layers,
+            f"must be at most model.num_layers ({self.num_layers})",
+        )
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """How tokens choose experts, and what keeps the choice balanced."""
+
+    score_function: Literal["softmax", "sigmoid"] = key("softmax", "Turns logits into expert scores.")
+    pre_softmax: bool = key(
+        False, "Softmax over all experts before top-k (weights then sum to less than 1) instead of after it."
+    )
+    num_groups: int | None = key(
+        None, "Equal groups the experts are divided into for group-limited routing; null for none.", low=1
+    )
+    group_topk: int | None = key(None, "Groups a token may choose experts from; null for no limit.", low=1)
+    routed_scaling_factor: float = key(1.0, "Factor on the routing weights after normalisation.")
+    expert_bias: bool = key(False, "Balance by a per-expert bias on the selection scores instead of a loss.")
+    expert_bias_update_rate: float = key(1e-3, "Step by which the expert bias moves after each batch.", low=0.0)
+    aux_loss_coeff: float = key(0.0, "Weight of the load-balancing loss per micro-batch.", low=0.0)
+    seq_aux_loss_coeff: float = key(0.0, "Weight of the load-balancing loss per sequence.", low=0.0)
+    global_aux_loss_coeff: float = key(0.0, "Weight of the load-balancing loss over the global batch.", low=0.0)
+    z_loss_coeff: float = key(0.0, "Weight of the router z-loss, which keeps logits small.", low=0.0)
+    input_jitter: float = key(0.0, "Multiplies router inputs by uniform noise in [1-x, 1+x] in training.", low=0.0)
+    dtype: Literal["input", "fp32", "fp64"] = key("fp32", "Precision of the router logits; 'input': as the tokens.")
+    capacity_factor: float | None = key(
+        None,
+        "Rows per expert and rank are limited to this factor times a fair share; the rest is dropped. null: no limit.",
+        low=0.0,
+    )
+    drop_policy: Literal["probs", "position"] = key(
+        "probs", "Beyond capacity keep the largest routing weights, or the earliest tokens."
+    )
+    force_balance: bool = key(False, "Route by random logits: an even load for benchmarks, useless for training.")
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """The routed feed-forward networks."""
+
+    ffn_hidden_size: int = key(256, "Inner width of each expert.", low=1)
+    activation: Literal["swiglu", "geglu", "gelu", "relu", "squared_relu"] = key(
+        "swiglu", "Activation; swiglu and geglu are gated, with a first projection of twice the width."
+    )
+    backend: Literal["auto", "grouped_mm", "loop", "te"] = key(
+        "auto",
+        "Grouped GEMM: PyTorch's grouped_mm, a plain loop, or TransformerEngine. auto: grouped_mm where it runs.",
+    )
+
+
+@dataclass(frozen=True)
+class SharedExpertsConfig:
+    """An FFN that every token passes, beside the routed experts."""
+
+    ffn_hidden_size: int = key(0, "Inner width in all; 0 for no shared experts.", low=0)
+    gate: bool = key(False, "Scale the shared output of each token by a learned sigmoid gate.")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """One MoE layer."""
+
+    num_experts: int = key(8, "Routed experts over all ranks.", low=1)
+    top_k: int = key(2, "Experts each token is routed to.", low=1)
+    ep_size: int | None = key(None, "Ranks the experts are spread over; null means all processes.", low=1)
+    comm: Literal["auto", "portable"] = key(
+        "auto", "Communicator: 'portable' is torch.distributed (gloo, NCCL); 'auto' takes the fastest available."
+    )
+    router: RouterConfig = key(RouterConfig, "Routing.")
+    experts: ExpertsConfig = key(ExpertsConfig, "Routed experts.")
+    shared_experts: SharedExpertsConfig = key(SharedExpertsConfig, "Shared experts.")
+
+    def __post_init__(self) -> None:
+        _require(
+            self.top_k <= self.num_experts,
+            "moe.top_k",
+            self.top_k,
+            f"must be at most moe.num_experts ({self.num_experts})",
+        )
+        if self.ep_size is not None:
+            check_ep_size(self.num_experts, self.ep_size)
+        self._check_router()
+
+    def _check_router(self) -> None:
+        router = self.router
+        _require(
+            (router.num_groups is None) == (router.group_topk is None),
+            "moe.router.group_topk",
+            router.group_topk,
+            f"must be given together with moe.router.num_groups (here {router.num_groups})",
+        )
+        if router.num_groups is not None and router.group_topk is not None:
+            _require(
+                self.num_experts % router.num_groups == 0,
+                "moe.router.num_groups",
+                router.num_groups,
+                f"must divide moe.num_experts ({self.num_experts})",
+            )
+            _require(
+                router.group_topk <= router.num_groups,
+                "moe.router.group_topk",
+                router.group_topk,
+                f"must be at most moe.router.num_groups ({router.num_groups})",
+            )
+            per_group = self.num_experts // router.num_groups
+            _require(
+                self.top_k <= router.group_topk * per_group,
+                "moe.top_k",
+                self.top_k,
+                f"must be at most the {router.group_topk * per_group} experts of moe.router.group_topk groups",
+            )
+            _require(
+                router.group_topk <= self.top_k,
+                "moe.router.group_topk",
+                router.group_topk,
+                f"must be at most moe.top_k ({self.top_k})",
+            )
+        _require(
+            not router.expert_bias or router.score_function == "sigmoid",
+            "moe.router.expert_bias",
+            router.expert_bias,
+            "needs moe.router.score_function: sigmoid",
+        )
+        _require(
+            self.top_k > 1 or router.score_function == "sigmoid" or router.pre_softmax,
+            "moe.top_k",
+            self.top_k,
+            "needs moe.router.pre_softmax: true (a softmax over one chosen expert is always 1 and has no gradient)",
+        )
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """How tokens travel in one phase."""
+
+    mode: Literal["normal", "low_latency"] = key(
+        "normal", "'normal' for training and prefill; 'low_latency' for decode (fixed shapes, no host sync)."
+    )
+    dispatch_dtype: Literal["input", "fp8"] = key(
+        "input", "Rows travel as they are, or as e4m3 with one fp32 scale per 128 channels."
+    )
+    num_sms: int | None = key(None, "SMs that communication kernels may occupy; null lets the library choose.", low=1)
+    overlap: tuple[Literal["shared_experts"], ...] = key((), "Strategies that hide communication behind computation.")
+    max_tokens_per_rank: int | None = key(
+        None, "Most tokens a rank may bring; required by low_latency. In eval mode it bounds the decode phase.", low=1
+    )
+
+
+def _default_decode() -> PhaseConfig:
+    return PhaseConfig(max_tokens_per_rank=128)
+
+
+@dataclass(frozen=True)
+class PhasesConfig:
+    """Communication per phase."""
+
+    train: PhaseConfig = key(PhaseConfig, "Training, forward and backward.")
+    prefill: PhaseConfig = key(PhaseConfig, "Inference on prompts.")
+    decode: PhaseConfig = key(_default_decode, "Inference token by token.")
+
+    def __post_init__(self) -> None:
+        _require(
+            self.train.mode == "normal",
+            "phases.train.mode",
+            self.train.mode,
+            "must be normal: low_latency has no backward pass",
+        )
+        for name in PHASES:
+            phase = getattr(self, name)
+            _require(
+                phase.mode == "normal" or phase.max_tokens_per_rank is not None,
+                f"phases.{name}.max_tokens_per_rank",
+                phase.max_tokens_per_rank,
+                "must be set for low_latency, whose buffers have a fixed size",
+            )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The training loop of ``examples/train_moe.py``."""
+
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "Where to train; auto takes the GPU where there is one.")
+    precision: Literal["auto", "fp32", "bf16"] = key("auto", "Arithmetic; auto is bf16 on a GPU and fp32 on a CPU.")
+    seed: int = key(1234, "Seed of weights and data order.", low=0)
+    steps: int = key(100, "Optimizer steps.", low=1)
+    global_batch_size: int = key(16, "Sequences per step over all processes.", low=1)
+    micro_batch_size: int | None = key(
+        None, "Sequences per forward pass and process; null for the whole share of the process.", low=1
+    )
+    learning_rate: float = key(1e-3, "Peak learning rate.", low=0.0)
+    min_learning_rate: float = key(1e-4, "Learning rate at the end of the cosine decay.", low=0.0)
+    warmup_steps: int = key(20, "Steps of linear warm-up.", low=0)
+    weight_decay: float = key(0.1, "AdamW weight decay of matrices.", low=0.0)
+    adam_beta1: float = key(0.9, "AdamW first-moment decay.", low=0.0, high=1.0)
+    adam_beta2: float = key(0.95, "AdamW second-moment decay.", low=0.0, high=1.0)
+    grad_clip: float = key(1.0, "Largest global gradient norm; 0 turns clipping off.", low=0.0)
+    log_interval: int = key(10, "Steps between log lines.", low=1)
+    eval_interval: int = key(100, "Steps between validations.", low=1)
+    eval_sequences: int = key(64, "Validation sequences over all processes.", low=1)
+    checkpoint_interval: int = key(0, "Steps between checkpoints; 0 saves only at the end.", low=0)
+    output_dir: str = key("runs/moe", "Folder for checkpoints, CSV, curves and traces.")
+    timeout_s: float = key(300.0, "Seconds a process waits for another before it gives up.", low=1.0)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.min_learning_rate <= self.learning_rate,
+            "training.min_learning_rate",
+            self.min_learning_rate,
+            f"must be at most training.learning_rate ({self.learning_rate})",
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Training text, read as bytes."""
+
+    path: str | None = key(None, "Text file or folder; null for the Python standard library's own sources.")
+    pattern: str = key("*.py", "Which files of a folder to read.")
+    sequence_length: int = key(256, "Bytes per training sequence.", low=2)
+    validation_fraction: float = key(0.05, "Share of the text held out for validation.", low=0.001, high=0.5)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything: model, MoE layer, phases, training, data."""
+
+    model: ModelConfig = key(ModelConfig, "The transformer.")
+    moe: MoEConfig = key(MoEConfig, "The MoE layer.")
+    phases: PhasesConfig = key(PhasesConfig, "Communication per phase.")
+    training: TrainingConfig = key(TrainingConfig, "The training loop.")
+    data: DataConfig = key(DataConfig, "The training text.")
+
+    def __post_init__(self) -> None:
+        for name in PHASES:
+            _require(
+                getattr(self.phases, name).dispatch_dtype == "input" or self.model.hidden_size % 128 == 0,
+                f"phases.{name}.dispatch_dtype",
+                "fp8",
+                f"needs model.hidden_size ({self.model.hidden_size}) to be a multiple of 128, the scale block",
+            )
+
+
+def check_ep_size(num_experts: int, ep_size: int) -> None:
+    """Raise :class:`ConfigError` unless ``num_experts`` spread evenly over ``ep_size`` ranks."""
+    _require(
+        num_experts % ep_size == 0,
+        "moe.num_experts",
+        num_experts,
+        f"must be divisible by the expert-parallel size ({ep_size}, key moe.ep_size)",
+    )
+
+
+def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+    """Yield ``(key path, value, field)`` of every leaf key of a section or section class instance."""
+    for field in dataclasses.fields(section):
+        value, path = getattr(section, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from walk(value, f"{path}.")
+        else:
+            yield path, value, field
+
+
+def _require(condition: bool, path: str, value: Any, rule: str) -> None:
+    if not condition:
+        raise ConfigError(f"{path} = {value}: {rule}")

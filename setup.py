@@ -1,0 +1,30 @@
+"""Build and metadata of ep_moe."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="ep-moe",
+    version="0.1.0",
+    description="Expert-parallel Mixture-of-Experts layer for training and inference, a drop-in for Megatron-Core's",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    packages=find_packages(include=["ep_moe", "ep_moe.*"]),
+    package_data={"ep_moe": ["py.typed"]},
+    install_requires=["torch>=2.10", "numpy>=1.26", "pyyaml>=6.0"],
+    extras_require={
+        "megatron": ["megatron-core>=0.16"],
+        "te": ["transformer-engine[pytorch]>=2.0"],
+        "examples": ["megatron-core>=0.16", "matplotlib>=3.8", "tqdm>=4.66"],
+        "test": [
+            "pytest>=8.0",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "megatron-core>=0.16",
+            "matplotlib>=3.8",
+            "tqdm>=4.66",
+        ],
+    },
+)
