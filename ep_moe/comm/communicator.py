@@ -93,11 +93,15 @@ class Communicator(Protocol):
         """Send rows of ``x`` (``[tokens, hidden]``) along the routes of an earlier dispatch; returns its row layout."""
         ...
 
+    def dispatch_weights(self, topk_weights: Tensor, handle: Any) -> Tensor:
+        """Send routing weights (``[tokens, top_k]``) along the routes of an earlier dispatch: ``[num_rows]``."""
+        ...
+
     def combine(self, rows: Tensor, handle: Any) -> Tensor:
         """Sum the rows of each token at its source rank: ``[num_rows, hidden]`` to ``[tokens, hidden]``.
 
-        The sum runs in fp32 (fp64 for fp64 rows): first over a rank's experts, rounded once to the dtype of
-        ``rows``, then over the ranks in ascending order. Tokens routed nowhere receive zero.
+        The sum runs in fp32 (fp64 for fp64 rows): first over a rank's rows of the token in top-k order, rounded
+        once to the dtype of ``rows``, then over the ranks in ascending order. Tokens routed nowhere receive zero.
         """
         ...
 
@@ -110,18 +114,20 @@ class Communicator(Protocol):
         ...
 
 
-def check_dispatch_arguments(x: Tensor, topk_idx: Tensor, topk_weights: Tensor | None, num_experts: int) -> None:
+def check_dispatch_arguments(
+    x: Tensor, topk_idx: Tensor, topk_weights: Tensor | None, num_experts: int, ranks: int
+) -> None:
     """Raise ``ValueError`` unless the arguments of a dispatch fit together (see :meth:`Communicator.dispatch`)."""
+    if num_experts < 1 or num_experts % ranks:
+        raise ValueError(f"num_experts: expected a multiple of the {ranks} ranks of the group, got {num_experts}")
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"x: expected floating point [tokens, hidden], got {x.dtype} {list(x.shape)}")
-    if topk_idx.dim() != 2 or topk_idx.dtype != torch.int64:
-        raise ValueError(f"topk_idx: expected int64 [tokens, top_k], got {topk_idx.dtype} {list(topk_idx.shape)}")
+    if topk_idx.dim() != 2 or topk_idx.shape[1] < 1 or topk_idx.dtype != torch.int64:
+        raise ValueError(f"topk_idx: expected int64 [tokens, top_k >= 1], got {topk_idx.dtype} {list(topk_idx.shape)}")
     if topk_idx.shape[0] != x.shape[0]:
         raise ValueError(f"topk_idx: expected {x.shape[0]} tokens as in x, got {topk_idx.shape[0]}")
     if topk_weights is not None and topk_weights.shape != topk_idx.shape:
-        raise ValueError(
-            f"topk_weights: expected {list(topk_idx.shape)} as topk_idx, got {list(topk_weights.shape)}"
-        )
+        raise ValueError(f"topk_weights: expected {list(topk_idx.shape)} as topk_idx, got {list(topk_weights.shape)}")
     for name, tensor in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name}: expected device {x.device} as x, got {tensor.device}")

@@ -1,0 +1,41 @@
+"""Block-scaled FP8: e4m3 with one fp32 scale per 128 channels, as in the DeepSeek-V3 report (arXiv 2412.19437)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+E4M3_MAX = 448.0
+# A block of tiny values keeps a finite scale; below this the values round to zero anyway.
+MIN_AMAX = 1e-4
+
+
+def quantize_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise rows to e4m3.
+
+    Args:
+        x: floating point ``[rows, hidden]``, ``hidden`` a multiple of 128.
+
+    Returns:
+        ``float8_e4m3fn [rows, hidden]`` and fp32 scales ``[rows, hidden / 128]`` such that
+        ``values * scale`` approximates ``x``. A block that holds NaN or infinity becomes NaN as a whole.
+
+    Raises:
+        ValueError: if ``hidden`` is not a multiple of 128.
+    """
+    rows, hidden = x.shape
+    if hidden % BLOCK:
+        raise ValueError(f"x: expected a hidden size that is a multiple of {BLOCK} for fp8, got {hidden}")
+    blocks = x.to(torch.float32).view(rows, hidden // BLOCK, BLOCK)
+    amax = blocks.abs().amax(dim=-1, keepdim=True).clamp(min=MIN_AMAX)
+    # Clamped because PyTorch versions differ on casts beyond the largest value (NaN or saturation).
+    values = (blocks * (E4M3_MAX / amax)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return values.view(rows, hidden), (amax / E4M3_MAX).view(rows, hidden // BLOCK)
+
+
+def dequantize_e4m3(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Undo :func:`quantize_e4m3`: ``[rows, hidden]`` of ``dtype`` from e4m3 values and their scales."""
+    rows, hidden = values.shape
+    blocks = values.to(torch.float32).view(rows, hidden // BLOCK, BLOCK)
+    return (blocks * scales.unsqueeze(-1)).view(rows, hidden).to(dtype)

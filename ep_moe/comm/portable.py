@@ -1,0 +1,174 @@
+"""Expert-parallel exchange over ``torch.distributed`` alone: gloo on CPUs, NCCL on GPUs.
+
+The plainest correct implementation of the :class:`~ep_moe.comm.communicator.Communicator` contract and the
+oracle for the faster ones. Sizes are exchanged first and read on the host once per dispatch; then rows travel
+by uneven all-to-all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ep_moe.comm.communicator import Dispatched, check_dispatch_arguments
+from ep_moe.comm.fp8 import quantize_e4m3
+from ep_moe.comm.layout import ExpertLayout, SendLayout, expert_layout, send_layout
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class PortableHandle:
+    """The routes of one dispatch.
+
+    Attributes:
+        shape: ``(tokens, top_k)`` at this rank.
+        send: which (token, rank) pairs left this rank.
+        send_counts: rows to each rank.
+        recv_counts: rows from each rank.
+        experts: where the arrived rows lie in the expert-major tensor.
+    """
+
+    shape: tuple[int, int]
+    send: SendLayout
+    send_counts: list[int]
+    recv_counts: list[int]
+    experts: ExpertLayout
+
+
+class PortableCommunicator:
+    """A :class:`~ep_moe.comm.communicator.Communicator` over collectives of a process group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+
+    def dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor | None,
+        *,
+        num_experts: int,
+        fp8: bool = False,
+        alignment: int = 1,
+    ) -> Dispatched:
+        """See :meth:`ep_moe.comm.communicator.Communicator.dispatch`."""
+        check_dispatch_arguments(x, topk_idx, topk_weights, num_experts, self.size)
+        payload = [*quantize_e4m3(x)] if fp8 else [x]
+        send = send_layout(topk_idx, num_experts, self.size)
+        signature = _signature(x, topk_idx, topk_weights, fp8)
+        send_counts, recv_counts, expert_counts = self._exchange_counts(send, signature)
+        local_experts = self._exchange(send.local_experts, send_counts, recv_counts)
+        experts = expert_layout(local_experts, expert_counts, alignment)
+        handle = PortableHandle((topk_idx.shape[0], topk_idx.shape[1]), send, send_counts, recv_counts, experts)
+        rows, *scales = (self._spread(tensor, handle) for tensor in payload)
+        return Dispatched(
+            rows=rows,
+            scales=scales[0] if scales else None,
+            weights=None if topk_weights is None else self.dispatch_weights(topk_weights, handle),
+            segments=experts.segments,
+            handle=handle,
+        )
+
+    def dispatch_cached(self, x: Tensor, handle: PortableHandle) -> Tensor:
+        """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_cached`."""
+        if x.dim() != 2 or x.shape[0] != handle.shape[0]:
+            raise ValueError(f"x: expected [{handle.shape[0]}, hidden] as in the dispatch, got {list(x.shape)}")
+        return self._spread(x, handle)
+
+    def dispatch_weights(self, topk_weights: Tensor, handle: PortableHandle) -> Tensor:
+        """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_weights`."""
+        if topk_weights.shape != handle.shape:
+            raise ValueError(f"topk_weights: expected {list(handle.shape)}, got {list(topk_weights.shape)}")
+        arrived = self._exchange(topk_weights[handle.send.tokens], handle.send_counts, handle.recv_counts)
+        row_weights = topk_weights.new_zeros(handle.experts.segments.num_rows)
+        row_weights[handle.experts.slots] = arrived.flatten()[handle.experts.entries]
+        return row_weights
+
+    def combine(self, rows: Tensor, handle: PortableHandle) -> Tensor:
+        """See :meth:`ep_moe.comm.communicator.Communicator.combine`."""
+        if rows.dim() != 2 or rows.shape[0] != handle.experts.segments.num_rows:
+            raise ValueError(
+                f"rows: expected [{handle.experts.segments.num_rows}, hidden] as dispatched, got {list(rows.shape)}"
+            )
+        accumulate = torch.promote_types(rows.dtype, torch.float32)
+        slot_of = handle.experts.slot_of
+        partial = rows.new_zeros((slot_of.shape[0], rows.shape[1]), dtype=accumulate)
+        if rows.shape[0]:
+            for slots in slot_of.unbind(1):
+                # `where`, not a product: rows of other tokens may hold NaN or infinity.
+                partial += torch.where((slots >= 0)[:, None], rows[slots.clamp(min=0)], 0).to(accumulate)
+        returned = self._exchange(partial.to(rows.dtype), handle.recv_counts, handle.send_counts)
+        return self._sum_over_ranks(returned, handle, accumulate).to(rows.dtype)
+
+    def combine_weights(self, row_weights: Tensor, handle: PortableHandle) -> Tensor:
+        """See :meth:`ep_moe.comm.communicator.Communicator.combine_weights`."""
+        experts = handle.experts
+        if row_weights.shape != (experts.segments.num_rows,):
+            raise ValueError(f"row_weights: expected [{experts.segments.num_rows}], got {list(row_weights.shape)}")
+        by_entry = row_weights.new_zeros(experts.slot_of.shape)
+        by_entry.view(-1)[experts.entries] = row_weights[experts.slots]
+        returned = self._exchange(by_entry, handle.recv_counts, handle.send_counts)
+        return self._sum_over_ranks(returned, handle, row_weights.dtype)
+
+    def _exchange_counts(self, send: SendLayout, signature: list[int]) -> tuple[list[int], list[int], list[int]]:
+        """Tell every rank how many rows it will get, in all and per expert; the only wait of the host."""
+        header = torch.tensor(signature, dtype=torch.int64, device=send.tokens.device).expand(self.size, -1)
+        table = torch.cat([send.rows_per_rank[:, None], send.rows_per_expert.view(self.size, -1), header], dim=1)
+        arrived = self._exchange(table, [1] * self.size, [1] * self.size)
+        sent, received = torch.stack([table, arrived]).tolist()
+        for rank, line in enumerate(received):
+            if line[-len(signature) :] != signature:
+                raise ValueError(
+                    f"dispatch: rank {rank} of the group passed (hidden, top_k, dtype, weights, fp8) = "
+                    f"{line[-len(signature) :]}, rank {self.rank} {signature}: all ranks must agree"
+                )
+        local_experts = table.shape[1] - 1 - len(signature)
+        expert_counts = [sum(line[1 + expert] for line in received) for expert in range(local_experts)]
+        return [line[0] for line in sent], [line[0] for line in received], expert_counts
+
+    def _spread(self, x: Tensor, handle: PortableHandle) -> Tensor:
+        """Send rows along the routes of ``handle`` and copy each into all its slots."""
+        experts = handle.experts
+        # FP8 dtypes lack most operations; as bytes they move like any other.
+        data = x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+        arrived = self._exchange(data[handle.send.tokens], handle.send_counts, handle.recv_counts)
+        rows = data.new_zeros((experts.segments.num_rows, data.shape[1]))
+        rows[experts.slots] = arrived[experts.entries // handle.shape[1]]
+        return rows.view(x.dtype)
+
+    def _sum_over_ranks(self, returned: Tensor, handle: PortableHandle, accumulate: torch.dtype) -> Tensor:
+        """Add what each rank returned to its tokens, in ascending order of ranks."""
+        out = returned.new_zeros((handle.shape[0], returned.shape[1]), dtype=accumulate)
+        chunks = zip(returned.split(handle.send_counts), handle.send.tokens.split(handle.send_counts), strict=True)
+        for values, tokens in chunks:
+            # A rank returns a token once, so no two additions of one call meet: the result is reproducible.
+            out.index_add_(0, tokens, values.to(accumulate))
+        return out
+
+    def _exchange(self, rows: Tensor, send_counts: list[int], recv_counts: list[int]) -> Tensor:
+        """All-to-all of the leading dimension, for any dtype (moved as bytes)."""
+        if self.size == 1:
+            return rows
+        # A tensor without elements counts as contiguous whatever its strides, which a view as bytes does not accept.
+        rows = rows.contiguous() if rows.numel() else torch.empty_like(rows, memory_format=torch.contiguous_format)
+        # gloo's all-to-all takes CPU tensors only; several processes that share one GPU need it too.
+        staging = torch.device("cpu") if dist.get_backend(self.group) == "gloo" else rows.device
+        out = torch.empty((sum(recv_counts), *rows.shape[1:]), dtype=rows.dtype, device=staging)
+        dist.all_to_all_single(
+            out.view(torch.uint8), rows.to(staging).view(torch.uint8), recv_counts, send_counts, group=self.group
+        )
+        return out.to(rows.device)
+
+
+def _signature(x: Tensor, topk_idx: Tensor, topk_weights: Tensor | None, fp8: bool) -> list[int]:
+    """What must be equal on all ranks for their messages to match."""
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x: expected one of {[str(d) for d in _DTYPES]}, got {x.dtype}")
+    weights = -1 if topk_weights is None else topk_weights.dtype.itemsize
+    return [x.shape[1], topk_idx.shape[1], _DTYPES.index(x.dtype), weights, int(fp8)]

@@ -1,0 +1,49 @@
+"""What the layer asks of a dispatcher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ep_moe.comm import ExpertSegments
+
+
+@dataclass(frozen=True)
+class DispatchedTokens:
+    """Tokens at the rank of their experts, ready for a grouped GEMM.
+
+    Attributes:
+        rows: ``[segments.num_rows, hidden]`` in the dtype of the tokens; expert-major, padding rows zero.
+        weights: ``[segments.num_rows]`` routing weight of each row, 0 for padding.
+        segments: which rows belong to which local expert.
+        handle: names this exchange in ``combine`` and in cached dispatches; valid until the backward pass is done.
+    """
+
+    rows: Tensor
+    weights: Tensor
+    segments: ExpertSegments
+    handle: Any
+
+
+class TokenDispatcher(Protocol):
+    """Turns routing decisions into expert-major rows and back, differentiably."""
+
+    def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: Any = None) -> DispatchedTokens:
+        """Bring tokens to their experts.
+
+        Args:
+            x: ``[tokens, hidden]``.
+            topk_idx: int64 ``[tokens, top_k]``, global expert or -1.
+            topk_weights: ``[tokens, top_k]`` routing weights.
+            handle: of an earlier dispatch with the same ``topk_idx``: its routes are reused, ``topk_idx`` is not read.
+
+        Raises:
+            ValueError: if the arguments do not fit together.
+        """
+        ...
+
+    def combine(self, rows: Tensor, handle: Any) -> Tensor:
+        """Sum the rows of each token at its source: ``[num_rows, hidden]`` to ``[tokens, hidden]``."""
+        ...

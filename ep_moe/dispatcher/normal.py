@@ -1,0 +1,119 @@
+"""Normal mode: exact sizes, autograd through dispatch and combine.
+
+Dispatch copies a token into one row per routed expert; combine sums such rows. Each is the transpose of the
+other, so the backward pass of dispatch is combine over the same handle and the other way round.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from ep_moe.comm import Communicator, ExpertSegments
+from ep_moe.comm.fp8 import dequantize_e4m3
+from ep_moe.dispatcher.dispatcher import DispatchedTokens
+
+
+@dataclass(frozen=True)
+class NormalHandle:
+    """One exchange: the communicator's routes, and the segments they fill here."""
+
+    routes: Any
+    segments: ExpertSegments
+
+
+class NormalDispatcher:
+    """A :class:`~ep_moe.dispatcher.dispatcher.TokenDispatcher` for training and prefill."""
+
+    def __init__(self, communicator: Communicator, num_experts: int, *, fp8: bool = False, alignment: int = 1) -> None:
+        """Dispatch over ``communicator``.
+
+        Args:
+            communicator: moves the rows.
+            num_experts: experts over all ranks.
+            fp8: rows travel forward as e4m3 with a scale per 128 channels and arrive dequantised; gradients travel
+                in the dtype of the tokens, as if no rounding had happened (straight-through).
+            alignment: rows per expert are padded to a multiple of this.
+        """
+        self.communicator = communicator
+        self.num_experts = num_experts
+        self.fp8 = fp8
+        self.alignment = alignment
+
+    def dispatch(
+        self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: NormalHandle | None = None
+    ) -> DispatchedTokens:
+        """See :meth:`ep_moe.dispatcher.dispatcher.TokenDispatcher.dispatch`."""
+        if handle is None:
+            rows, weights, segments, routes = _Dispatch.apply(x, topk_weights, topk_idx, self)
+            handle = NormalHandle(routes, segments)
+        else:
+            rows, weights = _CachedDispatch.apply(x, topk_weights, handle.routes, self.communicator)
+        return DispatchedTokens(rows, weights, handle.segments, handle)
+
+    def combine(self, rows: Tensor, handle: NormalHandle) -> Tensor:
+        """See :meth:`ep_moe.dispatcher.dispatcher.TokenDispatcher.combine`."""
+        return _Combine.apply(rows, handle.routes, self.communicator)
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, topk_weights: Tensor, topk_idx: Tensor, dispatcher: NormalDispatcher
+    ) -> tuple[Tensor, Tensor, ExpertSegments, Any]:
+        communicator = dispatcher.communicator
+        arrived = communicator.dispatch(
+            x,
+            topk_idx,
+            topk_weights,
+            num_experts=dispatcher.num_experts,
+            fp8=dispatcher.fp8,
+            alignment=dispatcher.alignment,
+        )
+        rows = arrived.rows if arrived.scales is None else dequantize_e4m3(arrived.rows, arrived.scales, x.dtype)
+        assert arrived.weights is not None
+        ctx.communicator, ctx.routes = communicator, arrived.handle  # type: ignore[attr-defined]
+        return rows, arrived.weights, arrived.segments, arrived.handle
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return *_dispatch_gradients(ctx, grad_rows, grad_weights), None, None
+
+
+class _CachedDispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, topk_weights: Tensor, routes: Any, communicator: Communicator
+    ) -> tuple[Tensor, Tensor]:
+        ctx.communicator, ctx.routes = communicator, routes  # type: ignore[attr-defined]
+        return communicator.dispatch_cached(x, routes), communicator.dispatch_weights(topk_weights, routes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
+        return *_dispatch_gradients(ctx, grad_rows, grad_weights), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor, routes: Any, communicator: Communicator) -> Tensor:
+        ctx.communicator, ctx.routes = communicator, routes  # type: ignore[attr-defined]
+        return communicator.combine(rows, routes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.communicator.dispatch_cached(grad.contiguous(), ctx.routes), None, None
+
+
+def _dispatch_gradients(ctx: Any, grad_rows: Tensor, grad_weights: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of tokens and routing weights; whether each is needed is the same on all ranks of a model."""
+    needs_x, needs_weights = ctx.needs_input_grad[:2]
+    grad_x = ctx.communicator.combine(grad_rows.contiguous(), ctx.routes) if needs_x else None
+    grad_topk = ctx.communicator.combine_weights(grad_weights.contiguous(), ctx.routes) if needs_weights else None
+    return grad_x, grad_topk

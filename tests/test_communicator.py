@@ -1,0 +1,216 @@
+"""The communicator contract: what every implementation must do, against an oracle in plain Python."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from communicators import COMMUNICATORS, make_communicator, rank_device
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import RankError, run_ranks
+from routing_cases import PATTERNS, Case, make_inputs
+
+from ep_moe.comm.fp8 import dequantize_e4m3, quantize_e4m3
+
+CASES = [
+    Case(tokens=(5, 7), num_experts=4, top_k=2, hidden=8),
+    Case(tokens=(0, 3), num_experts=6, top_k=3, hidden=4),
+    Case(tokens=(0, 0), num_experts=2, top_k=1, hidden=4),
+    Case(tokens=(9,), num_experts=3, top_k=2, hidden=5),
+    Case(tokens=(4, 0, 6, 1), num_experts=8, top_k=4, hidden=16, dtype=torch.bfloat16),
+    Case(tokens=(3, 3, 3, 3), num_experts=4, top_k=4, hidden=2, dtype=torch.float16),
+]
+
+
+def expected_slots(case: Case) -> list[list[tuple[int, int, int]]]:
+    """Per rank, the (source rank, token, k) of every row, ordered by expert, source rank, token, k."""
+    inputs = [make_inputs(case, rank)[1].tolist() for rank in range(case.ranks)]
+    return [
+        [
+            (source, token, k)
+            for expert in range(rank * case.local_experts, (rank + 1) * case.local_experts)
+            for source in range(case.ranks)
+            for token, chosen in enumerate(inputs[source])
+            for k, choice in enumerate(chosen)
+            if choice == expert
+        ]
+        for rank in range(case.ranks)
+    ]
+
+
+def run_exchange(rank: int, world: int, kind: str, device: str, case: Case, alignment: int, fp8: bool) -> dict:
+    """Dispatch, cached dispatch, combine and the weight exchanges of one rank; results on the CPU."""
+    on = rank_device(device, rank)
+    communicator = make_communicator(kind, dist.group.WORLD)
+    x, idx, weights = (t.to(on) for t in make_inputs(case, rank))
+    arrived = communicator.dispatch(x, idx, weights, num_experts=case.num_experts, alignment=alignment, fp8=fp8)
+    rows = arrived.rows if arrived.scales is None else dequantize_e4m3(arrived.rows, arrived.scales, case.dtype)
+    row_values = torch.arange(rows.shape[0], device=on, dtype=weights.dtype) + 1
+    out = {
+        "rows": rows,
+        "weights": arrived.weights,
+        "counts": arrived.segments.counts,
+        "ends": arrived.segments.ends,
+        "sizes": arrived.segments.sizes,
+        "cached": communicator.dispatch_cached(x * 2, arrived.handle),
+        "cached_weights": communicator.dispatch_weights(weights, arrived.handle),
+        "combined": communicator.combine(rows * 0.5, arrived.handle),
+        "returned": communicator.combine_weights(row_values, arrived.handle),
+    }
+    return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in out.items()}
+
+
+def check_exchange(case: Case, results: list[dict], alignment: int, fp8: bool) -> None:
+    """Compare every rank's results with the oracle."""
+    inputs = [make_inputs(case, rank) for rank in range(case.ranks)]
+    sources = [quantize_dequantize(x) if fp8 else x for x, _, _ in inputs]
+    returned = [torch.zeros_like(weights) for _, _, weights in inputs]
+    for rank, (result, slots) in enumerate(zip(results, expected_slots(case), strict=True)):
+        counts = [
+            sum(int((idx == rank * case.local_experts + e).sum()) for _, idx, _ in inputs)
+            for e in range(case.local_experts)
+        ]
+        sizes = [-(-count // alignment) * alignment for count in counts]
+        ends = torch.tensor(sizes).cumsum(0)
+        assert result["counts"].tolist() == counts
+        assert list(result["sizes"]) == sizes
+        assert result["ends"].dtype == torch.int32 and torch.equal(result["ends"].long(), ends)
+        rows = torch.zeros(sum(sizes), case.hidden, dtype=case.dtype)
+        cached, weights = torch.zeros_like(rows), torch.zeros(sum(sizes), dtype=inputs[0][2].dtype)
+        filled = iter(slots)
+        for end, size, count in zip(ends.tolist(), sizes, counts, strict=True):
+            for slot in range(end - size, end - size + count):
+                source, token, k = next(filled)
+                rows[slot], cached[slot] = sources[source][token], inputs[source][0][token] * 2
+                weights[slot] = inputs[source][2][token, k]
+                returned[source][token, k] = slot + 1
+        assert torch.equal(result["rows"], rows) and torch.equal(result["cached"], cached)
+        assert torch.equal(result["weights"], weights) and torch.equal(result["cached_weights"], weights)
+    for rank, result in enumerate(results):
+        assert torch.equal(result["returned"], returned[rank])
+        routed = (inputs[rank][1] >= 0).sum(1, keepdim=True)
+        exact = sources[rank].to(torch.float64) * 0.5 * routed
+        # Each rank's partial sum and the final sum are rounded once to the dtype that travels.
+        rounding = 2 * torch.finfo(case.dtype).eps * exact.abs() + 1e-30
+        assert result["combined"].dtype == case.dtype
+        assert ((result["combined"].to(torch.float64) - exact).abs() <= rounding).all()
+
+
+def quantize_dequantize(x: torch.Tensor) -> torch.Tensor:
+    return dequantize_e4m3(*quantize_e4m3(x), x.dtype)
+
+
+@pytest.mark.parametrize(("kind", "device"), COMMUNICATORS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.tokens}")
+def test_exchange_matches_oracle(kind: str, device: str, case: Case, pattern: str) -> None:
+    case = replace(case, pattern=pattern)
+    results = run_ranks(case.ranks, run_exchange, kind, device, case, 1, False)
+    check_exchange(case, results, 1, False)
+
+
+@pytest.mark.parametrize(("kind", "device"), COMMUNICATORS)
+@pytest.mark.parametrize("alignment", [4, 16])
+def test_segments_are_padded_with_zero_rows(kind: str, device: str, alignment: int) -> None:
+    case = Case(tokens=(5, 0, 3, 9), num_experts=8, top_k=3, hidden=6, pattern="some_unrouted")
+    check_exchange(case, run_ranks(4, run_exchange, kind, device, case, alignment, False), alignment, False)
+
+
+@pytest.mark.parametrize(("kind", "device"), COMMUNICATORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fp8_rows_are_bit_equal_to_quantised_tokens(kind: str, device: str, dtype: torch.dtype) -> None:
+    case = Case(tokens=(5, 7), num_experts=4, top_k=2, hidden=256, dtype=dtype)
+    check_exchange(case, run_ranks(2, run_exchange, kind, device, case, 8, True), 8, True)
+
+
+@pytest.mark.parametrize(("kind", "device"), COMMUNICATORS)
+def test_results_are_bitwise_reproducible(kind: str, device: str) -> None:
+    case = Case(tokens=(33, 20, 7, 50), num_experts=8, top_k=4, hidden=64, dtype=torch.bfloat16)
+    first, second = (run_ranks(4, run_exchange, kind, device, case, 1, False) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in ("rows", "weights", "combined", "returned"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_exchange_property(data: st.DataObject) -> None:
+    ranks = data.draw(st.sampled_from([1, 2, 4]))
+    case = Case(
+        tokens=tuple(data.draw(st.lists(st.integers(0, 20), min_size=ranks, max_size=ranks))),
+        num_experts=ranks * data.draw(st.integers(1, 5)),
+        top_k=data.draw(st.integers(1, 6)),
+        hidden=data.draw(st.integers(1, 40)),
+        pattern=data.draw(st.sampled_from(PATTERNS)),
+        dtype=data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])),
+        seed=data.draw(st.integers(0, 10**6)),
+    )
+    alignment = data.draw(st.sampled_from([1, 3, 8]))
+    check_exchange(case, run_ranks(ranks, run_exchange, "portable", "cpu", case, alignment, False), alignment, False)
+
+
+def _non_finite_rows(rank: int, world: int) -> list[bool]:
+    communicator = make_communicator("portable", dist.group.WORLD)
+    x = torch.ones(2, 4)
+    x[0] = float("nan") if rank == 0 else float("inf")
+    idx = torch.tensor([[0, 1], [1, 0]])
+    arrived = communicator.dispatch(x, idx, None, num_experts=2)
+    assert arrived.weights is None
+    out = communicator.combine(arrived.rows, arrived.handle)
+    return [bool(out[0].isfinite().any()), bool(out[1].eq(2).all())]
+
+
+def test_non_finite_rows_stay_in_their_token() -> None:
+    assert run_ranks(2, _non_finite_rows) == [[False, True]] * 2
+
+
+def _dispatch_with(rank: int, world: int, changes: dict, only: int | None = None) -> str:
+    case = Case(tokens=(4, 4), num_experts=4, top_k=2, hidden=8)
+    x, idx, weights = make_inputs(case, rank)
+    arguments = {"x": x, "topk_idx": idx, "topk_weights": weights, "num_experts": 4}
+    if only is None or rank == only:
+        arguments.update(changes)
+    try:
+        make_communicator("portable", dist.group.WORLD).dispatch(**arguments)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(4)}, "x: expected floating point [tokens, hidden], got torch.float32 [4]"),
+        ({"x": torch.zeros(4, 8, dtype=torch.int32)}, "x: expected floating point"),
+        ({"topk_idx": torch.zeros(4, 2, dtype=torch.int32)}, "topk_idx: expected int64"),
+        ({"topk_idx": torch.zeros(3, 2, dtype=torch.int64)}, "topk_idx: expected 4 tokens as in x, got 3"),
+        ({"topk_idx": torch.full((4, 2), 4)}, "expected experts in [0, 4) (moe.num_experts) or -1, got 4 to 4"),
+        ({"topk_idx": torch.full((4, 2), -2)}, "or -1, got -2 to -2"),
+        ({"topk_weights": torch.zeros(4, 3)}, "topk_weights: expected [4, 2] as topk_idx, got [4, 3]"),
+        ({"num_experts": 3}, "num_experts: expected a multiple of the 2 ranks of the group, got 3"),
+        ({"fp8": True}, "multiple of 128 for fp8, got 8"),
+    ],
+)
+def test_bad_arguments_are_named_before_anything_is_sent(changes: dict, message: str) -> None:
+    assert all(message in answer for answer in run_ranks(2, _dispatch_with, changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"x": torch.zeros(4, 16)}, {"x": torch.zeros(4, 8, dtype=torch.bfloat16)}, {"topk_weights": None}],
+)
+def test_ranks_that_disagree_are_told_so(changes: dict) -> None:
+    answers = run_ranks(2, _dispatch_with, changes, 1)
+    assert all("all ranks must agree" in answer for answer in answers)
+
+
+def _fail_on_one_rank(rank: int, world: int) -> None:
+    if rank == 1:
+        raise RuntimeError("planted failure")
+
+
+def test_harness_reports_failing_ranks() -> None:
+    with pytest.raises(RankError, match=r"rank 1[\s\S]*planted failure"):
+        run_ranks(2, _fail_on_one_rank)
