@@ -1,0 +1,141 @@
+"""Activations of the feed-forward networks, with the routing weight applied inside.
+
+Scaling the inner activation by the routing weight instead of the expert's output is the same function, because
+the second projection is linear, and it spares a pass over the wider output as well as its copy for backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class _Nonlinearity:
+    """A pointwise function, and the product of an incoming gradient with its derivative: ``(grad, x)``."""
+
+    value: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+
+
+_SILU = _Nonlinearity(F.silu, torch.ops.aten.silu_backward)
+_GELU = _Nonlinearity(F.gelu, torch.ops.aten.gelu_backward)
+_RELU = _Nonlinearity(F.relu, lambda grad, x: grad * (x > 0))
+_SQUARED_RELU = _Nonlinearity(lambda x: F.relu(x).square(), lambda grad, x: grad * (2 * F.relu(x)))
+
+_GATED = {"swiglu": _SILU, "geglu": _GELU}
+_PLAIN = {"gelu": _GELU, "relu": _RELU, "squared_relu": _SQUARED_RELU}
+
+
+def is_gated(activation: str) -> bool:
+    """Whether ``activation`` multiplies an activated half of the first projection by a linear half.
+
+    Raises:
+        ValueError: if ``activation`` is unknown.
+    """
+    if activation not in _GATED and activation not in _PLAIN:
+        raise ValueError(f"activation: expected one of {', '.join([*_GATED, *_PLAIN])}, got {activation!r}")
+    return activation in _GATED
+
+
+def fc1_width(activation: str, ffn_hidden_size: int) -> int:
+    """Outputs of the first projection: twice ``ffn_hidden_size`` for gated activations.
+
+    Raises:
+        ValueError: if ``activation`` is unknown.
+    """
+    return 2 * ffn_hidden_size if is_gated(activation) else ffn_hidden_size
+
+
+def apply_activation(x: Tensor, activation: str, row_weights: Tensor | None = None) -> Tensor:
+    """Apply an activation and, if given, scale each row by its routing weight.
+
+    Gated activations split ``x`` into halves, gate first, and compute ``act(gate) * up`` (GLU variants, Shazeer
+    2020, arXiv 2002.05202): swiglu with SiLU, geglu with the exact (erf) GELU. The others are gelu (exact),
+    relu and squared_relu (So et al. 2021, arXiv 2109.08668). The arithmetic runs in fp32 (fp64 for fp64
+    inputs) and the result is rounded once. Backward recomputes it: only ``x`` and the weights are kept.
+
+    Args:
+        x: floating point ``[..., 2 * ffn]`` for gated activations, else ``[..., ffn]``.
+        activation: swiglu, geglu, gelu, relu or squared_relu.
+        row_weights: floating point ``[...]``, one weight per row, or ``None``.
+
+    Returns:
+        ``[..., ffn]`` in the dtype of ``x``. First derivatives only.
+
+    Raises:
+        ValueError: if the activation is unknown or the shapes or dtypes do not fit.
+    """
+    if not x.is_floating_point() or x.dim() == 0:
+        raise ValueError(f"x: expected floating point [..., width], got {x.dtype} {list(x.shape)}")
+    if is_gated(activation) and x.shape[-1] % 2:
+        raise ValueError(f"x: expected an even width for {activation} (gate, up), got {list(x.shape)}")
+    if row_weights is not None:
+        if not row_weights.is_floating_point() or row_weights.shape != x.shape[:-1]:
+            raise ValueError(
+                f"row_weights: expected floating point {list(x.shape[:-1])}, one per row of x, "
+                f"got {row_weights.dtype} {list(row_weights.shape)}"
+            )
+        if row_weights.device != x.device:
+            raise ValueError(f"row_weights: expected device {x.device} as x, got {row_weights.device}")
+    result: Tensor = _Activation.apply(x, row_weights, activation)
+    return result
+
+
+class _Activation(torch.autograd.Function):
+    """Recomputes in backward, so that no fp32 copy of the widest tensor of the layer stays alive."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, row_weights: Tensor | None, activation: str) -> Tensor:
+        ctx.save_for_backward(x, row_weights)
+        ctx.activation = activation
+        wide = x.to(_compute_dtype(x))
+        if activation in _GATED:
+            gate, up = wide.chunk(2, dim=-1)
+            result = _GATED[activation].value(gate).mul_(up)
+        else:
+            result = _PLAIN[activation].value(wide)
+        if row_weights is not None:
+            result.mul_(row_weights.to(wide.dtype).unsqueeze(-1))
+        return result.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, row_weights = ctx.saved_tensors
+        need_x, need_weights, _ = ctx.needs_input_grad
+        wide = x.to(_compute_dtype(x))
+        # dense: the aten backward kernels below are tuned for it, and sum().backward() hands over an expanded scalar
+        grad = grad.to(wide.dtype).contiguous()
+        scaled = grad if row_weights is None else grad * row_weights.to(wide.dtype).unsqueeze(-1)
+        grad_x = grad_weights = None
+        if ctx.activation in _GATED:
+            nonlinearity = _GATED[ctx.activation]
+            gate, up = wide.chunk(2, dim=-1)
+            activated = nonlinearity.value(gate)
+            if need_weights:
+                grad_weights = (grad * activated).mul_(up).sum(-1)
+            if need_x:
+                grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+                grad_gate, grad_up = grad_x.chunk(2, dim=-1)
+                grad_gate.copy_(nonlinearity.backward(scaled * up, gate))
+                grad_up.copy_(activated.mul_(scaled))
+        else:
+            nonlinearity = _PLAIN[ctx.activation]
+            if need_weights:
+                grad_weights = (grad * nonlinearity.value(wide)).sum(-1)
+            if need_x:
+                grad_x = nonlinearity.backward(scaled, wide).to(x.dtype)
+        if grad_weights is not None:
+            grad_weights = grad_weights.to(row_weights.dtype)
+        return grad_x, grad_weights, None
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

@@ -1,0 +1,145 @@
+"""The routed experts of one rank, computed together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ep_moe.comm import ExpertSegments
+from ep_moe.config import ExpertsConfig
+from ep_moe.experts.activation import apply_activation, fc1_width
+from ep_moe.experts.backends import ALIGNMENT, import_transformer_engine, select_backend
+from ep_moe.experts.init import initialize_experts
+
+
+class GroupedExperts(nn.Module):
+    """Feed-forward networks of a rank's experts: ``fc2(act(fc1(rows)) * row_weights)``, each on its own rows.
+
+    The activations are the GLU variants and plain ones of :func:`~ep_moe.experts.activation.apply_activation`
+    (Shazeer 2020, arXiv 2002.05202), which applies the routing weights.
+
+    Args:
+        hidden_size: width of the rows.
+        num_local_experts: experts of this rank.
+        config: inner width, activation and grouped GEMM back end.
+        first_expert: global index of the first local expert; its initial weights depend on it alone.
+        init_method: fills one expert's first projection, ``[fc1 width, hidden]``, in place.
+        output_init_method: fills one expert's second projection, ``[hidden, ffn]``, in place.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        fc1_weight: ``[local_experts, fc1 width, hidden]``; the width is ``2 * ffn`` for gated activations,
+            gate first and then up, otherwise ``ffn``.
+        fc2_weight: ``[local_experts, hidden, ffn]``.
+
+    Raises:
+        ConfigError: (a ``ValueError``) if the back end is not installed.
+        ValueError: if a size is not positive or the activation unknown.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_local_experts: int,
+        config: ExpertsConfig,
+        *,
+        first_expert: int = 0,
+        init_method: Callable[[Tensor], Any],
+        output_init_method: Callable[[Tensor], Any],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if hidden_size < 1 or num_local_experts < 1:
+            raise ValueError(
+                "hidden_size, num_local_experts: expected at least 1 each, "
+                f"got hidden_size {hidden_size}, num_local_experts {num_local_experts}"
+            )
+        if config.backend == "te":
+            import_transformer_engine()
+        self.hidden_size = hidden_size
+        self.num_local_experts = num_local_experts
+        self.first_expert = first_expert
+        self.config = config
+        ffn = config.ffn_hidden_size
+        width = fc1_width(config.activation, ffn)
+        self.fc1_weight = nn.Parameter(torch.empty(num_local_experts, width, hidden_size, device=device, dtype=dtype))
+        self.fc2_weight = nn.Parameter(torch.empty(num_local_experts, hidden_size, ffn, device=device, dtype=dtype))
+        initialize_experts(self.fc1_weight, init_method, first_expert)
+        initialize_experts(self.fc2_weight, output_init_method, first_expert)
+
+    @property
+    def alignment(self) -> int:
+        """Rows per segment must be a multiple of this; every back end takes ragged segments."""
+        return ALIGNMENT
+
+    def forward(self, rows: Tensor, row_weights: Tensor | None, segments: ExpertSegments) -> Tensor:
+        """Compute each expert's network on its segment of rows.
+
+        Padding rows must be zero with weight 0, and gradients that arrive at them finite; they then yield zero
+        rows and add nothing to any gradient.
+
+        Args:
+            rows: ``[segments.num_rows, hidden]``, expert-major, in the dtype of the parameters. Under
+                ``torch.autocast`` rows and weights are computed with in its dtype (except fp64 ones).
+            row_weights: floating point ``[segments.num_rows]``, or ``None`` for weights of 1.
+            segments: which rows belong to which local expert.
+
+        Returns:
+            ``[segments.num_rows, hidden]`` in the dtype of the computation, contiguous.
+
+        Raises:
+            ConfigError: (a ``ValueError``) if the back end does not support the dtype, device or widths.
+            ValueError: if an argument's shape, dtype or device does not fit.
+        """
+        rows, fc1_weight, fc2_weight = _autocast(rows, self.fc1_weight, self.fc2_weight)
+        self._check(rows, row_weights, segments, fc1_weight)
+        linear = select_backend(
+            self.config.backend,
+            dtype=rows.dtype,
+            device=rows.device,
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.config.ffn_hidden_size,
+        )
+        fc1_out = linear(rows, fc1_weight, segments)
+        inner = apply_activation(fc1_out, self.config.activation, row_weights)
+        return linear(inner, fc2_weight, segments)
+
+    def extra_repr(self) -> str:
+        """Sizes, activation and back end."""
+        first, last = self.first_expert, self.first_expert + self.num_local_experts - 1
+        return (
+            f"experts {first}..{last}, hidden={self.hidden_size}, ffn={self.config.ffn_hidden_size}, "
+            f"activation={self.config.activation}, backend={self.config.backend}"
+        )
+
+    def _check(self, rows: Tensor, row_weights: Tensor | None, segments: ExpertSegments, weight: Tensor) -> None:
+        if len(segments.sizes) != self.num_local_experts or segments.ends.shape != (self.num_local_experts,):
+            raise ValueError(
+                f"segments: expected {self.num_local_experts} local experts, got {len(segments.sizes)} sizes "
+                f"and ends of shape {list(segments.ends.shape)}"
+            )
+        if rows.shape != (segments.num_rows, self.hidden_size):
+            raise ValueError(
+                f"rows: expected [{segments.num_rows}, {self.hidden_size}] (rows of segments, model.hidden_size), "
+                f"got {list(rows.shape)}"
+            )
+        if rows.dtype != weight.dtype or rows.device != weight.device:
+            raise ValueError(
+                f"rows: expected {weight.dtype} on {weight.device} as the weights, got {rows.dtype} on {rows.device}"
+            )
+        if row_weights is not None and row_weights.shape != (segments.num_rows,):
+            raise ValueError(f"row_weights: expected [{segments.num_rows}], got {list(row_weights.shape)}")
+
+
+def _autocast(rows: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """Cast as ``torch.autocast`` would for a linear layer: custom autograd functions are outside its reach."""
+    kind = rows.device.type
+    if not torch.is_autocast_enabled(kind):
+        return (rows, *weights)
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (rows, *weights))
