@@ -1,35 +1,41 @@
 """What a user can configure, as validated dataclasses.
 
-Every key is declared once, by :func:`key`, with its default, its bounds and one line of documentation; the
-loader (``config_loading.py``) and the reference page (``docs/configuration.md``) read these declarations.
-Rules that involve several keys live in the ``__post_init__`` of the smallest section that holds them all.
+Every key is declared once, by :func:`~ep_moe.config_fields.key`, with its default, its bounds and one line of
+documentation; the loader (``config_loading.py``) and the reference page (``docs/configuration.md``) read these
+declarations. Rules that join several keys live in the ``_check_rules`` of the smallest section that holds them all.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import ClassVar, Literal
+
+from ep_moe.config_fields import ConfigError, Section, key, require
+
+__all__ = [
+    "PHASES",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "ExpertsConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "PhaseConfig",
+    "PhasesConfig",
+    "RouterConfig",
+    "SharedExpertsConfig",
+    "TrainingConfig",
+    "check_ep_size",
+]
 
 PHASES = ("train", "prefill", "decode")
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot work. The message is one line: key path, value, what is allowed."""
-
-
-def key(default: Any, doc: str, *, low: float | None = None, high: float | None = None) -> Any:
-    """Declare a configuration key: its ``default``, one line of ``doc``, and inclusive bounds for numbers."""
-    metadata = {"doc": doc, "low": low, "high": high}
-    if callable(default):
-        return dataclasses.field(default_factory=default, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Section):
     """The transformer around the MoE layers."""
+
+    SECTION: ClassVar[str] = "model."
 
     num_layers: int = key(2, "Transformer layers.", low=1)
     num_dense_layers: int = key(0, "How many of the first layers keep a dense FFN instead of MoE.", low=0)
@@ -42,20 +48,20 @@ class ModelConfig:
     vocab_size: int = key(256, "Vocabulary entries; 256 for bytes.", low=2)
     init_std: float = key(0.02, "Standard deviation of the normal weight initialisation.", low=0.0)
 
-    def __post_init__(self) -> None:
-        _require(
+    def _check_rules(self) -> None:
+        require(
             self.hidden_size % self.num_attention_heads == 0,
             "model.hidden_size",
             self.hidden_size,
             f"must be divisible by model.num_attention_heads ({self.num_attention_heads})",
         )
-        _require(
+        require(
             self.num_query_groups is None or self.num_attention_heads % self.num_query_groups == 0,
             "model.num_query_groups",
             self.num_query_groups,
             f"must divide model.num_attention_heads ({self.num_attention_heads})",
         )
-        _require(
+        require(
             self.num_dense_layers <= self.num_layers,
             "model.num_dense_layers",
             self.num_dense_layers,
@@ -64,8 +70,10 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class RouterConfig:
+class RouterConfig(Section):
     """How tokens choose experts, and what keeps the choice balanced."""
+
+    SECTION: ClassVar[str] = "moe.router."
 
     score_function: Literal["softmax", "sigmoid"] = key("softmax", "Turns logits into expert scores.")
     pre_softmax: bool = key(
@@ -96,8 +104,10 @@ class RouterConfig:
 
 
 @dataclass(frozen=True)
-class ExpertsConfig:
+class ExpertsConfig(Section):
     """The routed feed-forward networks."""
+
+    SECTION: ClassVar[str] = "moe.experts."
 
     ffn_hidden_size: int = key(256, "Inner width of each expert.", low=1)
     activation: Literal["swiglu", "geglu", "gelu", "relu", "squared_relu"] = key(
@@ -110,16 +120,28 @@ class ExpertsConfig:
 
 
 @dataclass(frozen=True)
-class SharedExpertsConfig:
+class SharedExpertsConfig(Section):
     """An FFN that every token passes, beside the routed experts."""
+
+    SECTION: ClassVar[str] = "moe.shared_experts."
 
     ffn_hidden_size: int = key(0, "Inner width in all; 0 for no shared experts.", low=0)
     gate: bool = key(False, "Scale the shared output of each token by a learned sigmoid gate.")
 
+    def _check_rules(self) -> None:
+        require(
+            not self.gate or self.ffn_hidden_size > 0,
+            "moe.shared_experts.gate",
+            self.gate,
+            "needs shared experts: moe.shared_experts.ffn_hidden_size > 0",
+        )
+
 
 @dataclass(frozen=True)
-class MoEConfig:
+class MoEConfig(Section):
     """One MoE layer."""
+
+    SECTION: ClassVar[str] = "moe."
 
     num_experts: int = key(8, "Routed experts over all ranks.", low=1)
     top_k: int = key(2, "Experts each token is routed to.", low=1)
@@ -131,8 +153,8 @@ class MoEConfig:
     experts: ExpertsConfig = key(ExpertsConfig, "Routed experts.")
     shared_experts: SharedExpertsConfig = key(SharedExpertsConfig, "Shared experts.")
 
-    def __post_init__(self) -> None:
-        _require(
+    def _check_rules(self) -> None:
+        require(
             self.top_k <= self.num_experts,
             "moe.top_k",
             self.top_k,
@@ -144,45 +166,45 @@ class MoEConfig:
 
     def _check_router(self) -> None:
         router = self.router
-        _require(
+        require(
             (router.num_groups is None) == (router.group_topk is None),
             "moe.router.group_topk",
             router.group_topk,
             f"must be given together with moe.router.num_groups (here {router.num_groups})",
         )
         if router.num_groups is not None and router.group_topk is not None:
-            _require(
+            require(
                 self.num_experts % router.num_groups == 0,
                 "moe.router.num_groups",
                 router.num_groups,
                 f"must divide moe.num_experts ({self.num_experts})",
             )
-            _require(
+            require(
                 router.group_topk <= router.num_groups,
                 "moe.router.group_topk",
                 router.group_topk,
                 f"must be at most moe.router.num_groups ({router.num_groups})",
             )
             per_group = self.num_experts // router.num_groups
-            _require(
+            require(
                 self.top_k <= router.group_topk * per_group,
                 "moe.top_k",
                 self.top_k,
                 f"must be at most the {router.group_topk * per_group} experts of moe.router.group_topk groups",
             )
-            _require(
+            require(
                 router.group_topk <= self.top_k,
                 "moe.router.group_topk",
                 router.group_topk,
                 f"must be at most moe.top_k ({self.top_k})",
             )
-        _require(
+        require(
             not router.expert_bias or router.score_function == "sigmoid",
             "moe.router.expert_bias",
             router.expert_bias,
             "needs moe.router.score_function: sigmoid",
         )
-        _require(
+        require(
             self.top_k > 1 or router.score_function == "sigmoid" or router.pre_softmax,
             "moe.top_k",
             self.top_k,
@@ -191,8 +213,10 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
-class PhaseConfig:
+class PhaseConfig(Section):
     """How tokens travel in one phase."""
+
+    SECTION: ClassVar[str] = "phases.*."
 
     mode: Literal["normal", "low_latency"] = key(
         "normal", "'normal' for training and prefill; 'low_latency' for decode (fixed shapes, no host sync)."
@@ -212,15 +236,17 @@ def _default_decode() -> PhaseConfig:
 
 
 @dataclass(frozen=True)
-class PhasesConfig:
+class PhasesConfig(Section):
     """Communication per phase."""
+
+    SECTION: ClassVar[str] = "phases."
 
     train: PhaseConfig = key(PhaseConfig, "Training, forward and backward.")
     prefill: PhaseConfig = key(PhaseConfig, "Inference on prompts.")
     decode: PhaseConfig = key(_default_decode, "Inference token by token.")
 
-    def __post_init__(self) -> None:
-        _require(
+    def _check_rules(self) -> None:
+        require(
             self.train.mode == "normal",
             "phases.train.mode",
             self.train.mode,
@@ -228,17 +254,25 @@ class PhasesConfig:
         )
         for name in PHASES:
             phase = getattr(self, name)
-            _require(
+            require(
                 phase.mode == "normal" or phase.max_tokens_per_rank is not None,
                 f"phases.{name}.max_tokens_per_rank",
                 phase.max_tokens_per_rank,
                 "must be set for low_latency, whose buffers have a fixed size",
             )
+            require(
+                len(set(phase.overlap)) == len(phase.overlap),
+                f"phases.{name}.overlap",
+                phase.overlap,
+                "must name each strategy once",
+            )
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Section):
     """The training loop of ``examples/train_moe.py``."""
+
+    SECTION: ClassVar[str] = "training."
 
     device: Literal["auto", "cpu", "cuda"] = key("auto", "Where to train; auto takes the GPU where there is one.")
     precision: Literal["auto", "fp32", "bf16"] = key("auto", "Arithmetic; auto is bf16 on a GPU and fp32 on a CPU.")
@@ -250,7 +284,7 @@ class TrainingConfig:
     )
     learning_rate: float = key(1e-3, "Peak learning rate.", low=0.0)
     min_learning_rate: float = key(1e-4, "Learning rate at the end of the cosine decay.", low=0.0)
-    warmup_steps: int = key(20, "Steps of linear warm-up.", low=0)
+    warmup_steps: int = key(0, "Steps of linear warm-up.", low=0)
     weight_decay: float = key(0.1, "AdamW weight decay of matrices.", low=0.0)
     adam_beta1: float = key(0.9, "AdamW first-moment decay.", low=0.0, high=1.0)
     adam_beta2: float = key(0.95, "AdamW second-moment decay.", low=0.0, high=1.0)
@@ -262,18 +296,32 @@ class TrainingConfig:
     output_dir: str = key("runs/moe", "Folder for checkpoints, CSV, curves and traces.")
     timeout_s: float = key(300.0, "Seconds a process waits for another before it gives up.", low=1.0)
 
-    def __post_init__(self) -> None:
-        _require(
+    def _check_rules(self) -> None:
+        require(
             self.min_learning_rate <= self.learning_rate,
             "training.min_learning_rate",
             self.min_learning_rate,
             f"must be at most training.learning_rate ({self.learning_rate})",
         )
+        require(
+            self.warmup_steps <= self.steps,
+            "training.warmup_steps",
+            self.warmup_steps,
+            f"must be at most training.steps ({self.steps})",
+        )
+        require(
+            self.micro_batch_size is None or self.global_batch_size % self.micro_batch_size == 0,
+            "training.micro_batch_size",
+            self.micro_batch_size,
+            f"must divide training.global_batch_size ({self.global_batch_size})",
+        )
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section):
     """Training text, read as bytes."""
+
+    SECTION: ClassVar[str] = "data."
 
     path: str | None = key(None, "Text file or folder; null for the Python standard library's own sources.")
     pattern: str = key("*.py", "Which files of a folder to read.")
@@ -282,7 +330,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Section):
     """Everything: model, MoE layer, phases, training, data."""
 
     model: ModelConfig = key(ModelConfig, "The transformer.")
@@ -291,9 +339,9 @@ class Config:
     training: TrainingConfig = key(TrainingConfig, "The training loop.")
     data: DataConfig = key(DataConfig, "The training text.")
 
-    def __post_init__(self) -> None:
+    def _check_rules(self) -> None:
         for name in PHASES:
-            _require(
+            require(
                 getattr(self.phases, name).dispatch_dtype == "input" or self.model.hidden_size % 128 == 0,
                 f"phases.{name}.dispatch_dtype",
                 "fp8",
@@ -303,24 +351,9 @@ class Config:
 
 def check_ep_size(num_experts: int, ep_size: int) -> None:
     """Raise :class:`ConfigError` unless ``num_experts`` spread evenly over ``ep_size`` ranks."""
-    _require(
+    require(
         num_experts % ep_size == 0,
         "moe.num_experts",
         num_experts,
         f"must be divisible by the expert-parallel size ({ep_size}, key moe.ep_size)",
     )
-
-
-def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
-    """Yield ``(key path, value, field)`` of every leaf key of a section or section class instance."""
-    for field in dataclasses.fields(section):
-        value, path = getattr(section, field.name), f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(value):
-            yield from walk(value, f"{path}.")
-        else:
-            yield path, value, field
-
-
-def _require(condition: bool, path: str, value: Any, rule: str) -> None:
-    if not condition:
-        raise ConfigError(f"{path} = {value}: {rule}")
