@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import multiprocessing
+import multiprocessing.util  # registers its exit handler, which joins processes, before ours below ends them
 import os
 import tempfile
 import traceback
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 _GROUP_TIMEOUT = timedelta(seconds=60)
-_CALL_TIMEOUT_S = 240.0
+_CALL_TIMEOUT_S = 60.0
 _pools: dict[int, RankPool] = {}
 
 
@@ -39,7 +40,7 @@ class RankPool:
         self.processes: list[multiprocessing.process.BaseProcess] = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, store.name, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, world_size, store.name, theirs))
             process.start()
             self.connections.append(ours)
             self.processes.append(process)
@@ -67,8 +68,11 @@ class RankPool:
         return [results[rank] for rank in range(len(self.connections))]
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes: by closing their pipes, so that they can end their own children, or by force."""
+        for connection in self.connections:
+            connection.close()
         for process in self.processes:
+            process.join(timeout=2)
             process.kill()
 
 

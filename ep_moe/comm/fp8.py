@@ -29,9 +29,12 @@ def quantize_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"x: expected a hidden size that is a multiple of {BLOCK} for fp8, got {hidden}")
     blocks = x.to(torch.float32).view(rows, hidden // BLOCK, BLOCK)
     amax = blocks.abs().amax(dim=-1, keepdim=True).clamp(min=MIN_AMAX)
+    # Division by a Python number is a multiplication by its reciprocal on some devices, which rounds differently;
+    # between tensors it is correctly rounded everywhere, so that all devices give the same bits.
+    largest = amax.new_full((1,), E4M3_MAX)
     # Clamped because PyTorch versions differ on casts beyond the largest value (NaN or saturation).
-    values = (blocks * (E4M3_MAX / amax)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return values.view(rows, hidden), (amax / E4M3_MAX).view(rows, hidden // BLOCK)
+    values = (blocks * (largest / amax)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return values.view(rows, hidden), (amax / largest).view(rows, hidden // BLOCK)
 
 
 def dequantize_e4m3(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

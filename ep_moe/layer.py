@@ -1,0 +1,154 @@
+"""``EPMoELayer``: route, dispatch, experts, combine."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ep_moe.comm import build_communicator
+from ep_moe.config import Config, ConfigError, check_ep_size
+from ep_moe.experts import GroupedExperts, SharedExperts
+from ep_moe.overlap import Stages
+from ep_moe.phases import PhaseSelector
+from ep_moe.router import TopKRouter
+
+
+class EPMoELayer(nn.Module):
+    """A Mixture-of-Experts layer whose experts are spread over an expert-parallel group.
+
+    Every rank of the group brings its own tokens and holds ``num_experts / ep_size`` experts. Expert parameters
+    (``layer.experts``) differ between the ranks of the group and carry ``allreduce = False`` where the group has
+    more than one rank; all others are replicas (see ``ep_moe.data_parallel``).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        ep_group: dist.ProcessGroup | None = None,
+        *,
+        global_batch_group: dist.ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Build the layer; collective over ``ep_group`` only in that every rank must build it.
+
+        Weights are drawn from PyTorch's default generator: ranks that seed it alike get the same router and, between
+        them, the same experts however many ranks share them.
+
+        Args:
+            config: sections ``model``, ``moe`` and ``phases`` are read.
+            ep_group: the ranks that share the experts; the default group if ``None``.
+            global_batch_group: ranks whose batches form the global batch, for the global balance loss and the expert
+                bias; ``ep_group`` if ``None``.
+            device: of the parameters.
+            dtype: of the parameters; PyTorch's default if ``None``.
+
+        Raises:
+            ConfigError: if the experts do not divide over the group, or ``moe.ep_size`` says otherwise.
+        """
+        super().__init__()
+        moe, hidden = config.moe, config.model.hidden_size
+        self.config = config
+        self.communicator = build_communicator(moe.comm, ep_group)
+        ep_size, ep_rank = self.communicator.size, self.communicator.rank
+        if moe.ep_size is not None and moe.ep_size != ep_size:
+            raise ConfigError(
+                f"moe.ep_size = {moe.ep_size}: must equal the size of the expert-parallel group ({ep_size})"
+            )
+        check_ep_size(moe.num_experts, ep_size)
+        local_experts = moe.num_experts // ep_size
+
+        def init_method(weight: Tensor) -> None:
+            nn.init.normal_(weight, std=config.model.init_std)
+
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.router = TopKRouter(
+            hidden,
+            moe,
+            init_method=init_method,
+            global_batch_group=global_batch_group if global_batch_group is not None else ep_group,
+            **kind,
+        )
+        self.experts = GroupedExperts(
+            hidden,
+            local_experts,
+            moe.experts,
+            first_expert=ep_rank * local_experts,
+            init_method=init_method,
+            output_init_method=init_method,
+            **kind,
+        )
+        self.shared_experts = (
+            SharedExperts(
+                hidden,
+                moe.shared_experts,
+                moe.experts.activation,
+                init_method=init_method,
+                output_init_method=init_method,
+                **kind,
+            )
+            if moe.shared_experts.ffn_hidden_size
+            else None
+        )
+        for parameter in self.experts.parameters():
+            parameter.allreduce = ep_size == 1  # type: ignore[attr-defined]
+        self._phases = PhaseSelector(config.phases, moe.num_experts, self.communicator, self.experts.alignment)
+
+    def phase(self, name: str | None) -> contextlib.AbstractContextManager[None]:
+        """Use the settings of phase ``name`` from now on, or until the end of a ``with`` block.
+
+        Args:
+            name: ``train``, ``prefill`` or ``decode``; ``None`` returns to the automatic choice: training mode is
+                ``train``; in eval mode it is ``decode`` if no rank has more than
+                ``phases.decode.max_tokens_per_rank`` tokens, otherwise ``prefill``.
+
+        Raises:
+            ValueError: for an unknown name.
+            ConfigError: if this machine cannot run the phase's mode.
+        """
+        return self._phases.set(name)
+
+    def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            hidden_states: ``[tokens, hidden]`` or ``[sequence, batch, hidden]``; the number of tokens may differ
+                between ranks.
+            padding_mask: bool ``[tokens]`` or ``[sequence, batch]``, true for padding, which does not count in
+                balance losses and statistics.
+
+        Returns:
+            The same shape and dtype.
+
+        Raises:
+            ValueError: if a shape does not fit, or the phase's ``max_tokens_per_rank`` is exceeded.
+        """
+        hidden = self.config.model.hidden_size
+        if hidden_states.dim() not in (2, 3) or hidden_states.shape[-1] != hidden:
+            raise ValueError(
+                f"hidden_states: expected [tokens, {hidden}] or [sequence, batch, {hidden}] (model.hidden_size), "
+                f"got {list(hidden_states.shape)}"
+            )
+        tokens = hidden_states.numel() // hidden
+        dispatcher, scheduler = self._phases.select(self.training, tokens, hidden_states.device)
+        routing = self.router(hidden_states, padding_mask)
+
+        def routed(x: Tensor) -> Tensor:
+            arrived = dispatcher.dispatch(x, routing.topk_idx, routing.topk_weights)
+            rows = self.experts(arrived.rows, arrived.weights, arrived.segments)
+            return dispatcher.combine(rows, arrived.handle)
+
+        x = to_compute_dtype(hidden_states.reshape(tokens, hidden))
+        out = scheduler.run(Stages(routed, self.shared_experts), x)
+        return out.to(hidden_states.dtype).view(hidden_states.shape)
+
+
+def to_compute_dtype(x: Tensor) -> Tensor:
+    """Cast to the dtype of autocast where it is active, so that rows travel in the dtype the GEMMs read."""
+    if torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x

@@ -1,0 +1,58 @@
+"""Which stage of a layer runs on which stream, and when.
+
+The stages and their order are the layer's; this file only places them. Results do not depend on the placement:
+every strategy runs the same operations on the same values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The two independent parts of a layer's forward pass, as functions of the tokens.
+
+    Attributes:
+        routed: route, dispatch, experts, combine: ``[tokens, hidden]`` to the same shape.
+        shared: the shared experts, or ``None``; same shapes.
+    """
+
+    routed: Callable[[Tensor], Tensor]
+    shared: Callable[[Tensor], Tensor] | None
+
+
+class OverlapScheduler:
+    """Runs the stages of a layer with the strategies of a phase (key ``phases.<name>.overlap``)."""
+
+    def __init__(self, strategies: tuple[str, ...]) -> None:
+        self.shared_on_side_stream = "shared_experts" in strategies
+        self._side_stream: torch.cuda.Stream | None = None
+
+    def run(self, stages: Stages, x: Tensor) -> Tensor:
+        """The sum of routed and shared output for tokens ``x`` (``[tokens, hidden]``)."""
+        if stages.shared is None:
+            return stages.routed(x)
+        if self.shared_on_side_stream and x.is_cuda:
+            return self._run_beside(stages.routed, stages.shared, x)
+        shared = stages.shared(x)
+        return stages.routed(x) + shared
+
+    def _run_beside(self, routed: Callable[[Tensor], Tensor], shared: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Shared experts on a stream of their own; autograd replays the placement in the backward pass."""
+        if self._side_stream is None:
+            self._side_stream = torch.cuda.Stream(x.device)
+        main, side = torch.cuda.current_stream(x.device), self._side_stream
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            shared_out = shared(x)
+        # The allocator must not reuse x for the main stream while the side stream may still read it.
+        x.record_stream(side)
+        routed_out = routed(x)
+        main.wait_stream(side)
+        shared_out.record_stream(main)
+        return routed_out + shared_out
