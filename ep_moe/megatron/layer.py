@@ -1,0 +1,152 @@
+"""``EPMoELayer`` in the shape of Megatron-Core's ``MoELayer``.
+
+Megatron's schedules ask ``isinstance(layer.mlp, MoELayer)`` and call the layer's steps one by one, so this is a
+real subclass that replaces every step. What the steps hand to each other (routing weights, expert-major rows) is
+ours; Megatron only passes it along. Like Megatron's own dispatchers the layer keeps the routes of the forward pass
+in progress between its steps, so a layer runs one forward pass at a time; the backward pass needs none of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+import torch
+from megatron.core import utils as megatron_utils
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer, MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import MoECudaGraphTensorStore, get_default_pg_collection
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from ep_moe.comm import build_communicator
+from ep_moe.config import PhasesConfig
+from ep_moe.dispatcher import TokenDispatcher
+from ep_moe.layer import to_compute_dtype
+from ep_moe.megatron.experts import MegatronExperts
+from ep_moe.megatron.router import MegatronRouter
+from ep_moe.megatron.translate import Backend, Comm, moe_config
+from ep_moe.phases import PhaseSelector
+
+logger = logging.getLogger(__name__)
+
+
+class MegatronEPMoELayer(MoELayer):
+    """A drop-in for Megatron-Core's ``MoELayer``; put into a model by :func:`ep_moe.megatron.use_ep_moe`."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        phases: PhasesConfig | None = None,
+        comm: Comm = "auto",
+        backend: Backend = "auto",
+        **ignored: Any,
+    ) -> None:
+        """Build the layer from Megatron's configuration.
+
+        Args:
+            config: Megatron's configuration; what cannot be honoured is refused.
+            submodules: only ``shared_experts`` is used, Megatron's own module.
+            layer_number: of the layer in the model, from 1.
+            pg_collection: process groups; Megatron's global ones if ``None``.
+            phases: how tokens travel in each phase.
+            comm: communicator (key ``moe.comm``).
+            backend: grouped GEMM (key ``moe.experts.backend``).
+            ignored: keyword arguments that newer versions of Megatron add.
+
+        Raises:
+            ConfigError: for a setting of ``config`` that the layer would not honour.
+        """
+        moe = moe_config(config, comm=comm, backend=backend)
+        groups = pg_collection if pg_collection is not None else get_default_pg_collection()
+        # Not MoELayer's own constructor: it would build Megatron's router, dispatcher and experts as well.
+        BaseMoELayer.__init__(self, config=config, layer_number=layer_number, pg_collection=groups)
+        if ignored:
+            logger.info("MegatronEPMoELayer ignores %s", ", ".join(ignored))
+        self.submodules = submodules
+        self.tp_group = groups.tp
+        self._set_megatron_flags(config)
+
+        kind = {
+            "device": "cpu" if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device()),
+            "dtype": config.params_dtype,
+        }
+        communicator = build_communicator(comm, groups.ep)
+        self.router = MegatronRouter(config, moe, groups, **kind)
+        self.experts = MegatronExperts(
+            config.hidden_size,
+            self.num_local_experts,
+            moe.experts,
+            first_expert=communicator.rank * self.num_local_experts,
+            init_method=config.init_method,
+            output_init_method=config.output_layer_init_method,
+            ep_rank=communicator.rank,
+            ep_size=communicator.size,
+            expert_data_parallel_rank=megatron_utils.get_pg_rank(groups.expt_dp),
+            **kind,
+        )
+        if self.use_shared_expert:
+            assert submodules is not None
+            self.shared_experts = build_module(
+                submodules.shared_experts,
+                config=config,
+                pg_collection=groups,
+                gate=config.moe_shared_expert_gate,
+            )
+        self._phases = PhaseSelector(
+            phases if phases is not None else PhasesConfig(), moe.num_experts, communicator, self.experts.alignment
+        )
+        self._shape = torch.Size()
+        self._topk_idx: Tensor | None = None
+        self._routes: Any = None
+
+    def _set_megatron_flags(self, config: TransformerConfig) -> None:
+        """What ``MoELayer.forward`` and the transformer layer read besides the steps."""
+        recompute = config.recompute_modules if config.recompute_granularity == "selective" else []
+        self.moe_layer_recompute = "moe" in recompute
+        self.shared_experts_recompute = "shared_experts" in recompute
+        self.cudagraph_tensor_store = MoECudaGraphTensorStore()
+        self.fwd_execution_map = ["route", "expert_compute", "postprocess"]
+
+    def phase(self, name: str | None) -> contextlib.AbstractContextManager[None]:
+        """See :meth:`ep_moe.layer.EPMoELayer.phase`."""
+        return self._phases.set(name)
+
+    def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Routing weights ``[tokens, top_k]`` and experts ``[tokens, top_k]`` of ``[sequence, batch, hidden]``."""
+        routing = self.router(hidden_states, padding_mask)
+        return routing.topk_weights, routing.topk_idx
+
+    def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
+        """Flatten the tokens to ``[tokens, hidden]`` and remember shape and experts for the steps to come."""
+        self._shape, self._topk_idx = hidden_states.shape, routing_map
+        x = to_compute_dtype(hidden_states.reshape(-1, hidden_states.shape[-1]))
+        self.token_dispatcher: TokenDispatcher
+        self.token_dispatcher, _ = self._phases.select(self.training, x.shape[0], x.device)
+        return x, probs
+
+    def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Bring tokens and routing weights to their experts: expert-major rows and the weight of each row."""
+        assert self._topk_idx is not None
+        arrived = self.token_dispatcher.dispatch(hidden_states, self._topk_idx, probs)
+        self._routes = arrived.handle
+        return arrived.rows, arrived.weights
+
+    def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        """Apply the experts to their rows."""
+        return self.experts(hidden_states, probs, self._routes.segments), None
+
+    def combine(self, output: Tensor) -> Tensor:
+        """Sum the rows of each token at its source: ``[tokens, hidden]``."""
+        return self.token_dispatcher.combine(output, self._routes)
+
+    def postprocess(self, output: Tensor, shared_expert_output: Tensor | None) -> Tensor:
+        """Back to the shape of the input, with the shared experts' output added."""
+        output = output.view(self._shape)
+        return output if shared_expert_output is None else output + shared_expert_output

@@ -1,0 +1,82 @@
+"""Small Megatron models that build and run on a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from ep_moe.megatron import use_ep_moe
+
+HIDDEN, FFN, EXPERTS, VOCAB = 32, 24, 8, 64
+
+
+class CausalAttention(nn.Module):
+    """Core attention over PyTorch's SDPA; Megatron's own needs a GPU."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+@contextlib.contextmanager
+def expert_parallel(size: int) -> Iterator[None]:
+    """Megatron's process groups with ``size`` expert-parallel ranks."""
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=size)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def transformer_config(**changes: Any) -> TransformerConfig:
+    """A two-layer MoE configuration."""
+    settings: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 48,
+        "num_moe_experts": EXPERTS,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": FFN,
+        "moe_aux_loss_coeff": 0.01,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_dtype": "fp32",
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "bias_activation_fusion": False,
+        "use_cpu_initialization": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": 0.2,
+    }
+    if parallel_state.model_parallel_is_initialized():
+        settings["expert_model_parallel_size"] = parallel_state.get_expert_model_parallel_world_size()
+    return TransformerConfig(**{**settings, **changes})
+
+
+def gpt_model(config: TransformerConfig, **options: Any) -> GPTModel:
+    """A ``GPTModel`` with our layer."""
+    spec = use_ep_moe(get_gpt_layer_local_spec(num_experts=config.num_moe_experts), **options)
+    spec.submodules.self_attention.submodules.core_attention = CausalAttention
+    return GPTModel(config, spec, vocab_size=VOCAB, max_sequence_length=16, position_embedding_type="learned_absolute")
+
+
+def batch(seed: int, sequences: int = 2) -> tuple[Tensor, Tensor]:
+    """Random tokens and positions ``[sequences, 16]``."""
+    tokens = torch.randint(VOCAB, (sequences, 16), generator=torch.Generator().manual_seed(seed))
+    return tokens, torch.arange(16).expand(sequences, 16)

@@ -1,0 +1,251 @@
+"""The Megatron-Core adapter: models, schedules' steps, losses, settings it must refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("megatron.core")
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron_models import EXPERTS, HIDDEN, batch, expert_parallel, gpt_model, transformer_config
+from ranks import run_ranks
+
+from ep_moe.config import ConfigError
+from ep_moe.megatron import MegatronEPMoELayer, use_ep_moe
+from ep_moe.megatron.translate import moe_config
+
+
+def _train_step(rank: int, world: int, ep: int) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradient sums on the same four sequences, however the ranks share them and the experts."""
+    with expert_parallel(ep):
+        torch.manual_seed(3)
+        # The balance loss is not linear in the tokens of a rank, so it would depend on the split.
+        model = gpt_model(transformer_config(moe_aux_loss_coeff=0.0, moe_shared_expert_intermediate_size=16))
+        share = 4 // world
+        tokens, positions = (t[rank * share : (rank + 1) * share] for t in batch(0, 4))
+        loss = model(tokens, positions, None, labels=tokens).sum()
+        loss.backward()
+        return float(loss), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _whole_gradients(results: list[tuple[float, dict[str, torch.Tensor]]], ep: int) -> dict[str, torch.Tensor]:
+    out = {}
+    for name in results[0][1]:
+        values = [gradients[name] for _, gradients in results]
+        if ".mlp.experts." in name:
+            by_place = [sum(values[place::ep]) for place in range(ep)]
+            out[name] = torch.cat(by_place)  # type: ignore[arg-type]
+        else:
+            out[name] = sum(values)  # type: ignore[assignment]
+    return out
+
+
+@pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 4), (4, 2), (4, 1)])
+def test_gpt_model_computes_the_same_for_every_split(world: int, ep: int) -> None:
+    alone = run_ranks(1, _train_step, 1)
+    split = run_ranks(world, _train_step, ep)
+    assert sum(loss for loss, _ in split) == pytest.approx(alone[0][0], rel=1e-5)
+    want, got = _whole_gradients(alone, 1), _whole_gradients(split, ep)
+    assert want.keys() == got.keys() and any(".mlp.experts.fc1_weight" in name for name in want)
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def _steps(rank: int, world: int) -> list[float]:
+    """Run the layer's steps as Megatron's overlapped schedule does: cut from each other, gradients passed by hand."""
+    with expert_parallel(world):
+        torch.manual_seed(3)
+        layer = gpt_model(transformer_config()).decoder.layers[0].mlp
+        assert isinstance(layer, MoELayer)
+        x = torch.randn(16, 2, HIDDEN, generator=torch.Generator().manual_seed(rank), requires_grad=True)
+        expected, bias = layer(x)
+        assert bias is None
+        upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
+        expected.backward(upstream)
+        want = [x.grad.clone(), *(p.grad.clone() for p in layer.parameters())]
+        x.grad = None
+        layer.zero_grad()
+
+        probs, routing_map = layer.route(x)
+        tokens, probs = layer.preprocess(x, probs, routing_map)
+        cut = [t.detach().requires_grad_() for t in (tokens, probs)]
+        rows, row_probs = layer.dispatch(*cut)
+        cut_rows = [t.detach().requires_grad_() for t in (rows, row_probs)]
+        output, _ = layer.routed_experts_compute(*cut_rows)
+        cut_output = output.detach().requires_grad_()
+        out = layer.postprocess(layer.combine(cut_output), None)
+        assert torch.equal(out, expected)
+        out.backward(upstream)
+        output.backward(cut_output.grad)
+        layer.backward_dw()
+        torch.autograd.backward([rows, row_probs], [t.grad for t in cut_rows])
+        torch.autograd.backward([tokens, probs], [t.grad for t in cut])
+        got = [x.grad, *(p.grad for p in layer.parameters())]
+        return [float((a - b).abs().max()) for a, b in zip(want, got, strict=True)]
+
+
+def test_steps_of_the_overlapped_schedule_equal_forward() -> None:
+    for differences in run_ranks(2, _steps):
+        assert max(differences) == 0.0
+
+
+def _attributes(rank: int, world: int) -> dict[str, Any]:
+    with expert_parallel(world):
+        layer = gpt_model(transformer_config()).decoder.layers[1].mlp
+        return {
+            "allreduce": {name: getattr(p, "allreduce", True) for name, p in layer.named_parameters()},
+            "sequence_parallel": layer.router.weight.sequence_parallel,
+            "layer_number": (layer.layer_number, layer.router.layer_number),
+            "local": layer.local_expert_indices,
+            "flags": (layer.use_shared_expert, layer.shared_expert_overlap),
+        }
+
+
+def test_attributes_that_megatron_reads() -> None:
+    for rank, found in enumerate(run_ranks(2, _attributes)):
+        assert found["allreduce"] == {
+            "router.weight": True,
+            "experts.fc1_weight": False,
+            "experts.fc2_weight": False,
+        }
+        assert found["sequence_parallel"] is False and found["layer_number"] == (2, 2)
+        assert found["local"] == list(range(rank * 4, rank * 4 + 4)) and found["flags"] == (False, False)
+
+
+def _losses(rank: int, world: int) -> dict[str, Any]:
+    with expert_parallel(world):
+        torch.manual_seed(3)
+        config = transformer_config(
+            moe_router_load_balancing_type=["aux_loss", "seq_aux_loss", "global_aux_loss"],
+            moe_aux_loss_coeff=[1e-2, 1e-2, 1e-2],
+            moe_z_loss_coeff=1e-3,
+        )
+        model = gpt_model(config)
+        tokens, positions = batch(rank)
+        get_moe_layer_wise_logging_tracker().clear()
+        model(tokens, positions, None, labels=tokens).mean().backward()
+        tracker = get_moe_layer_wise_logging_tracker()
+        found = {name: line["values"].tolist() for name, line in tracker.items()}
+        tracker.clear()
+        return found
+
+
+def test_losses_reach_megatrons_log() -> None:
+    for found in run_ranks(2, _losses):
+        assert set(found) == {
+            "load_balancing_loss",
+            "seq_load_balancing_loss",
+            "global_load_balancing_loss",
+            "z_loss",
+        }
+        # Each balance loss is 1 under even load; two layers are logged.
+        assert all(
+            len(values) == 2 and all(0.4 < v < 3 for v in values) for n, values in found.items() if n != "z_loss"
+        )
+
+
+def _expert_bias(rank: int, world: int) -> tuple[list[float], list[float], list[float]]:
+    from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias, reset_model_temporary_tensors
+
+    with expert_parallel(world):
+        torch.manual_seed(3)
+        config = transformer_config(
+            moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, moe_router_bias_update_rate=0.125
+        )
+        model = gpt_model(config)
+        tokens, positions = batch(rank)
+        model(tokens, positions, None, labels=tokens).mean().backward()
+        router = model.decoder.layers[0].mlp.router
+        counts = router.local_tokens_per_expert.clone()
+        _update_router_expert_bias([model], config)
+        reset_model_temporary_tensors(config, [model])
+        return counts.tolist(), router.expert_bias.tolist(), router.local_tokens_per_expert.tolist()
+
+
+def test_megatron_updates_the_expert_bias() -> None:
+    results = run_ranks(2, _expert_bias)
+    counts = torch.tensor([counts for counts, _, _ in results]).sum(0)
+    assert counts.sum() == 2 * 2 * 16 * 2  # ranks, sequences, tokens, top-k
+    for _, bias, left in results:
+        assert bias == (0.125 * torch.sign(counts.mean() - counts)).tolist()
+        assert not any(left)
+
+
+def test_a_block_spec_keeps_its_dense_layers() -> None:
+    dense, moe = (get_gpt_layer_local_spec(num_experts=n) for n in (None, EXPERTS))
+    block = TransformerBlockSubmodules(layer_specs=[dense, moe, moe])
+    replaced = use_ep_moe(block)
+    kinds = [layer.submodules.mlp.module for layer in replaced.layer_specs]
+    assert kinds == [dense.submodules.mlp.module, MegatronEPMoELayer, MegatronEPMoELayer]
+    assert moe.submodules.mlp.module is MoELayer  # the original is left as it is
+
+
+def test_a_spec_without_moe_is_an_error() -> None:
+    with pytest.raises(ValueError, match="pass num_experts"):
+        use_ep_moe(get_gpt_layer_local_spec(num_experts=None))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"add_bias_linear": True, "gated_linear_unit": False, "activation_func": F.gelu}, "add_bias_linear = True"),
+        ({"moe_pad_expert_input_to_capacity": True, "moe_expert_capacity_factor": 1.0}, "moe_pad_expert_input_to"),
+        ({"moe_latent_size": 16}, "moe_latent_size = 16"),
+        ({"expert_tensor_parallel_size": 2}, "expert_tensor_parallel_size = 2"),
+        ({"activation_func": torch.tanh}, "activation_func = tanh"),
+        ({"moe_router_load_balancing_type": "sinkhorn", "moe_aux_loss_coeff": 0.0}, "= sinkhorn"),
+        ({"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}, "sequence_parallel = False"),
+    ],
+)
+def test_settings_that_would_not_be_honoured_are_refused(changes: dict[str, Any], named: str) -> None:
+    try:
+        config = transformer_config(**changes)
+    except ValueError as error:
+        pytest.skip(f"this Megatron refuses the setting itself: {error}")
+    with pytest.raises(ConfigError, match=r"^TransformerConfig\.") as caught:
+        moe_config(config, comm="auto", backend="auto")
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_translation() -> None:
+    config = transformer_config(
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+        moe_router_num_groups=4,
+        moe_router_group_topk=2,
+        moe_router_topk_scaling_factor=2.5,
+        moe_router_load_balancing_type="seq_aux_loss",
+        moe_aux_loss_coeff=1e-4,
+        moe_z_loss_coeff=1e-3,
+        moe_expert_capacity_factor=1.5,
+        moe_token_drop_policy="position",
+        moe_router_dtype=None,
+    )
+    moe = moe_config(config, comm="portable", backend="loop")
+    assert (moe.num_experts, moe.top_k, moe.comm) == (EXPERTS, 2, "portable")
+    router = moe.router
+    assert (router.score_function, router.expert_bias, router.dtype) == ("sigmoid", True, "input")
+    assert (router.num_groups, router.group_topk, router.routed_scaling_factor) == (4, 2, 2.5)
+    assert (router.aux_loss_coeff, router.seq_aux_loss_coeff, router.z_loss_coeff) == (0.0, 1e-4, 1e-3)
+    assert (router.capacity_factor, router.drop_policy) == (1.5, "position")
+    assert (moe.experts.activation, moe.experts.backend, moe.experts.ffn_hidden_size) == ("swiglu", "loop", 24)
+
+
+def _without_pg_collection(rank: int, world: int) -> bool:
+    with expert_parallel(world):
+        config = transformer_config()
+        spec = use_ep_moe(get_gpt_layer_local_spec(num_experts=EXPERTS)).submodules.mlp
+        layer = MegatronEPMoELayer(config, spec.submodules, layer_number=1, name="added by a newer Megatron")
+        return layer.ep_group is parallel_state.get_expert_model_parallel_group()
+
+
+def test_default_process_groups_and_unknown_keywords() -> None:
+    assert run_ranks(2, _without_pg_collection) == [True, True]
