@@ -1,0 +1,1 @@
+"""The parts of ``examples/train_moe.py``: a byte-level GPT with MoE layers, its text and its reports."""

@@ -1,0 +1,127 @@
+"""Train a Mixture-of-Experts GPT on bytes: Megatron-Core's ``GPTModel`` with ``ep_moe``'s layer.
+
+    torchrun --nproc-per-node=2 examples/train_moe.py --config configs/quickstart.yaml
+
+Runs on GPUs where there are GPUs and on CPUs elsewhere, with any number of processes. Leaves ``metrics.csv``,
+``curves.png`` and checkpoints in ``training.output_dir``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from ep_moe.config import Config, ConfigError
+from ep_moe.config_loading import load_config
+
+# Megatron warns of every optional package that it does without, and of layers that are not its own.
+warnings.filterwarnings("ignore", module=r"megatron\.")
+logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+
+from moe_gpt.bigram import bigram_loss  # noqa: E402
+from moe_gpt.checkpoint import last_checkpoint  # noqa: E402
+from moe_gpt.corpus import load_corpus  # noqa: E402
+from moe_gpt.processes import World, end_all_on_failure, join_processes  # noqa: E402
+from moe_gpt.report import RunReport  # noqa: E402
+from moe_gpt.trainer import Trainer  # noqa: E402
+
+PROFILED_STEPS = range(3, 6)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; everything else is in the configuration."""
+    parser = argparse.ArgumentParser(description="Train a Mixture-of-Experts GPT on bytes.")
+    parser.add_argument("--config", required=True, help="YAML file, such as configs/quickstart.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, repeatable")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="short for --set training.device=...")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the output folder")
+    parser.add_argument("--profile", action="store_true", help="write a trace of a few steps that a browser opens")
+    return parser.parse_args()
+
+
+def run(config: Config, trainer: Trainer, world: World, resume: bool, profile: bool) -> None:
+    """Train from the trainer's state to ``training.steps``."""
+    training = config.training
+    if resume:
+        folder = last_checkpoint(config)
+        if folder is None:
+            raise ConfigError(f"training.output_dir = {training.output_dir}: holds no checkpoint to resume from")
+        trainer.resume(folder)
+    baseline = bigram_loss(trainer.corpus.train, trainer.corpus.validation) if world.is_main else None
+    report = RunReport(training.output_dir, world.is_main, training.steps, trainer.step, baseline)
+    report.message(f"Text: {trainer.corpus.description}")
+    report.message(f"Processes: {world.size} on {world.device.type}, {str(world.dtype).removeprefix('torch.')}")
+    if trainer.step:
+        report.message(f"Resumed after step {trainer.step}")
+    with profiler(Path(training.output_dir) / "trace.json", enabled=profile and world.is_main) as trace:
+        while trainer.step < training.steps:
+            trace(trainer.step)
+            result = trainer.train_step()
+            report.advance()
+            last = trainer.step == training.steps
+            validate = last or trainer.step % training.eval_interval == 0
+            if validate or trainer.step % training.log_interval == 0:
+                report.log(trainer.metrics(result, trainer.validate() if validate else None))
+            if last or (training.checkpoint_interval and trainer.step % training.checkpoint_interval == 0):
+                folder = trainer.save()
+                report.message(f"Checkpoint: {folder}")
+    report.finish()
+
+
+@contextlib.contextmanager
+def profiler(path: Path, enabled: bool) -> Iterator:
+    """Yield a function to call with each step's number; writes the trace of ``PROFILED_STEPS`` to ``path``."""
+    if not enabled:
+        yield lambda step: None
+        return
+    profile = torch.profiler.profile()
+    running = False
+
+    def on_step(step: int) -> None:
+        nonlocal running
+        wanted = step in PROFILED_STEPS
+        if wanted and not running:
+            profile.start()
+        elif running and not wanted:
+            profile.stop()
+            profile.export_chrome_trace(str(path))
+            print(f"Trace: {path} (open in chrome://tracing or ui.perfetto.dev)", file=sys.stderr)
+        running = wanted
+
+    yield on_step
+    if running:
+        on_step(PROFILED_STEPS.stop)
+
+
+@record
+def main() -> None:
+    """Read the command line and train; one process of several."""
+    arguments = parse_arguments()
+    trainer: Trainer | None = None
+    config: Config | None = None
+    try:
+        device = [f"training.device={arguments.device}"] if arguments.device else []
+        config = load_config(arguments.config, arguments.set + device)
+        corpus = load_corpus(config.data)
+        with join_processes(config) as world:
+            trainer = Trainer(config, corpus, world)
+            run(config, trainer, world, arguments.resume, arguments.profile)
+    except (Exception, KeyboardInterrupt):
+        checkpoint = last_checkpoint(config) if config else None
+        end_all_on_failure(trainer.step if trainer else 0, str(checkpoint or "none"))
+    # Skips the interpreter's teardown, in which the threads of communication libraries can outlive their state.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
