@@ -13,18 +13,21 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["ep_moe", "ep_moe.*"]),
     package_data={"ep_moe": ["py.typed"]},
-    install_requires=["torch>=2.10", "numpy>=1.26", "pyyaml>=6.0"],
+    install_requires=["torch>=2.10", "pyyaml>=6.0"],
     extras_require={
         "megatron": ["megatron-core>=0.16"],
         "te": ["transformer-engine[pytorch]>=2.0"],
-        "examples": ["megatron-core>=0.16", "matplotlib>=3.8", "tqdm>=4.66"],
+        "examples": ["megatron-core>=0.16", "numpy>=1.26", "matplotlib>=3.8", "tqdm>=4.66"],
+        "lint": ["ruff==0.17.6", "mypy==2.4.1", "types-PyYAML"],
         "test": [
             "pytest>=8.0",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",
             "megatron-core>=0.16",
+            "numpy>=1.26",
             "matplotlib>=3.8",
             "tqdm>=4.66",
+            "psutil>=5.9",  # Megatron's checkpoint writer asks for it
         ],
     },
 )
