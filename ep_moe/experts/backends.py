@@ -118,8 +118,6 @@ def select_backend(
     obstacle = _grouped_mm_obstacle(dtype, device, hidden_size, ffn_hidden_size)
     if name == "auto":
         return grouped_mm_linear if obstacle is None else loop_linear
-    if name != "grouped_mm":
-        raise ConfigError(f"moe.experts.backend = {name}: must be auto, grouped_mm, loop or te")
     if obstacle is not None:
         raise ConfigError(obstacle)
     return grouped_mm_linear
