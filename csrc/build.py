@@ -1,0 +1,109 @@
+"""Compile ``csrc/*.cu`` into the package's one CUDA library: ``python csrc/build.py``.
+
+``setup.py`` does the same at install. One object a source, in parallel; an object is compiled again when its source,
+any header or this file is newer. Without ``nvcc`` nothing is compiled and the exit code is 0.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+OBJECTS = ROOT / "build" / "csrc"
+# By path, because `import ep_moe` needs torch, which an isolated build does not have.
+INFO = runpy.run_path(str(ROOT / "ep_moe" / "build_info.py"))
+LIBRARY: Path = ROOT / "ep_moe" / INFO["LIBRARY_NAME"]
+
+# Machine code for Hopper; PTX, which the driver compiles at first use, for what came after.
+TARGETS = ["-gencode", "arch=compute_90,code=sm_90", "-gencode", "arch=compute_90,code=compute_90"]
+COMPILE = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+# The CUDA runtime goes into the library and stays invisible, so that it never meets the one torch brings.
+LINK = ["-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL"]
+
+
+class CompileError(RuntimeError):
+    """``nvcc`` failed; the message is its command and its output."""
+
+
+def why_not() -> str | None:
+    """Why nothing would be compiled here, or ``None`` if the library would be."""
+    if os.environ.get(INFO["SKIP_VARIABLE"], "0") not in ("", "0"):
+        return f"{INFO['SKIP_VARIABLE']} is set"
+    if not INFO["cuda_files"](CSRC, ".cu"):
+        return f"{CSRC} holds no .cu file"
+    if INFO["find_nvcc"]() is None:
+        return "nvcc was found neither in CUDA_HOME/bin nor on PATH"
+    return None
+
+
+def build() -> Path | None:
+    """Compile what changed and link; returns the library, or ``None`` if :func:`why_not` has a reason.
+
+    Raises:
+        CompileError: if ``nvcc`` fails.
+    """
+    reason = why_not()
+    if reason:
+        print(f"ep_moe: CUDA library not compiled: {reason}", flush=True)
+        return None
+    version = INFO["library_version"](CSRC)
+    sources = INFO["cuda_files"](CSRC, ".cu")
+    shared = [Path(__file__), *INFO["cuda_files"](CSRC, ".cuh")]
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        objects = list(pool.map(lambda source: _compile(source, shared, version), sources))
+    if _older(LIBRARY, objects):
+        _nvcc(*TARGETS, *LINK, *map(str, objects), output=LIBRARY)
+    print(f"ep_moe: {LIBRARY} is up to date, version {version}", flush=True)
+    return LIBRARY
+
+
+def _compile(source: Path, shared: list[Path], version: str) -> Path:
+    name = "_".join(source.relative_to(CSRC).with_suffix("").parts)
+    flags = [*TARGETS, *COMPILE, f"-I{CSRC / 'include'}"]
+    if name == "version":
+        # Another version is another object, so that a change of any source, a removed one too, links anew.
+        name, flags = f"version-{version}", [*flags, f'-DEP_MOE_VERSION="{version}"']
+        for former in OBJECTS.glob("version-*.o"):
+            if former.name != f"{name}.o":
+                former.unlink()
+    target = OBJECTS / f"{name}.o"
+    if _older(target, [source, *shared]):
+        _nvcc(*flags, "-c", str(source), output=target)
+    return target
+
+
+def _older(target: Path, inputs: list[Path]) -> bool:
+    return not target.exists() or target.stat().st_mtime < max(path.stat().st_mtime for path in inputs)
+
+
+def _nvcc(*arguments: str, output: Path) -> None:
+    # Renamed when complete: neither an interrupted compile nor a process that has the library loaded sees half a file.
+    partial = output.with_name(f".{os.getpid()}.{output.name}")
+    command = [INFO["find_nvcc"](), *arguments, "-o", str(partial)]
+    started = time.time()
+    print(f"ep_moe: nvcc {output.relative_to(ROOT)}", flush=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        partial.unlink(missing_ok=True)
+        raise CompileError(f"{shlex.join(command)}\n{done.stdout}")
+    if done.stdout.strip():
+        print(done.stdout, flush=True)
+    # As old as the sources that nvcc read: one that was edited meanwhile is newer and compiled again.
+    os.utime(partial, (started, started))
+    partial.replace(output)
+
+
+if __name__ == "__main__":
+    try:
+        build()
+    except CompileError as error:
+        sys.exit(f"ep_moe: nvcc failed\n{error}")

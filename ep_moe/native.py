@@ -1,0 +1,68 @@
+"""The CUDA library: finding it, loading it, and saying what is missing.
+
+Its entry points are plain C functions ``const char* ep_moe_xxx(const XxxArgs*, cudaStream_t)`` that return an error
+text or null; ``docs/building.md`` says why. Neither finding nor loading the library calls CUDA.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+from ep_moe.build_info import LIBRARY_NAME, VERSION, find_nvcc, library_version
+from ep_moe.config_fields import ConfigError
+
+__all__ = ["NativeLibraryError", "library_path", "load_library"]
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+class NativeLibraryError(ConfigError):
+    """The CUDA library cannot be used. The message is one line: what is missing and how to get it."""
+
+
+def library_path() -> Path:
+    """Where the library is, if it has been built: beside this module."""
+    return _PACKAGE / LIBRARY_NAME
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL:
+    """Load the library, once per process.
+
+    Raises:
+        NativeLibraryError: if it was not built, cannot be loaded, or was built from other sources.
+    """
+    path = library_path()
+    if not path.exists():
+        raise NativeLibraryError(
+            f"the CUDA library is missing ({path}): ep_moe was installed without nvcc, or with EP_MOE_SKIP_CUDA set; "
+            f"{_how_to_build()}"
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+        library.ep_moe_version.restype = ctypes.c_char_p
+        built = library.ep_moe_version().decode()
+    except (OSError, AttributeError) as error:
+        raise NativeLibraryError(f"the CUDA library cannot be loaded: {error}; {_how_to_build()}") from error
+    csrc = _checkout_csrc()
+    expected = library_version(csrc) if csrc else VERSION
+    if (built if csrc else built.split("+")[0]) != expected:
+        raise NativeLibraryError(
+            f"the CUDA library {path} has version {built}, the package needs {expected}; {_how_to_build()}"
+        )
+    return library
+
+
+def _how_to_build() -> str:
+    first = "" if find_nvcc() else "install the CUDA toolkit (12.0 or newer), put nvcc on PATH or set CUDA_HOME, then "
+    if _checkout_csrc():
+        return f"{first}run: python {_PACKAGE.parent / 'csrc' / 'build.py'}"
+    return f"{first}reinstall from the sources: pip install --force-reinstall --no-deps --no-cache-dir <ep_moe folder>"
+
+
+def _checkout_csrc() -> Path | None:
+    """The sources, where the package is used from its checkout."""
+    csrc = _PACKAGE.parent / "csrc"
+    return csrc if (csrc / "version.cu").exists() and (csrc / "build.py").exists() else None
