@@ -1,6 +1,7 @@
 """ep_moe: an expert-parallel Mixture-of-Experts layer for training and inference."""
 
+from ep_moe.comm import PeerTimeoutError
 from ep_moe.config import Config, ConfigError
 from ep_moe.layer import EPMoELayer
 
-__all__ = ["Config", "ConfigError", "EPMoELayer"]
+__all__ = ["Config", "ConfigError", "EPMoELayer", "PeerTimeoutError"]

@@ -146,9 +146,12 @@ class MoEConfig(Section):
     num_experts: int = key(8, "Routed experts over all ranks.", low=1)
     top_k: int = key(2, "Experts each token is routed to.", low=1)
     ep_size: int | None = key(None, "Ranks the experts are spread over; null means all processes.", low=1)
-    comm: Literal["auto", "portable"] = key(
-        "auto", "Communicator: 'portable' is torch.distributed (gloo, NCCL); 'auto' takes the fastest available."
+    comm: Literal["auto", "portable", "nvlink"] = key(
+        "auto",
+        "Communicator: 'portable' is torch.distributed (gloo, NCCL); 'nvlink' our kernels between GPUs of one host; "
+        "'auto' takes nvlink where it runs.",
     )
+    comm_timeout_s: float = key(30.0, "Seconds an nvlink kernel waits for a peer before PeerTimeoutError.", low=0.1)
     router: RouterConfig = key(RouterConfig, "Routing.")
     experts: ExpertsConfig = key(ExpertsConfig, "Routed experts.")
     shared_experts: SharedExpertsConfig = key(SharedExpertsConfig, "Shared experts.")

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ep_moe.comm import build_communicator
+from ep_moe.comm import communicator_factory
 from ep_moe.config import Config, ConfigError, check_ep_size
 from ep_moe.experts import GroupedExperts, SharedExperts
 from ep_moe.overlap import Stages
-from ep_moe.phases import PhaseSelector
+from ep_moe.phases import PhaseSelector, most_tokens
 from ep_moe.router import TopKRouter
 
 
@@ -53,8 +53,10 @@ class EPMoELayer(nn.Module):
         super().__init__()
         moe, hidden = config.moe, config.model.hidden_size
         self.config = config
-        self.communicator = build_communicator(moe.comm, ep_group)
-        ep_size, ep_rank = self.communicator.size, self.communicator.rank
+        communicators = communicator_factory(
+            moe.comm, ep_group, max_tokens=most_tokens(config.phases), timeout_s=moe.comm_timeout_s
+        )
+        ep_size, ep_rank = communicators.size, communicators.rank
         if moe.ep_size is not None and moe.ep_size != ep_size:
             raise ConfigError(
                 f"moe.ep_size = {moe.ep_size}: must equal the size of the expert-parallel group ({ep_size})"
@@ -96,7 +98,7 @@ class EPMoELayer(nn.Module):
         )
         for parameter in self.experts.parameters():
             parameter.allreduce = ep_size == 1  # type: ignore[attr-defined]
-        self._phases = PhaseSelector(config.phases, moe.num_experts, self.communicator, self.experts.alignment)
+        self._phases = PhaseSelector(config.phases, moe.num_experts, communicators, self.experts.alignment)
 
     def phase(self, name: str | None) -> contextlib.AbstractContextManager[None]:
         """Use the settings of phase ``name`` from now on, or until the end of a ``with`` block.

@@ -8,29 +8,31 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from ep_moe.comm import Communicator
+from ep_moe.comm import CommunicatorFactory
 from ep_moe.config import PHASES, PhaseConfig, PhasesConfig
-from ep_moe.dispatcher import TokenDispatcher, build_dispatcher
+from ep_moe.dispatcher import TokenDispatcher, build_dispatcher, check_mode
 from ep_moe.overlap import OverlapScheduler
 
 
 class PhaseSelector:
     """Which phase applies, and its dispatcher and scheduler, built when first used."""
 
-    def __init__(self, phases: PhasesConfig, num_experts: int, communicator: Communicator, alignment: int) -> None:
+    def __init__(
+        self, phases: PhasesConfig, num_experts: int, communicators: CommunicatorFactory, alignment: int
+    ) -> None:
         self._phases = phases
         self._num_experts = num_experts
-        self._communicator = communicator
+        self._communicators = communicators
         self._alignment = alignment
         self._explicit: str | None = None
-        self._built: dict[str, tuple[TokenDispatcher, OverlapScheduler]] = {}
+        self._built: dict[tuple[str, torch.device], tuple[TokenDispatcher, OverlapScheduler]] = {}
 
     def set(self, name: str | None) -> contextlib.AbstractContextManager[None]:
         """Fix the phase (``None``: choose automatically); the returned context restores the previous choice."""
         if name is not None:
             if name not in PHASES:
                 raise ValueError(f"phase: expected one of {', '.join(PHASES)} or None, got {name!r}")
-            self._get(name)
+            check_mode(name, self._settings(name))
         previous, self._explicit = self._explicit, name
         return self._restore(previous)
 
@@ -40,7 +42,7 @@ class PhaseSelector:
         limit = self._settings(name).max_tokens_per_rank
         if limit is not None and tokens > limit:
             raise ValueError(f"hidden_states: {tokens} tokens exceed phases.{name}.max_tokens_per_rank ({limit})")
-        return self._get(name)
+        return self._get(name, device)
 
     def _inference_phase(self, tokens: int, device: torch.device) -> str:
         limit = self._settings("decode").max_tokens_per_rank
@@ -48,19 +50,21 @@ class PhaseSelector:
             return "prefill"
         # The ranks must agree, or they would wait for each other in different exchanges.
         most = torch.tensor(tokens, device=device)
-        if self._communicator.size > 1:
-            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._communicator.group)
+        if self._communicators.size > 1:
+            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._communicators.group)
         return "decode" if int(most) <= limit else "prefill"
 
     def _settings(self, name: str) -> PhaseConfig:
         return getattr(self._phases, name)
 
-    def _get(self, name: str) -> tuple[TokenDispatcher, OverlapScheduler]:
-        if name not in self._built:
+    def _get(self, name: str, device: torch.device) -> tuple[TokenDispatcher, OverlapScheduler]:
+        if (name, device) not in self._built:
             settings = self._settings(name)
-            dispatcher = build_dispatcher(name, settings, self._communicator, self._num_experts, self._alignment)
-            self._built[name] = dispatcher, OverlapScheduler(settings.overlap)
-        return self._built[name]
+            dispatcher = build_dispatcher(
+                name, settings, self._communicators.build(device), self._num_experts, self._alignment
+            )
+            self._built[name, device] = dispatcher, OverlapScheduler(settings.overlap)
+        return self._built[name, device]
 
     @contextlib.contextmanager
     def _restore(self, previous: str | None) -> Iterator[None]:
@@ -68,3 +72,9 @@ class PhaseSelector:
             yield
         finally:
             self._explicit = previous
+
+
+def most_tokens(phases: PhasesConfig) -> int | None:
+    """The largest ``max_tokens_per_rank`` of the phases that set one."""
+    limits = [getattr(phases, name).max_tokens_per_rank for name in PHASES]
+    return max((limit for limit in limits if limit is not None), default=None)

@@ -16,6 +16,8 @@ for folder in (ROOT, ROOT / "tests", ROOT / "examples"):
         sys.path.insert(0, str(folder))
 # Rank processes are spawned: they find the same modules through the environment.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")])
+# Several ranks may share a GPU in tests.
+os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
 warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
 
 

@@ -19,9 +19,9 @@ CASES = [
     Case(tokens=(5, 7), num_experts=4, top_k=2, hidden=8),
     Case(tokens=(0, 3), num_experts=6, top_k=3, hidden=4),
     Case(tokens=(0, 0), num_experts=2, top_k=1, hidden=4),
-    Case(tokens=(9,), num_experts=3, top_k=2, hidden=5),
+    Case(tokens=(9,), num_experts=3, top_k=2, hidden=12),
     Case(tokens=(4, 0, 6, 1), num_experts=8, top_k=4, hidden=16, dtype=torch.bfloat16),
-    Case(tokens=(3, 3, 3, 3), num_experts=4, top_k=4, hidden=2, dtype=torch.float16),
+    Case(tokens=(3, 3, 3, 3), num_experts=4, top_k=4, hidden=8, dtype=torch.float16),
 ]
 
 
@@ -115,7 +115,7 @@ def test_exchange_matches_oracle(kind: str, device: str, case: Case, pattern: st
 @pytest.mark.parametrize(("kind", "device"), COMMUNICATORS)
 @pytest.mark.parametrize("alignment", [4, 16])
 def test_segments_are_padded_with_zero_rows(kind: str, device: str, alignment: int) -> None:
-    case = Case(tokens=(5, 0, 3, 9), num_experts=8, top_k=3, hidden=6, pattern="some_unrouted")
+    case = Case(tokens=(5, 0, 3, 9), num_experts=8, top_k=3, hidden=8, pattern="some_unrouted")
     check_exchange(case, run_ranks(4, run_exchange, kind, device, case, alignment, False), alignment, False)
 
 

@@ -20,7 +20,7 @@ CASE = Case(tokens=(6, 0, 5, 9), num_experts=8, top_k=3, hidden=128, dtype=torch
 
 def expert_scale(experts: Tensor) -> Tensor:
     """A stand-in for an expert: it multiplies its rows by a number of its own."""
-    return 0.5 + experts.to(torch.float64)
+    return 0.5 + experts.to(torch.float32)
 
 
 def dense(x: Tensor, idx: Tensor, weights: Tensor) -> Tensor:
@@ -53,7 +53,9 @@ def _round_trip(rank: int, world: int, kind: str, device: str, case: Case, cache
 @pytest.mark.parametrize("cached", [False, True], ids=["fresh", "cached"])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_output_and_gradients_match_dense(kind: str, device: str, pattern: str, cached: bool, ranks: int) -> None:
-    case = replace(CASE, pattern=pattern, tokens=CASE.tokens[-ranks:])
+    # Kernels move 16-bit and 32-bit rows; only the portable communicator takes fp64.
+    dtype, tolerance = (torch.float32, 1e-5) if kind == "nvlink" else (torch.float64, 1e-12)
+    case = replace(CASE, pattern=pattern, tokens=CASE.tokens[-ranks:], dtype=dtype)
     for rank, result in enumerate(run_ranks(ranks, _round_trip, kind, device, case, cached)):
         out, grad_x, grad_weights, upstream = result
         x, idx, weights = make_inputs(case, rank)
@@ -62,7 +64,7 @@ def test_output_and_gradients_match_dense(kind: str, device: str, pattern: str, 
         expected.backward(upstream)
         assert x.grad is not None and weights.grad is not None
         for got, want in ((out, expected), (grad_x, x.grad), (grad_weights, weights.grad)):
-            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(got.double(), want.double(), rtol=tolerance, atol=tolerance)
 
 
 def _gradcheck(rank: int, world: int) -> bool:

@@ -156,11 +156,14 @@ def test_output_and_gradients_match_dense(ranks: int, moe: MoEConfig, dtype: tor
 @pytest.mark.gpu
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("overlap", [(), ("shared_experts",)], ids=["plain", "overlap"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    ("comm", "dtype", "tolerance"),
+    [("portable", torch.float64, 1e-12), ("portable", torch.bfloat16, 1e-2), ("nvlink", torch.bfloat16, 1e-2)],
+)
 def test_output_and_gradients_match_dense_gpu(
-    ranks: int, overlap: tuple[Any, ...], dtype: torch.dtype, tolerance: float
+    ranks: int, overlap: tuple[Any, ...], comm: Any, dtype: torch.dtype, tolerance: float
 ) -> None:
-    config = make_config(SIGMOID, PhasesConfig(train=PhaseConfig(overlap=overlap)))
+    config = make_config(replace(SIGMOID, comm=comm), PhasesConfig(train=PhaseConfig(overlap=overlap)))
     check_against_dense(run_ranks(ranks, _train, config, dtype, "cuda"), SIGMOID, tolerance)
 
 
@@ -202,7 +205,7 @@ def _phases(rank: int, world: int) -> list[str]:
     layer = EPMoELayer(make_config(SOFTMAX, PhasesConfig(decode=DECODE), logits="fp32"), dist.group.WORLD)
     chosen: list[str] = []
     select = layer._phases._get
-    layer._phases._get = lambda name: (chosen.append(name), select(name))[1]  # type: ignore[method-assign]
+    layer._phases._get = lambda name, on: (chosen.append(name), select(name, on))[1]  # type: ignore[method-assign]
     few, many = torch.randn(3, HIDDEN), torch.randn(9, HIDDEN)
     layer(few)
     layer.eval()
@@ -229,9 +232,7 @@ def test_phase_choice() -> None:
             "decode",
             "prefill",
             "prefill",
-            "prefill",  # phase() builds the dispatcher, so that it can refuse
             "prefill",
-            "decode",
             "decode",
             "hidden_states: 9 tokens exceed phases.decode.max_tokens_per_rank (4)",
             "prefill",
@@ -265,6 +266,20 @@ def test_errors_name_what_was_given_and_what_is_allowed() -> None:
     assert mode.startswith("phases.decode.mode = low_latency:")
     assert divide == "moe.num_experts = 7: must be divisible by the expert-parallel size (2, key moe.ep_size)"
     assert ep_size == "moe.ep_size = 4: must equal the size of the expert-parallel group (2)"
+
+
+def _nvlink_on_cpu(rank: int, world: int) -> str:
+    layer = EPMoELayer(make_config(replace(SOFTMAX, comm="nvlink")), dist.group.WORLD)
+    try:
+        layer(torch.zeros(3, HIDDEN))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_nvlink_without_a_gpu_says_what_is_missing() -> None:
+    for message in run_ranks(2, _nvlink_on_cpu):
+        assert message == "moe.comm = nvlink: the tokens are on cpu, kernels need a CUDA GPU"
 
 
 def test_without_a_process_group_the_error_says_what_to_call() -> None:

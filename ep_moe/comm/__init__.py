@@ -1,14 +1,17 @@
 """Communicators: moving token rows between ranks."""
 
 from ep_moe.comm.communicator import Communicator, Dispatched, ExpertSegments
-from ep_moe.comm.factory import build_communicator
-from ep_moe.comm.portable import PortableCommunicator, PortableHandle
+from ep_moe.comm.factory import CommunicatorFactory, communicator_factory
+from ep_moe.comm.nvlink import NvlinkCommunicator, PeerTimeoutError
+from ep_moe.comm.portable import PortableCommunicator
 
 __all__ = [
     "Communicator",
+    "CommunicatorFactory",
     "Dispatched",
     "ExpertSegments",
+    "NvlinkCommunicator",
+    "PeerTimeoutError",
     "PortableCommunicator",
-    "PortableHandle",
-    "build_communicator",
+    "communicator_factory",
 ]

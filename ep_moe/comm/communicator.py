@@ -72,6 +72,7 @@ class Communicator(Protocol):
         num_experts: int,
         fp8: bool = False,
         alignment: int = 1,
+        num_sms: int | None = None,
     ) -> Dispatched:
         """Send each token to the ranks of its experts.
 
@@ -83,6 +84,7 @@ class Communicator(Protocol):
                 ``r * num_experts / size``.
             fp8: send the rows as e4m3 with one fp32 scale per 128 channels.
             alignment: every expert's segment is padded with zero rows to a multiple of this.
+            num_sms: SMs that kernels of this exchange and of its handle may occupy; ``None`` for the library's choice.
 
         Raises:
             ValueError: before anything is sent, naming the argument, what was given and what is allowed.
@@ -114,10 +116,10 @@ class Communicator(Protocol):
         ...
 
 
-def check_dispatch_arguments(
+def check_dispatch_shapes(
     x: Tensor, topk_idx: Tensor, topk_weights: Tensor | None, num_experts: int, ranks: int
 ) -> None:
-    """Raise ``ValueError`` unless the arguments of a dispatch fit together (see :meth:`Communicator.dispatch`)."""
+    """Raise ``ValueError`` unless the arguments of a dispatch fit together; does not read values."""
     if num_experts < 1 or num_experts % ranks:
         raise ValueError(f"num_experts: expected a multiple of the {ranks} ranks of the group, got {num_experts}")
     if x.dim() != 2 or not x.is_floating_point():
@@ -131,6 +133,10 @@ def check_dispatch_arguments(
     for name, tensor in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name}: expected device {x.device} as x, got {tensor.device}")
+
+
+def check_expert_range(topk_idx: Tensor, num_experts: int) -> None:
+    """Raise ``ValueError`` unless all entries are experts or -1; waits for the device."""
     if topk_idx.numel():
         low, high = (int(v) for v in torch.aminmax(topk_idx))
         if low < -1 or high >= num_experts:

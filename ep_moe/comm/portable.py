@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_moe.comm.communicator import Dispatched, check_dispatch_arguments
+from ep_moe.comm.communicator import Dispatched, check_dispatch_shapes, check_expert_range
 from ep_moe.comm.fp8 import quantize_e4m3
 from ep_moe.comm.layout import ExpertLayout, SendLayout, expert_layout, send_layout
 
@@ -56,9 +56,11 @@ class PortableCommunicator:
         num_experts: int,
         fp8: bool = False,
         alignment: int = 1,
+        num_sms: int | None = None,
     ) -> Dispatched:
-        """See :meth:`ep_moe.comm.communicator.Communicator.dispatch`."""
-        check_dispatch_arguments(x, topk_idx, topk_weights, num_experts, self.size)
+        """See :meth:`ep_moe.comm.communicator.Communicator.dispatch`; gloo and NCCL have SM settings of their own."""
+        check_dispatch_shapes(x, topk_idx, topk_weights, num_experts, self.size)
+        check_expert_range(topk_idx, num_experts)
         payload = [*quantize_e4m3(x)] if fp8 else [x]
         send = send_layout(topk_idx, num_experts, self.size)
         signature = _signature(x, topk_idx, topk_weights, fp8)

@@ -29,7 +29,15 @@ class NormalHandle:
 class NormalDispatcher:
     """A :class:`~ep_moe.dispatcher.dispatcher.TokenDispatcher` for training and prefill."""
 
-    def __init__(self, communicator: Communicator, num_experts: int, *, fp8: bool = False, alignment: int = 1) -> None:
+    def __init__(
+        self,
+        communicator: Communicator,
+        num_experts: int,
+        *,
+        fp8: bool = False,
+        alignment: int = 1,
+        num_sms: int | None = None,
+    ) -> None:
         """Dispatch over ``communicator``.
 
         Args:
@@ -38,11 +46,13 @@ class NormalDispatcher:
             fp8: rows travel forward as e4m3 with a scale per 128 channels and arrive dequantised; gradients travel
                 in the dtype of the tokens, as if no rounding had happened (straight-through).
             alignment: rows per expert are padded to a multiple of this.
+            num_sms: SMs that communication may occupy; ``None`` for the communicator's choice.
         """
         self.communicator = communicator
         self.num_experts = num_experts
         self.fp8 = fp8
         self.alignment = alignment
+        self.num_sms = num_sms
 
     def dispatch(
         self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: NormalHandle | None = None
@@ -73,6 +83,7 @@ class _Dispatch(torch.autograd.Function):
             num_experts=dispatcher.num_experts,
             fp8=dispatcher.fp8,
             alignment=dispatcher.alignment,
+            num_sms=dispatcher.num_sms,
         )
         rows = arrived.rows if arrived.scales is None else dequantize_e4m3(arrived.rows, arrived.scales, x.dtype)
         assert arrived.weights is not None

@@ -21,14 +21,14 @@ from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from ep_moe.comm import build_communicator
+from ep_moe.comm import communicator_factory
 from ep_moe.config import PhasesConfig
 from ep_moe.dispatcher import TokenDispatcher
 from ep_moe.layer import to_compute_dtype
 from ep_moe.megatron.experts import MegatronExperts
 from ep_moe.megatron.router import MegatronRouter
 from ep_moe.megatron.translate import Backend, Comm, moe_config
-from ep_moe.phases import PhaseSelector
+from ep_moe.phases import PhaseSelector, most_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -77,17 +77,20 @@ class MegatronEPMoELayer(MoELayer):
             "device": "cpu" if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device()),
             "dtype": config.params_dtype,
         }
-        communicator = build_communicator(comm, groups.ep)
+        phases = phases if phases is not None else PhasesConfig()
+        communicators = communicator_factory(
+            comm, groups.ep, max_tokens=most_tokens(phases), timeout_s=moe.comm_timeout_s
+        )
         self.router = MegatronRouter(config, moe, groups, **kind)
         self.experts = MegatronExperts(
             config.hidden_size,
             self.num_local_experts,
             moe.experts,
-            first_expert=communicator.rank * self.num_local_experts,
+            first_expert=communicators.rank * self.num_local_experts,
             init_method=config.init_method,
             output_init_method=config.output_layer_init_method,
-            ep_rank=communicator.rank,
-            ep_size=communicator.size,
+            ep_rank=communicators.rank,
+            ep_size=communicators.size,
             expert_data_parallel_rank=megatron_utils.get_pg_rank(groups.expt_dp),
             **kind,
         )
@@ -99,9 +102,7 @@ class MegatronEPMoELayer(MoELayer):
                 pg_collection=groups,
                 gate=config.moe_shared_expert_gate,
             )
-        self._phases = PhaseSelector(
-            phases if phases is not None else PhasesConfig(), moe.num_experts, communicator, self.experts.alignment
-        )
+        self._phases = PhaseSelector(phases, moe.num_experts, communicators, self.experts.alignment)
         self._shape = torch.Size()
         self._topk_idx: Tensor | None = None
         self._routes: Any = None

@@ -12,7 +12,7 @@ from ep_moe.config import ConfigError, ExpertsConfig, MoEConfig, RouterConfig
 
 Activation = Literal["swiglu", "geglu", "gelu", "relu", "squared_relu"]
 Backend = Literal["auto", "grouped_mm", "loop", "te"]
-Comm = Literal["auto", "portable"]
+Comm = Literal["auto", "portable", "nvlink"]
 
 _ACTIVATIONS: dict[tuple[Any, bool], Activation] = {
     (F.silu, True): "swiglu",

@@ -1,0 +1,249 @@
+// Combine: the expert-major rows of each token are summed here, once; the sum of a peer's token is pushed to that peer,
+// which adds what its peers pushed.
+//
+// What moves: rows by bulk copies into a ring in shared memory (warp 0); fp32 sums in registers (the other warps); one
+// row a (token, rank) by ordinary 16-byte stores into the landing buffer of the token's rank.
+//
+//   writer                        reader                     ordered by
+//   landing (peer)                the token's rank           landing flag of 8 tokens: bar.sync of the summing warps,
+//                                                            then st.release / ld.acquire
+//   (reuse of landing)            the token's rank, before   rule (2) of communicator.cuh: no push before wait_entered
+//   stage (copy engine, load)     summing warps              `full` mbarrier
+//   stage (reused by a load)      summing warps              `empty` mbarrier
+//
+// A block pushes a group's sums before it waits for what peers push to it, and all blocks are resident, so no two
+// ranks wait for each other.
+#include "communicator.cuh"
+#include "element.cuh"
+#include "launch.cuh"
+
+namespace ep_moe {
+
+struct CombineArgs {
+  Communicator comm;
+  const int32_t* slots;   // [ranks][max_tokens][top_k], from the layout
+  const uint8_t* owners;  // [tokens]: bit r says that rank r returns a row for this token
+  const uint8_t* rows;    // [num_rows][row_bytes]
+  uint8_t* out;           // [tokens][row_bytes]
+  int32_t row_bytes;      // a multiple of 16
+  int32_t element;        // Element of the rows
+  int32_t tokens;
+  int32_t top_k;
+};
+
+namespace {
+
+constexpr int kSummingWarps = 7;
+constexpr int kSummingThreads = kSummingWarps * 32;
+constexpr int kThreads = kSummingThreads + 32;
+constexpr int kVectorsPerThread = 4;
+constexpr int kPieceBytes = kSummingThreads * kVectorsPerThread * 16;  // rows are summed in pieces of this size
+constexpr int kStages = 14;
+constexpr int kSumBarrier = 1;  // named barrier of the summing warps
+
+struct Ring {
+  uint8_t* data;
+  uint64_t* full;
+  uint64_t* empty;
+  int place = 0;
+  uint32_t parity = 0;
+
+  __device__ void advance() {
+    if (++place == kStages) {
+      place = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Calls visit(source, group) for the groups of a block's tokens in the order in which they are summed: all peers' share
+// of a group, then this rank's of the group before, so that pushes are under way while this rank's sums wait for them.
+template <typename Visit>
+__device__ void for_each_group(const Communicator& comm, Visit visit) {
+  const int groups = comm.shape.max_tokens / kCombineGroup;
+  const int each = (groups + gridDim.x - 1) / gridDim.x;
+  const int first = min(static_cast<int>(blockIdx.x) * each, groups), end = min(first + each, groups);
+  for (int group = first; group <= end; ++group) {
+    for (int i = 1; i < comm.shape.ranks && group < end; ++i) visit((comm.rank + i) % comm.shape.ranks, group);
+    if (group > first) visit(comm.rank, group - 1);
+  }
+}
+
+__device__ __forceinline__ int slot_of_lane(const CombineArgs& args, int source, int token, int lane) {
+  const int64_t entry = static_cast<int64_t>(source) * args.comm.shape.max_tokens + token;
+  return lane < args.top_k ? args.slots[entry * args.top_k + lane] : -1;
+}
+
+__device__ void feed_rows(const CombineArgs& args, Ring ring, int lane) {
+  for_each_group(args.comm, [&](int source, int group) {
+    for (int i = 0; i < kCombineGroup; ++i) {
+      const int slot = slot_of_lane(args, source, group * kCombineGroup + i, lane);
+      const uint32_t wanted = __ballot_sync(~0u, slot >= 0);
+      for (int start = 0; start < args.row_bytes; start += kPieceBytes) {
+        const uint32_t bytes = min(args.row_bytes - start, kPieceBytes);
+        for (uint32_t left = wanted; left != 0; left &= left - 1) {
+          const int64_t row = __shfl_sync(~0u, slot, __ffs(left) - 1);
+          if (lane == 0) {
+            mbarrier_wait_parity(&ring.empty[ring.place], ring.parity ^ 1);
+            mbarrier_arrive_expect_tx(&ring.full[ring.place], bytes);
+            cp_async_bulk_load(ring.data + ring.place * kPieceBytes, args.rows + row * args.row_bytes + start, bytes,
+                               &ring.full[ring.place]);
+          }
+          ring.advance();
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+struct Sums {
+  static constexpr int kCount = Vector<T>::kCount;
+  float values[kVectorsPerThread][kCount];
+
+  __device__ void clear() {
+#pragma unroll
+    for (int v = 0; v < kVectorsPerThread; ++v)
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) values[v][i] = 0.0f;
+  }
+
+  __device__ void add(const uint8_t* piece, int vectors, int thread) {
+#pragma unroll
+    for (int v = 0; v < kVectorsPerThread; ++v) {
+      const int index = v * kSummingThreads + thread;
+      if (index >= vectors) break;
+      float floats[kCount];
+      reinterpret_cast<const Vector<T>*>(piece)[index].to_float(floats);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) values[v][i] += floats[i];
+    }
+  }
+
+  __device__ void store(uint8_t* piece, int vectors, int thread) const {
+#pragma unroll
+    for (int v = 0; v < kVectorsPerThread; ++v) {
+      const int index = v * kSummingThreads + thread;
+      if (index >= vectors) break;
+      Vector<T> vector;
+      vector.from_float(values[v]);
+      reinterpret_cast<Vector<T>*>(piece)[index] = vector;
+    }
+  }
+};
+
+// Where peer `writer` pushes its sums for `owner`'s tokens.
+__device__ __forceinline__ uint8_t* landing(const CombineArgs& args, int owner, int writer, int token) {
+  const Communicator& comm = args.comm;
+  const int64_t place = writer < owner ? writer : writer - 1;
+  return part<uint8_t>(comm, owner, comm.layout.landing) +
+         (place * comm.shape.max_tokens + token) * static_cast<int64_t>(args.row_bytes);
+}
+
+__device__ __forceinline__ uint32_t* landing_flag(const Communicator& comm, int owner, int writer, int group) {
+  return part<uint32_t>(comm, owner, comm.layout.landing_flags) +
+         static_cast<int64_t>(writer) * (comm.shape.max_tokens / kCombineGroup) + group;
+}
+
+// Until all peers have pushed their sums of a group of this rank's tokens.
+__device__ void wait_landed(const Communicator& comm, int group, uint32_t round) {
+  for (int peer = 0; peer < comm.shape.ranks; ++peer) {
+    if (peer == comm.rank) continue;
+    const uint32_t* flag = landing_flag(comm, comm.rank, peer, group);
+    // Pairs with the release in sum_rows.
+    wait_bounded(comm, Step::kCombine, peer, round,
+                 [=] { return static_cast<int32_t>(ld_acquire_sys(flag) - round) >= 0; });
+  }
+}
+
+template <typename T>
+__device__ void sum_rows(const CombineArgs& args, Ring ring, int thread, uint32_t round) {
+  const Communicator& comm = args.comm;
+  const int lane = thread % 32;
+  uint32_t entered = 0;
+  for_each_group(comm, [&](int source, int group) {
+    const bool mine = source == comm.rank;
+    if (lane == 0) {
+      if (mine) {
+        wait_landed(comm, group, round);
+      } else if ((entered >> source & 1) == 0) {
+        wait_entered(comm, Step::kCombine, source, round);
+      }
+    }
+    entered |= 1u << source;
+    __syncwarp();
+    for (int i = 0; i < kCombineGroup; ++i) {
+      const int token = group * kCombineGroup + i;
+      const int slot = slot_of_lane(args, source, token, lane);
+      const uint32_t wanted = __ballot_sync(~0u, slot >= 0);
+      if (mine ? token >= args.tokens : wanted == 0) continue;
+      const uint32_t owners = mine ? args.owners[token] & ~(1u << comm.rank) : 0;
+      for (int start = 0; start < args.row_bytes; start += kPieceBytes) {
+        const int vectors = min(args.row_bytes - start, kPieceBytes) / 16;
+        Sums<T> sums;
+        sums.clear();
+        for (uint32_t left = wanted; left != 0; left &= left - 1) {
+          mbarrier_wait_parity(&ring.full[ring.place], ring.parity);
+          sums.add(ring.data + ring.place * kPieceBytes, vectors, thread);
+          mbarrier_arrive(&ring.empty[ring.place]);  // by every thread: no slower than by one a warp behind a barrier
+          ring.advance();
+        }
+        for (uint32_t left = owners; left != 0; left &= left - 1)
+          sums.add(landing(args, comm.rank, __ffs(left) - 1, token) + start, vectors, thread);
+        uint8_t* target =
+            mine ? args.out + static_cast<int64_t>(token) * args.row_bytes : landing(args, source, comm.rank, token);
+        sums.store(target + start, vectors, thread);
+      }
+    }
+    if (!mine) {
+      bar_sync(kSumBarrier, kSummingThreads);  // all sums of the group are stored before its flag is released
+      if (thread == 0) st_release_sys(landing_flag(comm, source, comm.rank, group), round);
+    }
+  });
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_constant__ CombineArgs args) {
+  const Communicator& comm = args.comm;
+  extern __shared__ __align__(128) uint8_t shared[];
+  __shared__ __align__(8) uint64_t full[kStages], empty[kStages];
+  const uint32_t round = begin_round(comm);
+  announce_round(comm, round);
+  if (threadIdx.x < kStages) {
+    mbarrier_init(&full[threadIdx.x], 1);
+    mbarrier_init(&empty[threadIdx.x], kSummingThreads);
+  }
+  fence_proxy_async();  // the copy engine completes on the barriers initialised above
+  __syncthreads();
+  const Ring ring = {shared, full, empty};
+  if (threadIdx.x < 32) {
+    feed_rows(args, ring, threadIdx.x);
+  } else {
+    sum_rows<T>(args, ring, threadIdx.x - 32, round);
+  }
+  if (blockIdx.x == 0 && threadIdx.x < comm.shape.ranks)
+    wait_entered(comm, Step::kCombine, threadIdx.x, round);  // rule (1)
+  end_round(comm, round);
+}
+
+}  // namespace
+}  // namespace ep_moe
+
+// Runs the kernel above; requires 1 <= blocks <= multiprocessors.
+EP_MOE_API const char* ep_moe_combine(const ep_moe::CombineArgs* args, cudaStream_t stream) {
+  using namespace ep_moe;
+  void (*kernel)(CombineArgs) = combine_kernel<float>;
+  switch (static_cast<Element>(args->element)) {
+    case Element::kFloat32:
+      break;
+    case Element::kBFloat16:
+      kernel = combine_kernel<__nv_bfloat16>;
+      break;
+    case Element::kFloat16:
+      kernel = combine_kernel<__half>;
+      break;
+  }
+  return launch("combine kernel", kernel, *args, args->comm.blocks, kThreads, kStages * kPieceBytes, true, stream);
+}
+
+EP_MOE_API size_t ep_moe_combine_args_bytes() { return sizeof(ep_moe::CombineArgs); }

@@ -1,0 +1,167 @@
+// Dispatch: rows from the ranks that staged them to their expert-major slots here.
+//
+// What moves: each wanted row once, by a bulk copy from its rank's symmetric buffer to shared memory, then by one bulk
+// copy into each of its slots. A warp owns a ring of stages and takes every W-th row of its block's share.
+//
+//   writer                        reader                      ordered by
+//   rows[e % 2] (staging, peer)   this kernel                 announce_round (release) / wait_entered (acquire), then
+//                                                             fence.proxy.async, because the copy engine reads
+//   stage (copy engine, load)     the warp                    mbarrier of the stage
+//   stage (reused by a load)      bulk stores of the row      wait_group.read, then __syncwarp
+//   slots, counts                 this kernel                 the end of the layout kernel
+#include "communicator.cuh"
+#include "launch.cuh"
+
+namespace ep_moe {
+
+struct DispatchArgs {
+  Communicator comm;
+  const int32_t* slots;   // [ranks][max_tokens][top_k], from the layout
+  const int64_t* counts;  // [local_experts]: real rows
+  const int32_t* ends;    // [local_experts]: ends of the segments, padding included
+  uint8_t* rows;          // out [num_rows][row_bytes]; padding rows become zero
+  float* scales;          // out [num_rows][row_scales]; nullptr unless the rows are e4m3
+  int64_t wire_bytes;     // from row to row in the symmetric buffers
+  int32_t row_bytes;      // without scales; a multiple of 16
+  int32_t row_scales;     // scales behind the row
+  int32_t top_k;
+  int32_t local_experts;
+  int32_t num_rows;     // rows there is room for
+  int32_t warps;        // of a block
+  int32_t stages;       // of a warp, at least 2
+  int32_t stage_bytes;  // wire_bytes rounded up to 128
+};
+
+namespace {
+
+constexpr int kMaxWarps = 16;
+constexpr int kMaxStages = 8;
+
+// A row that a rank staged and that this rank wants, as one warp sees it.
+struct Item {
+  int source;
+  int token;
+  int slot;  // of this lane, or -1
+};
+
+// Zero rows between the end of an expert's real rows and the end of its segment.
+__device__ void fill_padding(const DispatchArgs& args, int warp, int lane) {
+  for (int expert = blockIdx.x * args.warps + warp; expert < args.local_experts; expert += gridDim.x * args.warps) {
+    const int start = expert == 0 ? 0 : args.ends[expert - 1], end = min(args.ends[expert], args.num_rows);
+    for (int row = start + static_cast<int>(args.counts[expert]); row < end; ++row) {
+      uint4* data = reinterpret_cast<uint4*>(args.rows + static_cast<int64_t>(row) * args.row_bytes);
+      for (int i = lane; i < args.row_bytes / 16; i += 32) data[i] = make_uint4(0, 0, 0, 0);
+      for (int i = lane; i < args.row_scales; i += 32) args.scales[static_cast<int64_t>(row) * args.row_scales + i] = 0;
+    }
+  }
+}
+
+// The rows of a warp, in turn: ranks alternate, so that all links are in use; rows nobody here wants are skipped.
+struct Rows {
+  const DispatchArgs& args;
+  int lane;
+  int first_token;
+  int next;
+  int count;
+  uint32_t round;
+  uint32_t entered;  // ranks seen in this round
+
+  __device__ bool take(Item& item) {
+    const Communicator& comm = args.comm;
+    const int ranks = comm.shape.ranks;
+    for (; next < count; next += args.warps) {
+      item.source = (comm.rank + 1 + next % ranks) % ranks;
+      item.token = first_token + next / ranks;
+      const int64_t entry = static_cast<int64_t>(item.source) * comm.shape.max_tokens + item.token;
+      item.slot = lane < args.top_k ? args.slots[entry * args.top_k + lane] : -1;
+      if (__ballot_sync(~0u, item.slot >= 0) == 0) continue;
+      if ((entered >> item.source & 1) == 0) {
+        bool here = true;
+        if (lane == 0) {
+          here = wait_entered(comm, Step::kRows, item.source, round);
+          fence_proxy_async();
+        }
+        if (!__shfl_sync(~0u, here, 0)) continue;
+        entered |= 1u << item.source;
+      }
+      next += args.warps;
+      return true;
+    }
+    return false;
+  }
+};
+
+__global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __grid_constant__ DispatchArgs args) {
+  const Communicator& comm = args.comm;
+  extern __shared__ __align__(128) uint8_t shared[];
+  __shared__ __align__(8) uint64_t arrived[kMaxWarps][kMaxStages];
+  __shared__ int slots[kMaxWarps][kMaxStages][kMaxTopK];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint32_t round = begin_round(comm);
+  announce_round(comm, round);
+  if (lane < args.stages) mbarrier_init(&arrived[warp][lane], 1);
+  fence_proxy_async();  // the copy engine completes on the barriers initialised above
+  __syncwarp();
+
+  const int each = (comm.shape.max_tokens + gridDim.x - 1) / gridDim.x;
+  const int first_token = min(static_cast<int>(blockIdx.x) * each, comm.shape.max_tokens);
+  const int tokens = min(first_token + each, comm.shape.max_tokens) - first_token;
+  const int64_t copy_start = static_cast<int64_t>(round % 2) * comm.shape.max_tokens * comm.shape.max_row_bytes;
+  Rows rows = {args, lane, first_token, warp, tokens * comm.shape.ranks, round, 0};
+  uint8_t* ring = shared + static_cast<int64_t>(warp) * args.stages * args.stage_bytes;
+
+  // Starts the load of the warp's next row into stage `place`.
+  auto load = [&](int place) {
+    Item item;
+    if (!rows.take(item)) return false;
+    slots[warp][place][lane] = item.slot;
+    if (lane == 0) {
+      const uint8_t* source =
+          part<uint8_t>(comm, item.source, comm.layout.rows) + copy_start + item.token * args.wire_bytes;
+      mbarrier_arrive_expect_tx(&arrived[warp][place], static_cast<uint32_t>(args.wire_bytes));
+      cp_async_bulk_load(ring + place * args.stage_bytes, source, static_cast<uint32_t>(args.wire_bytes),
+                         &arrived[warp][place]);
+    }
+    __syncwarp();
+    return true;
+  };
+
+  int loaded = 0, stored = 0;
+  while (loaded < args.stages - 1 && load(loaded)) ++loaded;
+  fill_padding(args, warp, lane);
+  for (; stored < loaded; ++stored) {
+    const int place = stored % args.stages;
+    const uint8_t* row = ring + place * args.stage_bytes;
+    const int slot = slots[warp][place][lane];
+    mbarrier_wait_parity(&arrived[warp][place], stored / args.stages % 2);
+    if (slot >= 0) cp_async_bulk_store(args.rows + static_cast<int64_t>(slot) * args.row_bytes, row, args.row_bytes);
+    cp_async_bulk_commit_group();
+    if (args.row_scales > 0) {
+      const float* scales = reinterpret_cast<const float*>(row + args.row_bytes);
+      for (uint32_t wanted = __ballot_sync(~0u, slot >= 0); wanted != 0; wanted &= wanted - 1) {
+        const int64_t target = __shfl_sync(~0u, slot, __ffs(wanted) - 1);
+        for (int i = lane; i < args.row_scales; i += 32) args.scales[target * args.row_scales + i] = scales[i];
+      }
+    }
+    // The row before this one has left its stage, which is the one the next load takes.
+    cp_async_bulk_wait_group_read<1>();
+    __syncwarp();
+    if (load(loaded % args.stages)) ++loaded;
+  }
+  cp_async_bulk_wait_group();
+  if (blockIdx.x == 0 && threadIdx.x < comm.shape.ranks)
+    wait_entered(comm, Step::kRows, threadIdx.x, round);  // rule (1)
+  end_round(comm, round);
+}
+
+}  // namespace
+}  // namespace ep_moe
+
+// Runs the kernel above; ring (warps * stages * stage_bytes) must fit the shared memory of a block.
+EP_MOE_API const char* ep_moe_dispatch(const ep_moe::DispatchArgs* args, cudaStream_t stream) {
+  using namespace ep_moe;
+  return launch("dispatch kernel", dispatch_kernel, *args, args->comm.blocks, args->warps * 32,
+                args->warps * args->stages * args->stage_bytes, false, stream);
+}
+
+EP_MOE_API size_t ep_moe_dispatch_args_bytes() { return sizeof(ep_moe::DispatchArgs); }

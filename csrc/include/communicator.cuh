@@ -1,0 +1,134 @@
+// What all kernels of a communicator share: rounds, waits that end, and the report of what went wrong.
+//
+// Rounds. Every kernel that talks to peers is one round; the number lives in device memory, so that a captured CUDA
+// graph counts on. A rank *enters* round e by telling all peers so (release), which says that it has finished all
+// rounds before e, and it leaves no round before all peers have entered it. Hence, in round e:
+//   (1) every peer has entered round e - 1, so it has finished rounds up to e - 2: what rounds e - 2 and earlier read
+//       may be overwritten. Parts of the buffer that come in two copies use copy e % 2.
+//   (2) once a peer is seen (acquire) to have entered round e, it has finished round e - 1: what only it reads, in one
+//       copy, may be overwritten.
+#pragma once
+
+#include "buffer.cuh"
+#include "ptx.cuh"
+
+namespace ep_moe {
+
+enum class Step : uint32_t { kNone = 0, kRouting = 1, kRows = 2, kCombine = 3, kWeights = 4 };
+
+enum class Fault : uint32_t { kNone = 0, kTimeout = 1, kExpertRange = 2, kOverflow = 3 };
+
+// In host memory that the device can write; the host reads it whenever it likes. The first fault stays.
+struct FaultReport {
+  uint32_t fault;
+  uint32_t step;
+  int32_t rank;     // waited for (kTimeout)
+  uint32_t round;   // in which it happened
+  int64_t value;    // the bad expert (kExpertRange), the rows needed (kOverflow)
+  int64_t allowed;  // number of experts, or rows there was room for
+};
+
+// In local device memory, zero at first.
+struct Workspace {
+  uint32_t round;           // rounds finished
+  uint32_t exited_blocks;   // of the running kernel
+  uint32_t arrived_blocks;  // at the grid barrier
+  uint32_t barrier_round;   // the last round whose grid barrier opened
+  uint32_t failed;          // set once a wait ended in vain: later waits end at once
+  uint32_t reported;        // set once there is a fault report
+  uint32_t reserved[2];
+};
+
+// First fields of the arguments of every kernel.
+struct Communicator {
+  uint8_t* buffers[kMaxRanks];  // symmetric buffer of every rank, mapped here
+  BufferLayout layout;
+  BufferShape shape;
+  Workspace* workspace;
+  FaultReport* report;
+  uint64_t timeout_ns;
+  int32_t rank;
+  int32_t blocks;  // of the grid: the SM budget
+};
+
+template <typename T>
+__device__ __forceinline__ T* part(const Communicator& comm, int rank, int64_t offset) {
+  return reinterpret_cast<T*>(comm.buffers[rank] + offset);
+}
+
+// Describes the first fault to the host; later ones are its consequences, or will be found again.
+__device__ inline void report_fault(const Communicator& comm, Fault fault, Step step, int rank, uint32_t round,
+                                    int64_t value = 0, int64_t allowed = 0) {
+  if (atomicExch(&comm.workspace->reported, 1) != 0) return;
+  volatile FaultReport* report = comm.report;
+  report->step = static_cast<uint32_t>(step);
+  report->rank = rank;
+  report->round = round;
+  report->value = value;
+  report->allowed = allowed;
+  __threadfence_system();  // the host must not see the fault before what describes it
+  report->fault = static_cast<uint32_t>(fault);
+}
+
+// Spins until `ready()` or until the time is up; false then. One thread.
+template <typename Ready>
+__device__ inline bool wait_bounded(const Communicator& comm, Step step, int rank, uint32_t round, Ready ready) {
+  if (ready()) return true;
+  const uint64_t start = global_timer_ns();
+  while (!ready()) {
+    if (*reinterpret_cast<volatile uint32_t*>(&comm.workspace->failed) != 0) return false;
+    if (global_timer_ns() - start > comm.timeout_ns) {
+      report_fault(comm, Fault::kTimeout, step, rank, round);
+      comm.workspace->failed = 1;
+      return false;
+    }
+  }
+  return true;
+}
+
+// The number of the round that is starting; the same for all blocks, because the last kernel has ended.
+__device__ __forceinline__ uint32_t begin_round(const Communicator& comm) {
+  return *reinterpret_cast<volatile uint32_t*>(&comm.workspace->round) + 1;
+}
+
+// Block 0 tells all peers; releases everything this rank did in earlier kernels. Pairs with wait_entered.
+__device__ __forceinline__ void announce_round(const Communicator& comm, uint32_t round) {
+  if (blockIdx.x == 0 && threadIdx.x < comm.shape.ranks)
+    st_release_sys(part<uint32_t>(comm, threadIdx.x, comm.layout.entered) + comm.rank, round);
+}
+
+// One thread; acquires what `peer` did before it entered `round`. Pairs with announce_round.
+__device__ __forceinline__ bool wait_entered(const Communicator& comm, Step step, int peer, uint32_t round) {
+  const uint32_t* flag = part<uint32_t>(comm, comm.rank, comm.layout.entered) + peer;
+  // Rounds wrap around: compare by difference.
+  return wait_bounded(comm, step, peer, round, [=] { return static_cast<int32_t>(ld_acquire_sys(flag) - round) >= 0; });
+}
+
+// All threads of all blocks, last thing in the kernel: the last block closes the round.
+__device__ inline void end_round(const Communicator& comm, uint32_t round) {
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  if (atom_add_acq_rel_gpu(&comm.workspace->exited_blocks, 1) == gridDim.x - 1) {
+    comm.workspace->exited_blocks = 0;
+    comm.workspace->round = round;
+  }
+}
+
+// All threads of all blocks; all blocks must be resident. Not bounded: blocks of one grid wait only for each other,
+// and waits for peers before it are bounded.
+__device__ inline void grid_barrier(const Communicator& comm, uint32_t round) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    Workspace* workspace = comm.workspace;
+    if (atom_add_acq_rel_gpu(&workspace->arrived_blocks, 1) == gridDim.x - 1) {
+      workspace->arrived_blocks = 0;
+      st_release_gpu(&workspace->barrier_round, round);  // pairs with the acquire below
+    } else {
+      while (ld_acquire_gpu(&workspace->barrier_round) != round) {
+      }
+    }
+  }
+  __syncthreads();
+}
+
+}  // namespace ep_moe

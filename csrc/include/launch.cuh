@@ -1,0 +1,40 @@
+// Host side of an entry point: launching, and turning CUDA errors into text.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdio>
+
+#define EP_MOE_API extern "C" __attribute__((visibility("default")))
+
+namespace ep_moe {
+
+// The text of an error, or nullptr. Valid until the thread's next call.
+inline const char* error_text(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return nullptr;
+  thread_local char text[256];
+  std::snprintf(text, sizeof text, "%s: %s (%s)", what, cudaGetErrorString(error), cudaGetErrorName(error));
+  cudaGetLastError();  // a launch error is sticky only until it is read
+  return text;
+}
+
+// Launches `kernel(args)`; cooperative kernels get all their blocks resident, or an error.
+template <typename Args>
+const char* launch(const char* what, void (*kernel)(Args), const Args& args, int blocks, int threads, int shared_bytes,
+                   bool cooperative, cudaStream_t stream) {
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) return error_text(error, what);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = cooperative ? 1 : 0;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return error_text(cudaLaunchKernelEx(&config, kernel, args), what);
+}
+
+}  // namespace ep_moe

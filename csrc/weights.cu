@@ -1,0 +1,86 @@
+// Weights: one fp32 value a routed entry, from the token's rank to the expert's (routing weights) or back (gradients).
+//
+//   writer                    reader                        ordered by
+//   weights[e % 2] (peers)    the value's destination       grid barrier, then weight flag: st.release / ld.acquire
+//   (reuse of the copy)       the same, round e - 2         rule (1) of communicator.cuh
+#include "communicator.cuh"
+#include "launch.cuh"
+
+namespace ep_moe {
+
+struct WeightsArgs {
+  Communicator comm;
+  const int32_t* slots;     // [ranks][max_tokens][top_k], from the layout
+  const int64_t* topk_idx;  // [tokens][top_k], global expert or -1
+  float* by_token;          // [tokens][top_k]; read if to_rows, written otherwise (0 where not routed)
+  float* by_row;            // [num_rows]; written if to_rows (padding is left alone), read otherwise
+  int32_t tokens;
+  int32_t top_k;
+  int32_t experts_per_rank;
+  int32_t to_rows;
+};
+
+namespace {
+
+constexpr int kThreads = 512;
+
+// Where `writer` puts the value of an entry (token, k), flat in [tokens][top_k], at `reader`.
+__device__ __forceinline__ float* place(const WeightsArgs& args, int reader, int writer, uint32_t round,
+                                        int64_t entry) {
+  const Communicator& comm = args.comm;
+  const int64_t token =
+      (static_cast<int64_t>(round % 2) * comm.shape.ranks + writer) * comm.shape.max_tokens + entry / args.top_k;
+  return part<float>(comm, reader, comm.layout.weights) + token * comm.shape.max_top_k + entry % args.top_k;
+}
+
+__global__ void __launch_bounds__(kThreads, 1) weights_kernel(const __grid_constant__ WeightsArgs args) {
+  const Communicator& comm = args.comm;
+  const int ranks = comm.shape.ranks;
+  const uint32_t round = begin_round(comm);
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
+  const int64_t mine = static_cast<int64_t>(args.tokens) * args.top_k;
+  const int64_t all = static_cast<int64_t>(comm.shape.max_tokens) * args.top_k;
+  announce_round(comm, round);
+
+  if (args.to_rows) {
+    for (int64_t i = thread; i < mine; i += threads)
+      for (int peer = 0; peer < ranks; ++peer) *place(args, peer, comm.rank, round, i) = args.by_token[i];
+  } else {
+    for (int64_t i = thread; i < ranks * all; i += threads)
+      if (args.slots[i] >= 0) *place(args, i / all, comm.rank, round, i % all) = args.by_row[args.slots[i]];
+  }
+  grid_barrier(comm, round);  // everything is written before the flags are released
+  if (blockIdx.x == 0 && threadIdx.x < ranks)
+    st_release_sys(part<uint32_t>(comm, threadIdx.x, comm.layout.weight_flags) + comm.rank, round);
+  if (threadIdx.x < ranks) {
+    const uint32_t* flag = part<uint32_t>(comm, comm.rank, comm.layout.weight_flags) + threadIdx.x;
+    // Pairs with the release above; a rank that has set its flag has entered the round, which rule (1) asks for.
+    wait_bounded(comm, Step::kWeights, threadIdx.x, round,
+                 [=] { return static_cast<int32_t>(ld_acquire_sys(flag) - round) >= 0; });
+  }
+  __syncthreads();
+
+  if (args.to_rows) {
+    for (int64_t i = thread; i < ranks * all; i += threads)
+      if (args.slots[i] >= 0) args.by_row[args.slots[i]] = *place(args, comm.rank, i / all, round, i % all);
+  } else {
+    for (int64_t i = thread; i < mine; i += threads) {
+      const int64_t expert = args.topk_idx[i];
+      const bool routed = expert >= 0;
+      args.by_token[i] = routed ? *place(args, comm.rank, expert / args.experts_per_rank, round, i) : 0.0f;
+    }
+  }
+  end_round(comm, round);
+}
+
+}  // namespace
+}  // namespace ep_moe
+
+// Runs the kernel above; requires 1 <= blocks <= multiprocessors.
+EP_MOE_API const char* ep_moe_weights(const ep_moe::WeightsArgs* args, cudaStream_t stream) {
+  using namespace ep_moe;
+  return launch("weights kernel", weights_kernel, *args, args->comm.blocks, kThreads, 0, true, stream);
+}
+
+EP_MOE_API size_t ep_moe_weights_args_bytes() { return sizeof(ep_moe::WeightsArgs); }

@@ -1,0 +1,233 @@
+"""The arguments of the CUDA entry points: the structs of ``csrc/``, field by field.
+
+The sources say what each field means. :func:`load_entry_points` compares the sizes with those of the library, so a
+struct that changed on one side only is found at load.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int32, c_int64, c_uint32, c_uint64, c_void_p
+
+from ep_moe.native import NativeLibraryError, load_library
+
+MAX_RANKS = 8
+MAX_TOP_K = 32
+MAX_EXPERTS = 1024
+CHUNK_TOKENS = 32
+WORKSPACE_BYTES = 32
+
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # Element
+
+FAULT_TIMEOUT, FAULT_EXPERT_RANGE, FAULT_OVERFLOW = 1, 2, 3
+STEPS = {1: "routing", 2: "rows", 3: "combined rows", 4: "routing weights"}
+
+
+class BufferShape(ctypes.Structure):
+    """``BufferShape`` of ``buffer.cuh``."""
+
+    _fields_ = (
+        ("ranks", c_int32),
+        ("max_tokens", c_int32),
+        ("max_top_k", c_int32),
+        ("reserved", c_int32),
+        ("max_row_bytes", c_int64),
+    )
+
+
+class BufferLayout(ctypes.Structure):
+    """``BufferLayout`` of ``buffer.cuh``."""
+
+    _fields_ = tuple(
+        (name, c_int64)
+        for name in (
+            "entered",
+            "chunk_flags",
+            "landing_flags",
+            "weight_flags",
+            "routing",
+            "weights",
+            "rows",
+            "landing",
+            "total",
+        )
+    )
+
+
+class FaultReport(ctypes.Structure):
+    """``FaultReport`` of ``communicator.cuh``."""
+
+    _fields_ = (
+        ("fault", c_uint32),
+        ("step", c_uint32),
+        ("rank", c_int32),
+        ("round", c_uint32),
+        ("value", c_int64),
+        ("allowed", c_int64),
+    )
+
+
+class CommunicatorArgs(ctypes.Structure):
+    """``Communicator`` of ``communicator.cuh``."""
+
+    _fields_ = (
+        ("buffers", c_void_p * MAX_RANKS),
+        ("layout", BufferLayout),
+        ("shape", BufferShape),
+        ("workspace", c_void_p),
+        ("report", c_void_p),
+        ("timeout_ns", c_uint64),
+        ("rank", c_int32),
+        ("blocks", c_int32),
+    )
+
+
+class LayoutArgs(ctypes.Structure):
+    """``LayoutArgs`` of ``layout.cu``."""
+
+    _fields_ = (
+        ("comm", CommunicatorArgs),
+        ("topk_idx", c_void_p),
+        ("topk_weights", c_void_p),
+        ("slots", c_void_p),
+        ("owners", c_void_p),
+        ("row_weights", c_void_p),
+        ("counts", c_void_p),
+        ("ends", c_void_p),
+        ("histogram", c_void_p),
+        ("host_counts", c_void_p),
+        ("host_ready", c_void_p),
+        ("tokens", c_int32),
+        ("top_k", c_int32),
+        ("num_experts", c_int32),
+        ("alignment", c_int32),
+        ("max_rows", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+class StageArgs(ctypes.Structure):
+    """``StageArgs`` of ``stage.cu``."""
+
+    _fields_ = (
+        ("comm", CommunicatorArgs),
+        ("x", c_void_p),
+        ("wire_bytes", c_int64),
+        ("tokens", c_int32),
+        ("hidden", c_int32),
+        ("element", c_int32),
+        ("fp8", c_int32),
+    )
+
+
+class DispatchArgs(ctypes.Structure):
+    """``DispatchArgs`` of ``dispatch.cu``."""
+
+    _fields_ = (
+        ("comm", CommunicatorArgs),
+        ("slots", c_void_p),
+        ("counts", c_void_p),
+        ("ends", c_void_p),
+        ("rows", c_void_p),
+        ("scales", c_void_p),
+        ("wire_bytes", c_int64),
+        ("row_bytes", c_int32),
+        ("row_scales", c_int32),
+        ("top_k", c_int32),
+        ("local_experts", c_int32),
+        ("num_rows", c_int32),
+        ("warps", c_int32),
+        ("stages", c_int32),
+        ("stage_bytes", c_int32),
+    )
+
+
+class CombineArgs(ctypes.Structure):
+    """``CombineArgs`` of ``combine.cu``."""
+
+    _fields_ = (
+        ("comm", CommunicatorArgs),
+        ("slots", c_void_p),
+        ("owners", c_void_p),
+        ("rows", c_void_p),
+        ("out", c_void_p),
+        ("row_bytes", c_int32),
+        ("element", c_int32),
+        ("tokens", c_int32),
+        ("top_k", c_int32),
+    )
+
+
+class WeightsArgs(ctypes.Structure):
+    """``WeightsArgs`` of ``weights.cu``."""
+
+    _fields_ = (
+        ("comm", CommunicatorArgs),
+        ("slots", c_void_p),
+        ("topk_idx", c_void_p),
+        ("by_token", c_void_p),
+        ("by_row", c_void_p),
+        ("tokens", c_int32),
+        ("top_k", c_int32),
+        ("experts_per_rank", c_int32),
+        ("to_rows", c_int32),
+    )
+
+
+ENTRY_POINTS: dict[str, type[ctypes.Structure]] = {
+    "layout": LayoutArgs,
+    "stage": StageArgs,
+    "dispatch": DispatchArgs,
+    "combine": CombineArgs,
+    "weights": WeightsArgs,
+}
+
+
+def load_entry_points() -> ctypes.CDLL:
+    """The library with the signatures of its entry points declared.
+
+    Raises:
+        NativeLibraryError: if there is no library, or its structs have other sizes than these.
+    """
+    library = load_library()
+    library.ep_moe_buffer_layout.restype = None
+    library.ep_moe_buffer_layout.argtypes = (ctypes.POINTER(BufferShape), ctypes.POINTER(BufferLayout))
+    for name, arguments in ENTRY_POINTS.items():
+        size = getattr(library, f"ep_moe_{name}_args_bytes")
+        size.restype = ctypes.c_size_t
+        if size() != ctypes.sizeof(arguments):
+            raise NativeLibraryError(
+                f"the CUDA library takes {size()} bytes of {arguments.__name__}, the package passes "
+                f"{ctypes.sizeof(arguments)}: they are of different versions; build the library again"
+            )
+        entry = getattr(library, f"ep_moe_{name}")
+        entry.restype = ctypes.c_char_p
+        entry.argtypes = (ctypes.POINTER(arguments), c_void_p)
+    return library
+
+
+__all__ = [
+    "BFLOAT16",
+    "CHUNK_TOKENS",
+    "ENTRY_POINTS",
+    "FAULT_EXPERT_RANGE",
+    "FAULT_OVERFLOW",
+    "FAULT_TIMEOUT",
+    "FLOAT16",
+    "FLOAT32",
+    "MAX_EXPERTS",
+    "MAX_RANKS",
+    "MAX_TOP_K",
+    "STEPS",
+    "WORKSPACE_BYTES",
+    "BufferLayout",
+    "BufferShape",
+    "CombineArgs",
+    "CommunicatorArgs",
+    "DispatchArgs",
+    "FaultReport",
+    "LayoutArgs",
+    "StageArgs",
+    "WeightsArgs",
+    "load_entry_points",
+]

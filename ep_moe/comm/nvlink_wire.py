@@ -1,0 +1,50 @@
+"""How a row travels between GPUs, and which rows can."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ep_moe.comm.fp8 import BLOCK
+from ep_moe.comm.nvlink_args import BFLOAT16, FLOAT16, FLOAT32
+
+ELEMENTS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+SHARED_BYTES = 208 * 1024  # of a block's dynamic shared memory that dispatch may use for rows
+
+
+@dataclass(frozen=True)
+class WireFormat:
+    """A row as it travels: its values, then its scales."""
+
+    row_bytes: int
+    scales: int
+
+    @property
+    def bytes(self) -> int:
+        """From row to row, a multiple of 16."""
+        return -(-(self.row_bytes + 4 * self.scales) // 16) * 16
+
+
+def wire_format(x: Tensor, fp8: bool) -> WireFormat:
+    """The format of rows of ``x`` (``[rows, hidden]``).
+
+    Raises:
+        ValueError: if kernels cannot move such rows.
+    """
+    if not x.is_cuda:
+        raise ValueError(f"x: expected a CUDA tensor, got one on {x.device}")
+    if x.dtype not in ELEMENTS:
+        raise ValueError(f"x: expected one of {', '.join(map(str, ELEMENTS))}, got {x.dtype}")
+    hidden = x.shape[1]
+    if fp8:
+        if hidden % BLOCK:
+            raise ValueError(f"x: expected a hidden size that is a multiple of {BLOCK} for fp8, got {hidden}")
+        return WireFormat(hidden, hidden // BLOCK)
+    row_bytes = hidden * x.element_size()
+    if row_bytes % 16 or not row_bytes:
+        raise ValueError(f"x: expected rows of a multiple of 16 bytes, got {row_bytes} (hidden {hidden}, {x.dtype})")
+    if 2 * row_bytes > SHARED_BYTES:
+        raise ValueError(f"x: expected rows of at most {SHARED_BYTES // 2} bytes, got {row_bytes}")
+    return WireFormat(row_bytes, 0)

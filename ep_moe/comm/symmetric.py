@@ -1,0 +1,41 @@
+"""Symmetric memory of a group: one buffer per rank, mapped by all ranks, from PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SymmetricBuffer:
+    """A buffer of the same size on every rank.
+
+    Attributes:
+        local: uint8 ``[bytes]`` of this rank; keeps the memory alive.
+        pointers: address, in this process, of every rank's buffer.
+    """
+
+    local: Tensor
+    pointers: tuple[int, ...]
+
+
+def allocate_symmetric(num_bytes: int, group: dist.ProcessGroup, device: torch.device) -> SymmetricBuffer:
+    """Allocate a zeroed buffer on every rank of ``group`` and map all of them; collective.
+
+    Peers must be GPUs of one host that can access each other, or the same GPU
+    (with ``TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1``).
+    """
+    from torch.distributed import _symmetric_memory as symmetric_memory
+
+    if dist.get_world_size(group) == 1:
+        local = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        return SymmetricBuffer(local, (local.data_ptr(),))
+    local = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+    mapped = symmetric_memory.rendezvous(local, group.group_name)
+    local.zero_()
+    torch.cuda.synchronize(device)
+    dist.barrier(group)  # nobody writes into a buffer before its owner has zeroed it
+    return SymmetricBuffer(local, tuple(mapped.buffer_ptrs))
