@@ -13,6 +13,8 @@ from ep_moe.comm.nvlink_args import BFLOAT16, FLOAT16, FLOAT32
 ELEMENTS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 SHARED_BYTES = 208 * 1024  # of a block's dynamic shared memory that dispatch may use for rows
 
+_OTHERWISE = "moe.comm: portable takes such rows"
+
 
 @dataclass(frozen=True)
 class WireFormat:
@@ -36,7 +38,7 @@ def wire_format(x: Tensor, fp8: bool) -> WireFormat:
     if not x.is_cuda:
         raise ValueError(f"x: expected a CUDA tensor, got one on {x.device}")
     if x.dtype not in ELEMENTS:
-        raise ValueError(f"x: expected one of {', '.join(map(str, ELEMENTS))}, got {x.dtype}")
+        raise ValueError(f"x: expected one of {', '.join(map(str, ELEMENTS))}, got {x.dtype}; {_OTHERWISE}")
     hidden = x.shape[1]
     if fp8:
         if hidden % BLOCK:
@@ -44,7 +46,9 @@ def wire_format(x: Tensor, fp8: bool) -> WireFormat:
         return WireFormat(hidden, hidden // BLOCK)
     row_bytes = hidden * x.element_size()
     if row_bytes % 16 or not row_bytes:
-        raise ValueError(f"x: expected rows of a multiple of 16 bytes, got {row_bytes} (hidden {hidden}, {x.dtype})")
+        raise ValueError(
+            f"x: expected rows of a multiple of 16 bytes, got {row_bytes} (hidden {hidden}, {x.dtype}); {_OTHERWISE}"
+        )
     if 2 * row_bytes > SHARED_BYTES:
-        raise ValueError(f"x: expected rows of at most {SHARED_BYTES // 2} bytes, got {row_bytes}")
+        raise ValueError(f"x: expected rows of at most {SHARED_BYTES // 2} bytes, got {row_bytes}; {_OTHERWISE}")
     return WireFormat(row_bytes, 0)

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 class MegatronEPMoELayer(MoELayer):
     """A drop-in for Megatron-Core's ``MoELayer``; put into a model by :func:`ep_moe.megatron.use_ep_moe`."""
 
+    token_dispatcher: TokenDispatcher
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -128,7 +130,6 @@ class MegatronEPMoELayer(MoELayer):
         """Flatten the tokens to ``[tokens, hidden]`` and remember shape and experts for the steps to come."""
         self._shape, self._topk_idx = hidden_states.shape, routing_map
         x = to_compute_dtype(hidden_states.reshape(-1, hidden_states.shape[-1]))
-        self.token_dispatcher: TokenDispatcher
         self.token_dispatcher, _ = self._phases.select(self.training, x.shape[0], x.device)
         return x, probs
 
