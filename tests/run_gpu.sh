@@ -8,4 +8,5 @@ import torch
 print(f"PyTorch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.device_count()} GPU(s)")
 assert torch.cuda.is_available(), "no GPU here: these tests would all be skipped"
 PY
+python3 csrc/build.py  # the kernels under test are those of this checkout
 exec python3 -m pytest -m "gpu or multi_gpu" -rs "$@"
