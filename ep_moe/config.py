@@ -318,6 +318,9 @@ class TrainingConfig(Section):
             self.micro_batch_size,
             f"must divide training.global_batch_size ({self.global_batch_size})",
         )
+        for name in ("adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            require(value < 1.0, f"training.{name}", value, "must be less than 1: nothing new would enter the average")
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,9 @@ class Section:
         """Check types and bounds of all keys, then :meth:`_check_rules`."""
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value, kind = getattr(self, field.name), field_types(type(self))[field.name]
-            if not is_section(kind):
+            if is_section(kind):
+                require(isinstance(value, kind), f"{self.SECTION}{field.name}", value, f"must be a {kind.__name__}")
+            else:
                 check_value(f"{self.SECTION}{field.name}", value, kind, field)
         self._check_rules()
 
@@ -68,7 +70,7 @@ def check_value(path: str, value: Any, kind: Any, field: dataclasses.Field[Any])
     low, high = field.metadata["low"], field.metadata["high"]
     if value is None or isinstance(value, bool) or not isinstance(value, int | float):
         return
-    require(math.isfinite(value), path, value, "must be finite")
+    require(isinstance(value, int) or math.isfinite(value), path, value, "must be finite")
     require(low is None or value >= low, path, value, f"must be at least {low}")
     require(high is None or value <= high, path, value, f"must be at most {high}")
 
@@ -87,8 +89,12 @@ def describe_type(kind: Any) -> str:
 
 def format_value(value: Any) -> str:
     """A value as YAML would show it, on one line and of bounded length."""
-    text = {None: "null", True: "true", False: "false"}.get(value) if value is None or isinstance(value, bool) else None
-    text = text if text is not None else ("[" + ", ".join(value) + "]" if isinstance(value, tuple) else str(value))
+    if value is None or isinstance(value, bool):
+        text = "null" if value is None else str(value).lower()
+    elif isinstance(value, tuple):
+        text = "[" + ", ".join(map(format_value, value)) + "]"
+    else:
+        text = str(value)
     text = " ".join(text.split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
