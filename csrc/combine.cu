@@ -1,5 +1,5 @@
-// Combine: the expert-major rows of each token are summed here, once; the sum of a peer's token is pushed to that peer,
-// which adds what its peers pushed.
+// Combine: the rows of each token (expert-major, or one a token) are summed here, once; the sum of a peer's token is
+// pushed to that peer, which adds what its peers pushed.
 //
 // What moves: rows by bulk copies into a ring in shared memory (warp 0); fp32 sums in registers (the other warps); one
 // row a (token, rank) by ordinary 16-byte stores into the landing buffer of the token's rank.
@@ -21,14 +21,16 @@ namespace ep_moe {
 
 struct CombineArgs {
   Communicator comm;
-  const int32_t* slots;   // [ranks][max_tokens][top_k], from the layout
+  const int32_t* slots;   // [ranks][slot_tokens][width], from the layout: slots (width top_k) or rows (width 1), or -1
   const uint8_t* owners;  // [tokens]: bit r says that rank r returns a row for this token
   const uint8_t* rows;    // [num_rows][row_bytes]
   uint8_t* out;           // [tokens][row_bytes]
   int32_t row_bytes;      // a multiple of 16
   int32_t element;        // Element of the rows
   int32_t tokens;
-  int32_t top_k;
+  int32_t slot_tokens;
+  int32_t width;
+  int32_t reserved;
 };
 
 namespace {
@@ -59,8 +61,9 @@ struct Ring {
 // Calls visit(source, group) for the groups of a block's tokens in the order in which they are summed: all peers' share
 // of a group, then this rank's of the group before, so that pushes are under way while this rank's sums wait for them.
 template <typename Visit>
-__device__ void for_each_group(const Communicator& comm, Visit visit) {
-  const int groups = comm.shape.max_tokens / kCombineGroup;
+__device__ void for_each_group(const CombineArgs& args, Visit visit) {
+  const Communicator& comm = args.comm;
+  const int groups = args.slot_tokens / kCombineGroup;
   const int each = (groups + gridDim.x - 1) / gridDim.x;
   const int first = min(static_cast<int>(blockIdx.x) * each, groups), end = min(first + each, groups);
   for (int group = first; group <= end; ++group) {
@@ -70,12 +73,12 @@ __device__ void for_each_group(const Communicator& comm, Visit visit) {
 }
 
 __device__ __forceinline__ int slot_of_lane(const CombineArgs& args, int source, int token, int lane) {
-  const int64_t entry = static_cast<int64_t>(source) * args.comm.shape.max_tokens + token;
-  return lane < args.top_k ? args.slots[entry * args.top_k + lane] : -1;
+  const int64_t entry = static_cast<int64_t>(source) * args.slot_tokens + token;
+  return lane < args.width ? args.slots[entry * args.width + lane] : -1;
 }
 
 __device__ void feed_rows(const CombineArgs& args, Ring ring, int lane) {
-  for_each_group(args.comm, [&](int source, int group) {
+  for_each_group(args, [&](int source, int group) {
     for (int i = 0; i < kCombineGroup; ++i) {
       const int slot = slot_of_lane(args, source, group * kCombineGroup + i, lane);
       const uint32_t wanted = __ballot_sync(~0u, slot >= 0);
@@ -120,6 +123,23 @@ struct Sums {
     }
   }
 
+  // Rounds to T once, as sums are that come from peers.
+  __device__ void round() {
+#pragma unroll
+    for (int v = 0; v < kVectorsPerThread; ++v) {
+      Vector<T> vector;
+      vector.from_float(values[v]);
+      vector.to_float(values[v]);
+    }
+  }
+
+  __device__ void add(const Sums& other) {
+#pragma unroll
+    for (int v = 0; v < kVectorsPerThread; ++v)
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) values[v][i] += other.values[v][i];
+  }
+
   __device__ void store(uint8_t* piece, int vectors, int thread) const {
 #pragma unroll
     for (int v = 0; v < kVectorsPerThread; ++v) {
@@ -161,7 +181,7 @@ __device__ void sum_rows(const CombineArgs& args, Ring ring, int thread, uint32_
   const Communicator& comm = args.comm;
   const int lane = thread % 32;
   uint32_t entered = 0;
-  for_each_group(comm, [&](int source, int group) {
+  for_each_group(args, [&](int source, int group) {
     const bool mine = source == comm.rank;
     if (lane == 0) {
       if (mine) {
@@ -177,7 +197,7 @@ __device__ void sum_rows(const CombineArgs& args, Ring ring, int thread, uint32_
       const int slot = slot_of_lane(args, source, token, lane);
       const uint32_t wanted = __ballot_sync(~0u, slot >= 0);
       if (mine ? token >= args.tokens : wanted == 0) continue;
-      const uint32_t owners = mine ? args.owners[token] & ~(1u << comm.rank) : 0;
+      const uint32_t owners = mine ? args.owners[token] : 0;
       for (int start = 0; start < args.row_bytes; start += kPieceBytes) {
         const int vectors = min(args.row_bytes - start, kPieceBytes) / 16;
         Sums<T> sums;
@@ -188,11 +208,22 @@ __device__ void sum_rows(const CombineArgs& args, Ring ring, int thread, uint32_
           mbarrier_arrive(&ring.empty[ring.place]);  // by every thread: no slower than by one a warp behind a barrier
           ring.advance();
         }
-        for (uint32_t left = owners; left != 0; left &= left - 1)
-          sums.add(landing(args, comm.rank, __ffs(left) - 1, token) + start, vectors, thread);
-        uint8_t* target =
-            mine ? args.out + static_cast<int64_t>(token) * args.row_bytes : landing(args, source, comm.rank, token);
-        sums.store(target + start, vectors, thread);
+        if (!mine) {
+          sums.store(landing(args, source, comm.rank, token) + start, vectors, thread);
+          continue;
+        }
+        sums.round();
+        Sums<T> total;  // over the ranks in ascending order
+        total.clear();
+        for (uint32_t left = owners; left != 0; left &= left - 1) {
+          const int owner = __ffs(left) - 1;
+          if (owner == comm.rank) {
+            total.add(sums);
+          } else {
+            total.add(landing(args, comm.rank, owner, token) + start, vectors, thread);
+          }
+        }
+        total.store(args.out + static_cast<int64_t>(token) * args.row_bytes + start, vectors, thread);
       }
     }
     if (!mine) {

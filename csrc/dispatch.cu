@@ -1,4 +1,5 @@
-// Dispatch: rows from the ranks that staged them to their expert-major slots here.
+// Dispatch: rows from the ranks that staged them to their places here: all slots of an expert-major tensor, or the one
+// place each has in a tensor that holds every row once.
 //
 // What moves: each wanted row once, by a bulk copy from its rank's symmetric buffer to shared memory, then by one bulk
 // copy into each of its slots. A warp owns a ring of stages and takes every W-th row of its block's share.
@@ -16,7 +17,7 @@ namespace ep_moe {
 
 struct DispatchArgs {
   Communicator comm;
-  const int32_t* slots;   // [ranks][max_tokens][top_k], from the layout
+  const int32_t* slots;   // [ranks][slot_tokens][width], from the layout: slots (width top_k) or rows (width 1), or -1
   const int64_t* counts;  // [local_experts]: real rows
   const int32_t* ends;    // [local_experts]: ends of the segments, padding included
   uint8_t* rows;          // out [num_rows][row_bytes]; padding rows become zero
@@ -24,12 +25,13 @@ struct DispatchArgs {
   int64_t wire_bytes;     // from row to row in the symmetric buffers
   int32_t row_bytes;      // without scales; a multiple of 16
   int32_t row_scales;     // scales behind the row
-  int32_t top_k;
-  int32_t local_experts;
-  int32_t num_rows;     // rows there is room for
-  int32_t warps;        // of a block
-  int32_t stages;       // of a warp, at least 2
-  int32_t stage_bytes;  // wire_bytes rounded up to 128
+  int32_t slot_tokens;
+  int32_t width;
+  int32_t local_experts;  // whose segments have padding; 0 where there is none
+  int32_t num_rows;       // rows there is room for
+  int32_t warps;          // of a block
+  int32_t stages;         // of a warp, at least 2
+  int32_t stage_bytes;    // wire_bytes rounded up to 128
 };
 
 namespace {
@@ -72,8 +74,8 @@ struct Rows {
     for (; next < count; next += args.warps) {
       item.source = (comm.rank + 1 + next % ranks) % ranks;
       item.token = first_token + next / ranks;
-      const int64_t entry = static_cast<int64_t>(item.source) * comm.shape.max_tokens + item.token;
-      item.slot = lane < args.top_k ? args.slots[entry * args.top_k + lane] : -1;
+      const int64_t entry = static_cast<int64_t>(item.source) * args.slot_tokens + item.token;
+      item.slot = lane < args.width ? args.slots[entry * args.width + lane] : -1;
       if (__ballot_sync(~0u, item.slot >= 0) == 0) continue;
       if ((entered >> item.source & 1) == 0) {
         bool here = true;
@@ -103,9 +105,9 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
   fence_proxy_async();  // the copy engine completes on the barriers initialised above
   __syncwarp();
 
-  const int each = (comm.shape.max_tokens + gridDim.x - 1) / gridDim.x;
-  const int first_token = min(static_cast<int>(blockIdx.x) * each, comm.shape.max_tokens);
-  const int tokens = min(first_token + each, comm.shape.max_tokens) - first_token;
+  const int each = (args.slot_tokens + gridDim.x - 1) / gridDim.x;
+  const int first_token = min(static_cast<int>(blockIdx.x) * each, args.slot_tokens);
+  const int tokens = min(first_token + each, args.slot_tokens) - first_token;
   const int64_t copy_start = static_cast<int64_t>(round % 2) * comm.shape.max_tokens * comm.shape.max_row_bytes;
   Rows rows = {args, lane, first_token, warp, tokens * comm.shape.ranks, round, 0};
   uint8_t* ring = shared + static_cast<int64_t>(warp) * args.stages * args.stage_bytes;

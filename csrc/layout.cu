@@ -1,5 +1,5 @@
-// Routing exchange and layout: every rank learns which rows it receives and which slots of its expert-major tensor
-// each of them fills.
+// Routing exchange and layout: every rank learns which rows it receives, the place of each in a tensor that holds every
+// row once, and which slots of its expert-major tensor each of them fills.
 //
 // What moves: each rank's routing (2 bytes an entry) and routing weights (4 bytes), from the rank to all ranks.
 //
@@ -8,10 +8,14 @@
 //   (reuse of the copy)          peers, round e - 2         rule (1) of communicator.cuh
 //   histogram (local)            all blocks, same round     grid barrier
 //
-// Slots follow the order local expert, source rank, token, position among the token's top-k. Blocks own consecutive
-// chunks of every rank's tokens; a histogram per block and a prefix sum over (rank, block) give each block the place
-// of its first row in each expert's segment. Within a chunk a bit mask per (rank, expert) tells a token its place:
-// no slot is handed out by an atomic counter, so the layout is the same in every run.
+// Slots follow the order local expert, source rank, token, position among the token's top-k; rows the order source
+// rank, token. Rows are counted like one more expert, behind the local ones, that every received token has: a `bin` is
+// a local expert or the rows. Blocks own consecutive chunks of every rank's tokens; a histogram per block and a prefix
+// sum over (rank, block) give each block the place of its first entry in each bin. Within a chunk a bit mask per (rank,
+// bin) tells a token its place: no slot is handed out by an atomic counter, so the layout is the same in every run.
+//
+// A rank that brings more tokens than the buffers were made for sends what fits; the flags carry the true number, so
+// that all ranks learn of it in the same round and can grow their buffers together.
 #include "communicator.cuh"
 #include "launch.cuh"
 
@@ -22,24 +26,26 @@ struct LayoutArgs {
   const int64_t* topk_idx;        // [tokens][top_k], global expert or -1
   const float* topk_weights;      // [tokens][top_k], or nullptr
   int32_t* slots;                 // out [ranks][max_tokens][top_k]: slot of each arrived entry, or -1
+  int32_t* rows;                  // out [ranks][max_tokens]: place of each received row, or -1
+  int32_t* row_of_slot;           // out [max_rows]: the row that fills each slot, or -1 in padding
   uint8_t* owners;                // out [tokens]: bit r says that rank r has an expert of this token
-  float* row_weights;             // out [max_rows], or nullptr
-  int64_t* counts;                // out [local_experts]: real rows
+  float* slot_weights;            // out [max_rows], 0 in padding; or nullptr
+  int64_t* counts;                // out [local_experts]: real slots
   int32_t* ends;                  // out [local_experts]: end of each segment, padding included
-  int32_t* histogram;             // scratch [ranks * blocks][local_experts]
-  volatile int32_t* host_counts;  // out, host memory [local_experts]: real rows
-  volatile uint32_t* host_ready;  // out, host memory: 1 once host_counts are there
+  int32_t* histogram;             // scratch [ranks * blocks][bins]
+  volatile int32_t* host_counts;  // out, host memory [2 + bins]: 1 once the rest is there, most tokens of a rank, then
+                                  // the entries of each bin; or nullptr
   int32_t tokens;
   int32_t top_k;
   int32_t num_experts;
   int32_t alignment;  // of segments
-  int32_t max_rows;   // room in the expert-major tensor; what lies beyond gets no slot
+  int32_t max_rows;   // slots there is room for; what lies beyond gets none
   int32_t reserved;
 };
 
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 1024;
 
 struct Share {
   int first_chunk;
@@ -58,7 +64,7 @@ __device__ void send_routing(const LayoutArgs& args, Share share, uint32_t round
   const int ranks = comm.shape.ranks, top_k = args.top_k, copy = round % 2;
   const int stride = routing_stride(comm.shape.max_top_k), experts_per_rank = args.num_experts / ranks;
   const int first = share.first_chunk * kChunkTokens;
-  const int end = min(share.end_chunk * kChunkTokens, args.tokens);
+  const int end = min(share.end_chunk * kChunkTokens, min(args.tokens, comm.shape.max_tokens));
   const int64_t table = (static_cast<int64_t>(copy) * ranks + comm.rank) * comm.shape.max_tokens;
   for (int token = first + threadIdx.x; token < end; token += blockDim.x) {
     uint32_t owners = 0;
@@ -95,15 +101,14 @@ __device__ void send_routing(const LayoutArgs& args, Share share, uint32_t round
   const int share_chunks = share.end_chunk - share.first_chunk;
   for (int i = threadIdx.x; i < share_chunks * ranks; i += blockDim.x) {
     const int chunk = share.first_chunk + i / ranks, peer = i % ranks;
-    const int tokens = min(max(args.tokens - chunk * kChunkTokens, 0), kChunkTokens);
     const int chunks = comm.shape.max_tokens / kChunkTokens;
     uint64_t* flag = part<uint64_t>(comm, peer, comm.layout.chunk_flags) +
                      (static_cast<int64_t>(copy) * ranks + comm.rank) * chunks + chunk;
-    st_release_sys(flag, static_cast<uint64_t>(round) << 32 | tokens);  // pairs with wait_chunk
+    st_release_sys(flag, static_cast<uint64_t>(round) << 32 | args.tokens);  // pairs with wait_chunk
   }
 }
 
-// Tokens in a peer's chunk once its routing is here; 0 if the wait fails.
+// Tokens of a peer once the routing of its chunk is here; 0 if the wait fails.
 __device__ int wait_chunk(const Communicator& comm, int source, int chunk, uint32_t round) {
   const int chunks = comm.shape.max_tokens / kChunkTokens;
   const uint64_t* flag = part<uint64_t>(comm, comm.rank, comm.layout.chunk_flags) +
@@ -140,14 +145,13 @@ struct ChunkEntry {
 };
 
 __device__ __forceinline__ ChunkEntry chunk_entry(int i, const LayoutArgs& args, const Routing& routing,
-                                                  const int* chunk_tokens, int share_chunks, int chunk,
-                                                  int first_token) {
+                                                  const int* rank_tokens, int first_token) {
   ChunkEntry entry;
   entry.k = i % args.top_k;
   entry.place = i / args.top_k % kChunkTokens;
   entry.source = i / (args.top_k * kChunkTokens);
   entry.token = static_cast<int64_t>(entry.source) * args.comm.shape.max_tokens + first_token + entry.place;
-  const bool real = entry.place < chunk_tokens[entry.source * share_chunks + chunk];
+  const bool real = first_token + entry.place < rank_tokens[entry.source];
   entry.expert = real ? routing.local(entry.token, entry.k) : -1;
   return entry;
 }
@@ -161,27 +165,210 @@ __device__ int count_before(const ChunkEntry& entry, const Routing& routing, int
   return count;
 }
 
+// A block's shared memory.
+struct Tables {
+  int* next;         // [ranks][bins]: histogram, then the next free place
+  uint32_t* masks;   // [ranks][bins]: tokens of the chunk
+  int* bin_start;    // [bins]
+  int* total;        // [bins]
+  int* part_sums;    // [parts][bins]
+  int* rank_tokens;  // [ranks]: tokens of each rank
+  int ranks, bins, parts;
+
+  __device__ Tables(int* shared, int ranks, int local_experts) : ranks(ranks), bins(local_experts + 1) {
+    const int width = (bins + 31) / 32 * 32, pairs = ranks * bins;
+    parts = max(kThreads / width, 1);
+    next = shared;
+    masks = reinterpret_cast<uint32_t*>(next + pairs);
+    bin_start = next + 2 * pairs;
+    total = bin_start + bins;
+    rank_tokens = total + bins;
+    part_sums = rank_tokens + ranks;
+  }
+
+  // Of 4 bytes each.
+  static __host__ __device__ int words(int ranks, int local_experts) {
+    const int bins = local_experts + 1;
+    return 2 * ranks * bins + 2 * bins + ranks + (kThreads > bins ? kThreads : bins);
+  }
+};
+
+// How many entries of each rank's share fall into each bin.
+__device__ void count_share(const LayoutArgs& args, const Routing& routing, const Tables& tables, Share share) {
+  const int share_tokens = (share.end_chunk - share.first_chunk) * kChunkTokens;
+  for (int i = threadIdx.x; i < tables.ranks * share_tokens; i += kThreads) {
+    const int source = i / share_tokens, token = share.first_chunk * kChunkTokens + i % share_tokens;
+    if (token >= tables.rank_tokens[source]) continue;
+    const int64_t entry = static_cast<int64_t>(source) * args.comm.shape.max_tokens + token;
+    bool wanted = false;
+    for (int k = 0; k < args.top_k; ++k) {
+      const int expert = routing.local(entry, k);
+      if (expert < 0) continue;
+      wanted = true;
+      atomicAdd(&tables.next[source * tables.bins + expert], 1);
+    }
+    if (wanted) atomicAdd(&tables.next[source * tables.bins + tables.bins - 1], 1);
+  }
+}
+
+// Turns the histograms of all blocks into where this block's entries of each rank start within each bin, and the total
+// of each bin. The columns are summed in `parts` pieces side by side, each by one thread a bin.
+__device__ void scan_blocks(const LayoutArgs& args, const Tables& tables) {
+  const int bins = tables.bins, blocks = gridDim.x, columns = tables.ranks * blocks;
+  const int width = (bins + 31) / 32 * 32, per_part = (columns + tables.parts - 1) / tables.parts;
+  for (int i = threadIdx.x; i < tables.parts * width; i += kThreads) {
+    const int piece = i / width, bin = i % width;
+    if (bin >= bins) continue;
+    const int end = min((piece + 1) * per_part, columns);
+    int sum = 0;
+#pragma unroll 16
+    for (int column = piece * per_part; column < end; ++column) {
+      if (column % blocks == blockIdx.x) tables.next[column / blocks * bins + bin] = sum;
+      sum += __ldcg(&args.histogram[static_cast<int64_t>(column) * bins + bin]);
+    }
+    tables.part_sums[piece * bins + bin] = sum;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < tables.ranks * bins; i += kThreads) {
+    const int source = i / bins, bin = i % bins;
+    const int piece = (source * blocks + static_cast<int>(blockIdx.x)) / per_part;
+    for (int before = 0; before < piece; ++before) tables.next[i] += tables.part_sums[before * bins + bin];
+  }
+  for (int bin = threadIdx.x; bin < bins; bin += kThreads) {
+    int sum = 0;
+    for (int piece = 0; piece < tables.parts; ++piece) sum += tables.part_sums[piece * bins + bin];
+    tables.total[bin] = sum;
+  }
+  __syncthreads();
+}
+
+__device__ __forceinline__ int padded(int count, int alignment) {
+  return (count + alignment - 1) / alignment * alignment;
+}
+
+// One warp: where each expert's segment starts, by a scan of the padded sizes; rows start at 0. Returns all slots.
+__device__ int place_segments(const LayoutArgs& args, const Tables& tables, int lane) {
+  const int local_experts = tables.bins - 1;
+  int carry = 0;
+  for (int base = 0; base < local_experts; base += 32) {
+    const int expert = base + lane;
+    const int size = expert < local_experts ? padded(tables.total[expert], args.alignment) : 0;
+    int sum = size;
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int below = __shfl_up_sync(~0u, sum, distance);
+      if (lane >= distance) sum += below;
+    }
+    if (expert < local_experts) tables.bin_start[expert] = carry + sum - size;
+    carry += __shfl_sync(~0u, sum, 31);
+  }
+  if (lane == 0) tables.bin_start[local_experts] = 0;
+  return carry;
+}
+
+// One warp of one block: sizes to the device and, where the host waits for them, to the host; faults to the host.
+__device__ void publish_sizes(const LayoutArgs& args, const Tables& tables, int slots, uint32_t round, int lane) {
+  const Communicator& comm = args.comm;
+  const int local_experts = tables.bins - 1;
+  for (int expert = lane; expert < local_experts; expert += 32) {
+    args.counts[expert] = tables.total[expert];
+    args.ends[expert] = tables.bin_start[expert] + padded(tables.total[expert], args.alignment);
+  }
+  int most_tokens = 0;
+  for (int rank = 0; rank < tables.ranks; ++rank) most_tokens = max(most_tokens, tables.rank_tokens[rank]);
+  if (args.host_counts == nullptr) {
+    if (lane == 0 && most_tokens > comm.shape.max_tokens)
+      report_fault(comm, Fault::kTokens, Step::kRouting, comm.rank, round, most_tokens, comm.shape.max_tokens);
+    if (lane == 0 && slots > args.max_rows)
+      report_fault(comm, Fault::kOverflow, Step::kRouting, comm.rank, round, slots, args.max_rows);
+    return;
+  }
+  for (int bin = lane; bin < tables.bins; bin += 32) args.host_counts[2 + bin] = tables.total[bin];
+  if (lane == 0) args.host_counts[1] = most_tokens;
+  __syncwarp();
+  __threadfence_system();  // sizes (and a fault) are in host memory before the host sees that they are
+  if (lane == 0) args.host_counts[0] = 1;
+}
+
+// Slots that no row fills; each block takes some experts.
+__device__ void fill_padding(const LayoutArgs& args, const Tables& tables) {
+  if (args.alignment == 1) return;
+  for (int expert = blockIdx.x; expert < tables.bins - 1; expert += gridDim.x) {
+    const int start = tables.bin_start[expert], count = tables.total[expert];
+    const int end = min(start + padded(count, args.alignment), args.max_rows);
+    for (int slot = start + count + threadIdx.x; slot < end; slot += kThreads) {
+      args.row_of_slot[slot] = -1;
+      if (args.slot_weights != nullptr) args.slot_weights[slot] = 0.0f;
+    }
+  }
+}
+
+// The places of all entries of one chunk of every rank's tokens.
+__device__ void place_chunk(const LayoutArgs& args, const Routing& routing, const Tables& tables, const float* weights,
+                            int first_token) {
+  const int top_k = args.top_k, bins = tables.bins, row_bin = bins - 1;
+  const int entries = tables.ranks * kChunkTokens * top_k, pairs = tables.ranks * bins;
+  for (int i = threadIdx.x; i < pairs; i += kThreads) tables.masks[i] = 0;
+  __syncthreads();
+  bool repeated = false;
+  for (int i = threadIdx.x; i < entries; i += kThreads) {
+    const ChunkEntry entry = chunk_entry(i, args, routing, tables.rank_tokens, first_token);
+    if (entry.expert < 0) continue;
+    const uint32_t bit = 1u << entry.place;
+    repeated |= (atomicOr(&tables.masks[entry.source * bins + entry.expert], bit) & bit) != 0;
+    atomicOr(&tables.masks[entry.source * bins + row_bin], bit);
+  }
+  // A token that names an expert twice fills two slots, which one bit cannot say: such a chunk is counted out.
+  repeated = __syncthreads_or(repeated);
+  for (int i = threadIdx.x; i < entries; i += kThreads) {
+    const ChunkEntry entry = chunk_entry(i, args, routing, tables.rank_tokens, first_token);
+    const uint32_t before = (1u << entry.place) - 1, rows = tables.masks[entry.source * bins + row_bin];
+    int row = -1, slot = -1;
+    if (rows >> entry.place & 1) row = tables.next[entry.source * bins + row_bin] + __popc(rows & before);
+    if (entry.expert >= 0) {
+      const int pair = entry.source * bins + entry.expert;
+      slot = tables.next[pair] + (repeated ? count_before(entry, routing, top_k) : __popc(tables.masks[pair] & before));
+    }
+    if (row >= args.max_rows) row = -1;
+    if (slot >= args.max_rows) slot = -1;
+    args.slots[entry.token * top_k + entry.k] = slot;
+    if (entry.k == 0) args.rows[entry.token] = row;
+    if (slot < 0) continue;
+    args.row_of_slot[slot] = row;
+    if (args.slot_weights != nullptr)
+      args.slot_weights[slot] = weights[entry.token * args.comm.shape.max_top_k + entry.k];
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < pairs; i += kThreads)
+    if (!repeated || i % bins == row_bin) tables.next[i] += __popc(tables.masks[i]);
+  if (repeated) {
+    for (int i = threadIdx.x; i < entries; i += kThreads) {
+      const ChunkEntry entry = chunk_entry(i, args, routing, tables.rank_tokens, first_token);
+      if (entry.expert >= 0) atomicAdd(&tables.next[entry.source * bins + entry.expert], 1);
+    }
+  }
+  __syncthreads();
+}
+
 __global__ void __launch_bounds__(kThreads, 1) layout_kernel(const __grid_constant__ LayoutArgs args) {
   const Communicator& comm = args.comm;
-  const int ranks = comm.shape.ranks, top_k = args.top_k;
-  const int local_experts = args.num_experts / ranks, pairs = ranks * local_experts;
+  const int ranks = comm.shape.ranks, local_experts = args.num_experts / ranks, tid = threadIdx.x;
   extern __shared__ int shared[];
-  int* next = shared;                                             // [pairs]: histogram, then the next free place
-  uint32_t* masks = reinterpret_cast<uint32_t*>(shared + pairs);  // [pairs]: tokens of the chunk
-  int* segment_start = shared + 2 * pairs;                        // [local_experts]
-  int* total = segment_start + local_experts;                     // [local_experts]
-  int* part_sums = total + local_experts;                         // [parts][local_experts]
-  int* chunk_tokens = part_sums + max(kThreads, local_experts);   // [ranks][chunks of the share]
-  const int tid = threadIdx.x;
+  const Tables tables(shared, ranks, local_experts);
+  const int pairs = ranks * tables.bins;
   const uint32_t round = begin_round(comm);
   const Share share = my_chunks(comm);
   const int share_chunks = share.end_chunk - share.first_chunk;
 
   announce_round(comm, round);
   send_routing(args, share, round);
-  for (int i = tid; i < pairs; i += kThreads) next[i] = 0;
-  for (int i = tid; i < ranks * share_chunks; i += kThreads)
-    chunk_tokens[i] = wait_chunk(comm, i / share_chunks, share.first_chunk + i % share_chunks, round);
+  for (int i = tid; i < pairs; i += kThreads) tables.next[i] = 0;
+  if (tid < ranks) tables.rank_tokens[tid] = 0;
+  __syncthreads();
+  for (int i = tid; i < ranks * share_chunks; i += kThreads) {
+    const int source = i / share_chunks;
+    const int tokens = wait_chunk(comm, source, share.first_chunk + i % share_chunks, round);
+    atomicMax(&tables.rank_tokens[source], tokens);  // the same from every chunk
+  }
   __syncthreads();
 
   const int64_t copy_start = static_cast<int64_t>(round % 2) * ranks * comm.shape.max_tokens;
@@ -190,122 +377,24 @@ __global__ void __launch_bounds__(kThreads, 1) layout_kernel(const __grid_consta
       routing_stride(comm.shape.max_top_k), comm.rank * local_experts, local_experts};
   const float* weights = part<float>(comm, comm.rank, comm.layout.weights) + copy_start * comm.shape.max_top_k;
 
-  // How many rows of each rank's share go to each local expert.
-  const int share_entries = share_chunks * kChunkTokens * top_k;
-  for (int i = tid; i < ranks * share_entries; i += kThreads) {
-    const int source = i / share_entries, entry = i % share_entries, offset = entry / top_k;
-    if (offset % kChunkTokens >= chunk_tokens[source * share_chunks + offset / kChunkTokens]) continue;
-    const int64_t token =
-        static_cast<int64_t>(source) * comm.shape.max_tokens + share.first_chunk * kChunkTokens + offset;
-    const int expert = routing.local(token, entry % top_k);
-    if (expert >= 0) atomicAdd(&next[source * local_experts + expert], 1);
-  }
+  count_share(args, routing, tables, share);
   __syncthreads();
   for (int i = tid; i < pairs; i += kThreads) {
-    const int source = i / local_experts, expert = i % local_experts;
-    args.histogram[(static_cast<int64_t>(source) * gridDim.x + blockIdx.x) * local_experts + expert] = next[i];
+    const int64_t column = static_cast<int64_t>(i / tables.bins) * gridDim.x + blockIdx.x;
+    args.histogram[column * tables.bins + i % tables.bins] = tables.next[i];
   }
   grid_barrier(comm, round);
-
-  // Prefix sums over (rank, block): where this block's rows of each rank start within each expert's segment. The
-  // columns are summed in `parts` pieces side by side, each by one thread an expert.
-  const int width = (local_experts + 31) / 32 * 32, parts = max(kThreads / width, 1);
-  const int columns = ranks * static_cast<int>(gridDim.x), per_part = (columns + parts - 1) / parts;
-  for (int i = tid; i < parts * width; i += kThreads) {
-    const int piece = i / width, expert = i % width;
-    if (expert >= local_experts) continue;
-    const int end = min((piece + 1) * per_part, columns);
-    int sum = 0;
-#pragma unroll 8
-    for (int column = piece * per_part; column < end; ++column) {
-      if (column % gridDim.x == blockIdx.x) next[column / gridDim.x * local_experts + expert] = sum;
-      sum += __ldcg(&args.histogram[static_cast<int64_t>(column) * local_experts + expert]);
-    }
-    part_sums[piece * local_experts + expert] = sum;
+  scan_blocks(args, tables);
+  if (tid < 32) {
+    const int slots = place_segments(args, tables, tid);
+    if (blockIdx.x == 0) publish_sizes(args, tables, slots, round, tid);
   }
   __syncthreads();
-  for (int i = tid; i < pairs; i += kThreads) {
-    const int source = i / local_experts, expert = i % local_experts;
-    const int piece = (source * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x)) / per_part;
-    for (int before = 0; before < piece; ++before) next[i] += part_sums[before * local_experts + expert];
-  }
-  for (int expert = tid; expert < local_experts; expert += kThreads) {
-    int sum = 0;
-    for (int piece = 0; piece < parts; ++piece) sum += part_sums[piece * local_experts + expert];
-    total[expert] = sum;
-  }
+  for (int i = tid; i < pairs; i += kThreads) tables.next[i] += tables.bin_start[i % tables.bins];
   __syncthreads();
-  if (tid < 32) {  // exclusive scan of the padded segment sizes
-    int carry = 0;
-    for (int base = 0; base < local_experts; base += 32) {
-      const int expert = base + tid;
-      const int count = expert < local_experts ? total[expert] : 0;
-      const int size = (count + args.alignment - 1) / args.alignment * args.alignment;
-      int sum = size;
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const int below = __shfl_up_sync(~0u, sum, distance);
-        if (tid >= distance) sum += below;
-      }
-      if (expert < local_experts) {
-        segment_start[expert] = carry + sum - size;
-        if (blockIdx.x == 0) {
-          args.counts[expert] = count;
-          args.ends[expert] = carry + sum;
-          args.host_counts[expert] = count;
-        }
-      }
-      carry += __shfl_sync(~0u, sum, 31);
-    }
-    if (blockIdx.x == 0) {
-      if (tid == 0 && carry > args.max_rows)
-        report_fault(comm, Fault::kOverflow, Step::kRouting, comm.rank, round, carry, args.max_rows);
-      __syncwarp();
-      __threadfence_system();  // counts (and a fault) are in host memory before the host sees `ready`
-      if (tid == 0) *args.host_ready = 1;
-    }
-  }
-  __syncthreads();
-  for (int i = tid; i < pairs; i += kThreads) next[i] += segment_start[i % local_experts];
-
-  // Slots, chunk by chunk.
-  const int chunk_entries = ranks * kChunkTokens * top_k;
-  for (int chunk = 0; chunk < share_chunks; ++chunk) {
-    const int first_token = (share.first_chunk + chunk) * kChunkTokens;
-    for (int i = tid; i < pairs; i += kThreads) masks[i] = 0;
-    __syncthreads();
-    bool repeated = false;
-    for (int i = tid; i < chunk_entries; i += kThreads) {
-      const ChunkEntry entry = chunk_entry(i, args, routing, chunk_tokens, share_chunks, chunk, first_token);
-      if (entry.expert < 0) continue;
-      const uint32_t bit = 1u << entry.place;
-      repeated |= (atomicOr(&masks[entry.source * local_experts + entry.expert], bit) & bit) != 0;
-    }
-    // A token that names an expert twice fills two slots, which one bit cannot say: such a chunk is counted out.
-    repeated = __syncthreads_or(repeated);
-    for (int i = tid; i < chunk_entries; i += kThreads) {
-      const ChunkEntry entry = chunk_entry(i, args, routing, chunk_tokens, share_chunks, chunk, first_token);
-      int slot = -1;
-      if (entry.expert >= 0) {
-        const int pair = entry.source * local_experts + entry.expert;
-        slot = next[pair] +
-               (repeated ? count_before(entry, routing, top_k) : __popc(masks[pair] & ((1u << entry.place) - 1)));
-        if (slot >= args.max_rows) slot = -1;
-      }
-      args.slots[entry.token * top_k + entry.k] = slot;
-      if (slot >= 0 && args.row_weights != nullptr)
-        args.row_weights[slot] = weights[entry.token * comm.shape.max_top_k + entry.k];
-    }
-    __syncthreads();
-    if (!repeated) {
-      for (int i = tid; i < pairs; i += kThreads) next[i] += __popc(masks[i]);
-    } else {
-      for (int i = tid; i < chunk_entries; i += kThreads) {
-        const ChunkEntry entry = chunk_entry(i, args, routing, chunk_tokens, share_chunks, chunk, first_token);
-        if (entry.expert >= 0) atomicAdd(&next[entry.source * local_experts + entry.expert], 1);
-      }
-    }
-    __syncthreads();
-  }
+  fill_padding(args, tables);
+  for (int chunk = 0; chunk < share_chunks; ++chunk)
+    place_chunk(args, routing, tables, weights, (share.first_chunk + chunk) * kChunkTokens);
   if (blockIdx.x == 0 && tid < ranks) wait_entered(comm, Step::kRouting, tid, round);  // rule (1)
   end_round(comm, round);
 }
@@ -316,11 +405,8 @@ __global__ void __launch_bounds__(kThreads, 1) layout_kernel(const __grid_consta
 // Runs the kernel above. All pointers but the host ones are on the device; requires 1 <= blocks <= multiprocessors.
 EP_MOE_API const char* ep_moe_layout(const ep_moe::LayoutArgs* args, cudaStream_t stream) {
   using namespace ep_moe;
-  const BufferShape& shape = args->comm.shape;
-  const int local_experts = args->num_experts / shape.ranks, chunks = shape.max_tokens / kChunkTokens;
-  const int share_chunks = (chunks + args->comm.blocks - 1) / args->comm.blocks;
-  const int part_sums = local_experts > kThreads ? local_experts : kThreads;
-  const int shared_bytes = 4 * (2 * args->num_experts + 2 * local_experts + part_sums + shape.ranks * share_chunks);
+  const int ranks = args->comm.shape.ranks;
+  const int shared_bytes = 4 * Tables::words(ranks, args->num_experts / ranks);
   return launch("layout kernel", layout_kernel, *args, args->comm.blocks, kThreads, shared_bytes, true, stream);
 }
 

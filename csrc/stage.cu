@@ -1,5 +1,5 @@
-// Staging: a rank's tokens into its own symmetric buffer, where peers will pull them; as they are, or quantised to
-// e4m3 with one fp32 scale per 128 channels behind the values.
+// Staging: a rank's tokens into its own symmetric buffer, where peers will pull them; as they are, with their scales
+// behind the values if they have any, or quantised to e4m3 with one fp32 scale per 128 channels behind the values.
 //
 //   writer                     reader                         ordered by
 //   rows[e % 2] (own buffer)   peers, dispatch round e        end of this kernel, then announce_round of round e
@@ -15,12 +15,15 @@ namespace ep_moe {
 
 struct StageArgs {
   Communicator comm;
-  const void* x;       // [tokens][hidden]
-  int64_t wire_bytes;  // from row to row in the symmetric buffer; a multiple of 16
+  const void* x;        // [tokens][hidden], or [tokens][row_bytes] where rows travel as they are
+  const float* scales;  // [tokens][row_scales], of rows that are quantised already; or nullptr
+  int64_t wire_bytes;   // from row to row in the symmetric buffer; a multiple of 16
+  int32_t row_bytes;    // of a row as it travels, without scales; a multiple of 16
+  int32_t row_scales;
   int32_t tokens;
   int32_t hidden;
-  int32_t element;  // Element of x
-  int32_t fp8;      // quantise
+  int32_t element;   // Element of x, if it is to be quantised
+  int32_t quantize;  // to e4m3
 };
 
 namespace {
@@ -37,17 +40,27 @@ __device__ __forceinline__ uint8_t* staged_rows(const StageArgs& args) {
 }
 
 __global__ void __launch_bounds__(kThreads) copy_kernel(const __grid_constant__ StageArgs args) {
-  uint4* rows = reinterpret_cast<uint4*>(staged_rows(args));
+  uint8_t* rows = staged_rows(args);
   const uint4* x = static_cast<const uint4*>(args.x);
-  const int64_t vectors = args.tokens * args.wire_bytes / 16, step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < vectors; i += 4 * step) {
+  const uint32_t row_vectors = args.row_bytes / 16;
+  const int64_t vectors = static_cast<int64_t>(args.tokens) * row_vectors;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = first; i < vectors; i += 4 * step) {
     uint4 values[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j)
       if (i + j * step < vectors) values[j] = x[i + j * step];
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-      if (i + j * step < vectors) rows[i + j * step] = values[j];
+    for (int j = 0; j < 4; ++j) {
+      if (i + j * step >= vectors) break;
+      const uint32_t vector = i + j * step;  // 2^32 would be 64 GB
+      reinterpret_cast<uint4*>(rows + vector / row_vectors * args.wire_bytes)[vector % row_vectors] = values[j];
+    }
+  }
+  for (int64_t i = first; i < static_cast<int64_t>(args.tokens) * args.row_scales; i += step) {
+    float* scales = reinterpret_cast<float*>(rows + i / args.row_scales * args.wire_bytes + args.row_bytes);
+    scales[i % args.row_scales] = args.scales[i];
   }
 }
 
@@ -88,16 +101,16 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constan
 }  // namespace
 }  // namespace ep_moe
 
-// Runs one of the kernels above. `hidden` is a multiple of 128 for fp8; otherwise wire_bytes is the size of a row.
+// Runs one of the kernels above. To quantise, `hidden` is a multiple of 128.
 EP_MOE_API const char* ep_moe_stage(const ep_moe::StageArgs* args, cudaStream_t stream) {
   using namespace ep_moe;
   if (args->tokens == 0) return nullptr;
-  const int64_t work =
-      args->fp8 ? static_cast<int64_t>(args->tokens) * args->hidden / kPerThread : args->tokens * args->wire_bytes / 64;
+  const int64_t work = args->quantize ? static_cast<int64_t>(args->tokens) * args->hidden / kPerThread
+                                      : args->tokens * args->wire_bytes / 64;
   const int64_t wanted = (work + kThreads - 1) / kThreads;
   const int blocks = static_cast<int>(wanted < 1056 ? (wanted < 1 ? 1 : wanted) : 1056);  // 8 on each of 132 SMs
   void (*kernel)(StageArgs) = copy_kernel;
-  if (args->fp8) {
+  if (args->quantize) {
     switch (static_cast<Element>(args->element)) {
       case Element::kFloat32:
         kernel = quantize_kernel<float>;

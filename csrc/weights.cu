@@ -10,7 +10,7 @@ namespace ep_moe {
 
 struct WeightsArgs {
   Communicator comm;
-  const int32_t* slots;     // [ranks][max_tokens][top_k], from the layout
+  const int32_t* slots;     // [ranks][slot_tokens][top_k], from the layout
   const int64_t* topk_idx;  // [tokens][top_k], global expert or -1
   float* by_token;          // [tokens][top_k]; read if to_rows, written otherwise (0 where not routed)
   float* by_row;            // [num_rows]; written if to_rows (padding is left alone), read otherwise
@@ -18,6 +18,8 @@ struct WeightsArgs {
   int32_t top_k;
   int32_t experts_per_rank;
   int32_t to_rows;
+  int32_t slot_tokens;
+  int32_t reserved;
 };
 
 namespace {
@@ -40,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, 1) weights_kernel(const __grid_const
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
   const int64_t mine = static_cast<int64_t>(args.tokens) * args.top_k;
-  const int64_t all = static_cast<int64_t>(comm.shape.max_tokens) * args.top_k;
+  const int64_t all = static_cast<int64_t>(args.slot_tokens) * args.top_k;
   announce_round(comm, round);
 
   if (args.to_rows) {

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ranks import RankError, run_ranks
 from routing_cases import PATTERNS, Case, make_inputs
 
+from ep_moe.comm import CapacityError
 from ep_moe.comm.fp8 import dequantize_e4m3, quantize_e4m3
 
 CASES = [
@@ -42,13 +43,17 @@ def expected_slots(case: Case) -> list[list[tuple[int, int, int]]]:
 
 
 def run_exchange(rank: int, world: int, kind: str, device: str, case: Case, alignment: int, fp8: bool) -> dict:
-    """Dispatch, cached dispatch, combine and the weight exchanges of one rank; results on the CPU."""
+    """Both layouts of dispatch, cached dispatch and combine, and the weight exchanges of one rank; on the CPU."""
     on = rank_device(device, rank)
     communicator = make_communicator(kind, dist.group.WORLD)
     x, idx, weights = (t.to(on) for t in make_inputs(case, rank))
     arrived = communicator.dispatch(x, idx, weights, num_experts=case.num_experts, alignment=alignment, fp8=fp8)
     rows = arrived.rows if arrived.scales is None else dequantize_e4m3(arrived.rows, arrived.scales, case.dtype)
     row_values = torch.arange(rows.shape[0], device=on, dtype=weights.dtype) + 1
+    once = communicator.dispatch(
+        x, idx, weights, num_experts=case.num_experts, alignment=alignment, fp8=fp8, layout="rows"
+    )
+    received = once.rows if once.scales is None else dequantize_e4m3(once.rows, once.scales, case.dtype)
     out = {
         "rows": rows,
         "weights": arrived.weights,
@@ -59,6 +64,12 @@ def run_exchange(rank: int, world: int, kind: str, device: str, case: Case, alig
         "cached_weights": communicator.dispatch_weights(weights, arrived.handle),
         "combined": communicator.combine(rows * 0.5, arrived.handle),
         "returned": communicator.combine_weights(row_values, arrived.handle),
+        "row_of_slot": arrived.row_of_slot,
+        "received": received,
+        "received_weights": once.weights,
+        "received_row_of_slot": once.row_of_slot,
+        "received_cached": communicator.dispatch_cached(x * 2, arrived.handle, "rows"),
+        "received_combined": communicator.combine(received * 0.5, once.handle, "rows"),
     }
     return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in out.items()}
 
@@ -78,6 +89,8 @@ def check_exchange(case: Case, results: list[dict], alignment: int, fp8: bool) -
         assert result["counts"].tolist() == counts
         assert list(result["sizes"]) == sizes
         assert result["ends"].dtype == torch.int32 and torch.equal(result["ends"].long(), ends)
+        arrivals = sorted({(source, token) for source, token, _ in slots})
+        row_of_slot = torch.full((sum(sizes),), -1, dtype=torch.int32)
         rows = torch.zeros(sum(sizes), case.hidden, dtype=case.dtype)
         cached, weights = torch.zeros_like(rows), torch.zeros(sum(sizes), dtype=inputs[0][2].dtype)
         filled = iter(slots)
@@ -87,8 +100,17 @@ def check_exchange(case: Case, results: list[dict], alignment: int, fp8: bool) -
                 rows[slot], cached[slot] = sources[source][token], inputs[source][0][token] * 2
                 weights[slot] = inputs[source][2][token, k]
                 returned[source][token, k] = slot + 1
+                row_of_slot[slot] = arrivals.index((source, token))
         assert torch.equal(result["rows"], rows) and torch.equal(result["cached"], cached)
-        assert torch.equal(result["weights"], weights) and torch.equal(result["cached_weights"], weights)
+        for name in ("weights", "cached_weights", "received_weights"):
+            assert torch.equal(result[name], weights)
+        assert torch.equal(result["row_of_slot"], row_of_slot)
+        assert torch.equal(result["received_row_of_slot"], row_of_slot)
+        received = [sources[source][token] for source, token in arrivals]
+        cached_once = [inputs[source][0][token] * 2 for source, token in arrivals]
+        empty = torch.zeros(0, case.hidden, dtype=case.dtype)
+        assert torch.equal(result["received"], torch.stack(received) if received else empty)
+        assert torch.equal(result["received_cached"], torch.stack(cached_once) if received else empty)
     for rank, result in enumerate(results):
         assert torch.equal(result["returned"], returned[rank])
         routed = (inputs[rank][1] >= 0).sum(1, keepdim=True)
@@ -97,6 +119,85 @@ def check_exchange(case: Case, results: list[dict], alignment: int, fp8: bool) -
         rounding = 2 * torch.finfo(case.dtype).eps * exact.abs() + 1e-30
         assert result["combined"].dtype == case.dtype
         assert ((result["combined"].to(torch.float64) - exact).abs() <= rounding).all()
+        owners = torch.zeros(len(routed), case.ranks + 1)
+        owners.scatter_(1, torch.where(inputs[rank][1] < 0, case.ranks, inputs[rank][1] // case.local_experts), 1.0)
+        exact = sources[rank].to(torch.float64) * 0.5 * owners[:, :-1].sum(1, keepdim=True)
+        assert ((result["received_combined"].to(torch.float64) - exact).abs() <= rounding).all()
+
+
+def _dispatch_quantised(rank: int, world: int, kind: str, device: str, case: Case) -> dict[str, bool]:
+    on = rank_device(device, rank)
+    communicator = make_communicator(kind, dist.group.WORLD)
+    x, idx, weights = (t.to(on) for t in make_inputs(case, rank))
+    values, scales = quantize_e4m3(x)
+    want = communicator.dispatch(x, idx, weights, num_experts=case.num_experts, fp8=True)
+    got = communicator.dispatch(values, idx, weights, num_experts=case.num_experts, scales=scales)
+    assert got.scales is not None and want.scales is not None
+    cached = communicator.dispatch_cached(values, want.handle)
+    return {
+        "rows": torch.equal(got.rows.view(torch.uint8), want.rows.view(torch.uint8)),
+        "scales": torch.equal(got.scales, want.scales),
+        "cached": torch.equal(cached.view(torch.uint8), want.rows.view(torch.uint8)),
+    }
+
+
+@pytest.mark.parametrize(("kind", "device"), COMMUNICATORS)
+@pytest.mark.parametrize("hidden", [128, 640])
+def test_rows_that_are_quantised_already_travel_as_they_are(kind: str, device: str, hidden: int) -> None:
+    case = Case(tokens=(5, 7), num_experts=4, top_k=2, hidden=hidden, dtype=torch.bfloat16)
+    for result in run_ranks(2, _dispatch_quantised, kind, device, case):
+        assert all(result.values()), result
+
+
+def _with_capacity(rank: int, world: int, kind: str, device: str, case: Case, spare: int) -> tuple[dict, str]:
+    on = rank_device(device, rank)
+    communicator = make_communicator(kind, dist.group.WORLD)
+    x, idx, weights = (t.to(on) for t in make_inputs(case, rank))
+    want = communicator.dispatch(x, idx, weights, num_experts=case.num_experts, alignment=4)
+    needed, error = want.segments.num_rows, ""
+    room = needed + spare
+    checks = {}
+    try:
+        got = communicator.dispatch(x, idx, weights, num_experts=case.num_experts, alignment=4, max_rows=room)
+        if spare < 0:  # kernels report too little room to a later call
+            torch.cuda.synchronize()
+            communicator.dispatch(x, idx, weights, num_experts=case.num_experts)
+        y = torch.full((room, case.hidden), float("nan"), device=on, dtype=case.dtype)
+        y[:needed] = want.rows
+        values = torch.arange(room, device=on, dtype=weights.dtype)
+        assert got.weights is not None and want.weights is not None
+        checks = {
+            "sizes": got.segments.sizes is None and got.segments.num_rows == room == got.rows.shape[0],
+            "ends": torch.equal(got.segments.ends, want.segments.ends),
+            "host_sizes": got.segments.host_sizes() == want.segments.sizes,
+            "rows": torch.equal(got.rows[:needed], want.rows),
+            "weights": torch.equal(got.weights[:needed], want.weights),
+            "cached": torch.equal(communicator.dispatch_cached(x, got.handle)[:needed], want.rows),
+            "combined": torch.equal(communicator.combine(y, got.handle), communicator.combine(want.rows, want.handle)),
+            "returned": torch.equal(
+                communicator.combine_weights(values, got.handle),
+                communicator.combine_weights(values[:needed], want.handle),
+            ),
+        }
+    except CapacityError as caught:
+        error = str(caught).replace(str(needed), "needed").replace(str(room), "room")
+    return checks, error
+
+
+@pytest.mark.parametrize(("kind", "device"), COMMUNICATORS)
+@pytest.mark.parametrize("spare", [0, 1, 100])
+def test_a_capacity_instead_of_exact_sizes(kind: str, device: str, spare: int) -> None:
+    case = Case(tokens=(23, 31), num_experts=6, top_k=3, hidden=16, pattern="some_unrouted")
+    for checks, error in run_ranks(2, _with_capacity, kind, device, case, spare):
+        assert all(checks.values()) and not error, (checks, error)
+
+
+@pytest.mark.parametrize(("kind", "device"), COMMUNICATORS)
+def test_too_small_a_capacity_is_an_error(kind: str, device: str) -> None:
+    # The same tokens on both ranks, so that both lack room.
+    case = Case(tokens=(30, 30), num_experts=2, top_k=2, hidden=16)
+    for rank, (_, error) in enumerate(run_ranks(2, _with_capacity, kind, device, case, -4)):
+        assert error == f"max_rows = room: needed rows arrived at rank {rank}"
 
 
 def quantize_dequantize(x: torch.Tensor) -> torch.Tensor:
@@ -191,6 +292,12 @@ def _dispatch_with(rank: int, world: int, changes: dict, only: int | None = None
         ({"topk_weights": torch.zeros(4, 3)}, "topk_weights: expected [4, 2] as topk_idx, got [4, 3]"),
         ({"num_experts": 3}, "num_experts: expected a multiple of the 2 ranks of the group, got 3"),
         ({"fp8": True}, "multiple of 128 for fp8, got 8"),
+        ({"scales": torch.zeros(4, 1)}, "x: expected torch.float8_e4m3fn with scales"),
+        ({"x": torch.zeros(4, 8).to(torch.float8_e4m3fn)}, "got torch.float8_e4m3fn without scales, fp8 False"),
+        (
+            {"x": torch.zeros(4, 256).to(torch.float8_e4m3fn), "scales": torch.zeros(4, 1)},
+            "scales: expected torch.float32 [4, 2], one per 128 channels of x [4, 256], got torch.float32 [4, 1]",
+        ),
     ],
 )
 def test_bad_arguments_are_named_before_anything_is_sent(changes: dict, message: str) -> None:

@@ -16,7 +16,7 @@ namespace ep_moe {
 
 enum class Step : uint32_t { kNone = 0, kRouting = 1, kRows = 2, kCombine = 3, kWeights = 4 };
 
-enum class Fault : uint32_t { kNone = 0, kTimeout = 1, kExpertRange = 2, kOverflow = 3 };
+enum class Fault : uint32_t { kNone = 0, kTimeout = 1, kExpertRange = 2, kOverflow = 3, kTokens = 4 };
 
 // In host memory that the device can write; the host reads it whenever it likes. The first fault stays.
 struct FaultReport {
@@ -24,8 +24,8 @@ struct FaultReport {
   uint32_t step;
   int32_t rank;     // waited for (kTimeout)
   uint32_t round;   // in which it happened
-  int64_t value;    // the bad expert (kExpertRange), the rows needed (kOverflow)
-  int64_t allowed;  // number of experts, or rows there was room for
+  int64_t value;    // the bad expert (kExpertRange), the rows needed (kOverflow), the tokens of a rank (kTokens)
+  int64_t allowed;  // number of experts, or rows or tokens there was room for
 };
 
 // In local device memory, zero at first.

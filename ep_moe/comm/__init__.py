@@ -1,11 +1,13 @@
 """Communicators: moving token rows between ranks."""
 
-from ep_moe.comm.communicator import Communicator, Dispatched, ExpertSegments
+from ep_moe.comm.communicator import CapacityError, Communicator, Dispatched, ExpertSegments, RowLayout
 from ep_moe.comm.factory import CommunicatorFactory, communicator_factory
-from ep_moe.comm.nvlink import NvlinkCommunicator, PeerTimeoutError
+from ep_moe.comm.nvlink import NvlinkCommunicator
+from ep_moe.comm.nvlink_core import PeerTimeoutError
 from ep_moe.comm.portable import PortableCommunicator
 
 __all__ = [
+    "CapacityError",
     "Communicator",
     "CommunicatorFactory",
     "Dispatched",
@@ -13,5 +15,6 @@ __all__ = [
     "NvlinkCommunicator",
     "PeerTimeoutError",
     "PortableCommunicator",
+    "RowLayout",
     "communicator_factory",
 ]

@@ -2,18 +2,32 @@
 
 A :class:`Communicator` works on plain tensors and knows nothing of autograd; the dispatcher above it pairs
 each operation with its gradient (dispatch and combine are each other's transposes). Whatever moves the bytes,
-the order of the rows is the same: by local expert, then source rank, then token, then position among the
-token's top-k. So results are reproducible bit by bit, and one contract test suite serves every implementation.
+the order of the rows is the same, so results are reproducible bit by bit, and one contract test suite serves every
+implementation. Rows come in one of two layouts, the caller's choice:
+
+- ``expert_major``: a row for every (token, local expert), called a slot; by local expert, then source rank, then token,
+  then position among the token's top-k. Ready for any grouped GEMM.
+- ``rows``: each received token once, by source rank, then token; with the row of every slot, for a grouped GEMM that
+  gathers.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ep_moe.comm.fp8 import BLOCK
+
+RowLayout = Literal["expert_major", "rows"]
+
+
+class CapacityError(RuntimeError):
+    """More rows arrived than ``max_rows``; the message says how many. Results of that dispatch lack rows."""
 
 
 @dataclass(frozen=True)
@@ -24,17 +38,27 @@ class ExpertSegments:
         counts: int64 ``[local_experts]`` on the device of the rows; real rows of each expert.
         ends: int32 ``[local_experts]`` on the device of the rows; the row after each expert's segment, padding
             included. This is the ``offs`` argument of grouped GEMMs.
-        sizes: the length of each segment on the host, padding included.
+        sizes: the length of each segment on the host, padding included; ``None`` if only the device knows.
+        capacity: slots of the tensors, if that is not the sum of ``sizes``: those behind the last segment hold
+            garbage.
     """
 
     counts: Tensor
     ends: Tensor
-    sizes: tuple[int, ...]
+    sizes: tuple[int, ...] | None
+    capacity: int | None = None
 
     @property
     def num_rows(self) -> int:
-        """Rows of all segments, padding included."""
-        return sum(self.sizes)
+        """Slots of the tensors: those of all segments, padding included, or the capacity."""
+        return sum(self.sizes or ()) if self.capacity is None else self.capacity
+
+    def host_sizes(self) -> tuple[int, ...]:
+        """Length of each segment on the host; waits for the device if that is not known yet."""
+        if self.sizes is not None:
+            return self.sizes
+        ends = [0, *self.ends.tolist()]
+        return tuple(end - start for start, end in itertools.pairwise(ends))
 
 
 @dataclass(frozen=True)
@@ -42,10 +66,13 @@ class Dispatched:
     """What arrives at a rank.
 
     Attributes:
-        rows: ``[segments.num_rows, hidden]`` in the dtype that travelled; padding rows are zero.
-        scales: fp32 ``[segments.num_rows, hidden / 128]`` when the rows are e4m3, otherwise ``None``.
-        weights: ``[segments.num_rows]`` routing weight of each row, 0 for padding; ``None`` if none were sent.
-        segments: which rows belong to which local expert.
+        rows: in the dtype that travelled; ``[segments.num_rows, hidden]`` in slots, padding zero, or
+            ``[received, hidden]``, each once.
+        scales: fp32 ``[rows, hidden / 128]`` when the rows are e4m3, otherwise ``None``.
+        weights: ``[segments.num_rows]`` routing weight of each slot, 0 for padding; ``None`` if none were sent.
+        segments: which slots belong to which local expert.
+        row_of_slot: int32 ``[segments.num_rows]``, the row that belongs in each slot, -1 for padding; whatever the
+            layout of ``rows``.
         handle: opaque to callers; names this exchange in ``dispatch_cached`` and ``combine``.
     """
 
@@ -53,6 +80,7 @@ class Dispatched:
     scales: Tensor | None
     weights: Tensor | None
     segments: ExpertSegments
+    row_of_slot: Tensor
     handle: Any
 
 
@@ -70,37 +98,46 @@ class Communicator(Protocol):
         topk_weights: Tensor | None,
         *,
         num_experts: int,
+        scales: Tensor | None = None,
         fp8: bool = False,
+        layout: RowLayout = "expert_major",
         alignment: int = 1,
+        max_rows: int | None = None,
         num_sms: int | None = None,
     ) -> Dispatched:
         """Send each token to the ranks of its experts.
 
         Args:
-            x: ``[tokens, hidden]``; the number of tokens may differ between ranks and may be zero.
+            x: ``[tokens, hidden]``; the number of tokens may differ between ranks and may be zero. With ``scales``:
+                e4m3.
             topk_idx: int64 ``[tokens, top_k]``, global expert or -1 (not routed); an expert may be repeated.
             topk_weights: ``[tokens, top_k]`` routing weights, or ``None``.
             num_experts: experts over all ranks; rank ``r`` holds ``num_experts / size`` of them, starting at
                 ``r * num_experts / size``.
-            fp8: send the rows as e4m3 with one fp32 scale per 128 channels.
+            scales: fp32 ``[tokens, hidden / 128]``, of rows that are e4m3 already.
+            fp8: quantise the rows to e4m3 with one fp32 scale per 128 channels and send those.
+            layout: of the rows that arrive.
             alignment: every expert's segment is padded with zero rows to a multiple of this.
+            max_rows: slots to make room for, padding included. The host then need not learn the sizes, and waits for
+                nothing; ``None`` makes exactly the room there must be.
             num_sms: SMs that kernels of this exchange and of its handle may occupy; ``None`` for the library's choice.
 
         Raises:
             ValueError: before anything is sent, naming the argument, what was given and what is allowed.
+            CapacityError: if ``max_rows`` did not suffice; by this call or by the next one.
         """
         ...
 
-    def dispatch_cached(self, x: Tensor, handle: Any) -> Tensor:
-        """Send rows of ``x`` (``[tokens, hidden]``) along the routes of an earlier dispatch; returns its row layout."""
+    def dispatch_cached(self, x: Tensor, handle: Any, layout: RowLayout = "expert_major") -> Tensor:
+        """Send rows of ``x`` (``[tokens, hidden]``) along the routes of an earlier dispatch, in either layout."""
         ...
 
     def dispatch_weights(self, topk_weights: Tensor, handle: Any) -> Tensor:
         """Send routing weights (``[tokens, top_k]``) along the routes of an earlier dispatch: ``[num_rows]``."""
         ...
 
-    def combine(self, rows: Tensor, handle: Any) -> Tensor:
-        """Sum the rows of each token at its source rank: ``[num_rows, hidden]`` to ``[tokens, hidden]``.
+    def combine(self, rows: Tensor, handle: Any, layout: RowLayout = "expert_major") -> Tensor:
+        """Sum the rows of each token at its source rank: ``[rows, hidden]`` in either layout to ``[tokens, hidden]``.
 
         The sum runs in fp32 (fp64 for fp64 rows): first over a rank's rows of the token in top-k order, rounded
         once to the dtype of ``rows``, then over the ranks in ascending order. Tokens routed nowhere receive zero.
@@ -117,7 +154,14 @@ class Communicator(Protocol):
 
 
 def check_dispatch_shapes(
-    x: Tensor, topk_idx: Tensor, topk_weights: Tensor | None, num_experts: int, ranks: int
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor | None,
+    num_experts: int,
+    ranks: int,
+    *,
+    scales: Tensor | None,
+    fp8: bool,
 ) -> None:
     """Raise ``ValueError`` unless the arguments of a dispatch fit together; does not read values."""
     if num_experts < 1 or num_experts % ranks:
@@ -130,7 +174,20 @@ def check_dispatch_shapes(
         raise ValueError(f"topk_idx: expected {x.shape[0]} tokens as in x, got {topk_idx.shape[0]}")
     if topk_weights is not None and topk_weights.shape != topk_idx.shape:
         raise ValueError(f"topk_weights: expected {list(topk_idx.shape)} as topk_idx, got {list(topk_weights.shape)}")
-    for name, tensor in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
+    quantised = x.dtype == torch.float8_e4m3fn
+    if quantised != (scales is not None) or (quantised and fp8):
+        raise ValueError(
+            "x: expected torch.float8_e4m3fn with scales, or another dtype without (and fp8 to quantise it); got "
+            f"{x.dtype} {'without' if scales is None else 'with'} scales, fp8 {fp8}"
+        )
+    if scales is not None:
+        expected = [x.shape[0], x.shape[1] // BLOCK]
+        if x.shape[1] % BLOCK or scales.dtype != torch.float32 or list(scales.shape) != expected:
+            raise ValueError(
+                f"scales: expected torch.float32 {expected}, one per {BLOCK} channels of x {list(x.shape)}, "
+                f"got {scales.dtype} {list(scales.shape)}"
+            )
+    for name, tensor in (("topk_idx", topk_idx), ("topk_weights", topk_weights), ("scales", scales)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name}: expected device {x.device} as x, got {tensor.device}")
 

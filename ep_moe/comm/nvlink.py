@@ -1,7 +1,7 @@
 """Expert-parallel exchange between GPUs of one host by our own CUDA kernels over symmetric memory.
 
-The kernels and the argument why they are safe are in ``csrc/``; this file allocates, fills in arguments, launches
-on the current stream and turns what the kernels report into exceptions.
+The kernels and the argument why they are safe are in ``csrc/``; this file allocates results, fills in arguments and
+launches on the current stream.
 """
 
 from __future__ import annotations
@@ -9,23 +9,18 @@ from __future__ import annotations
 import ctypes
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ep_moe.comm import nvlink_args as native
-from ep_moe.comm.communicator import Dispatched, ExpertSegments, check_dispatch_shapes
-from ep_moe.comm.nvlink_wire import ELEMENTS, SHARED_BYTES, WireFormat, wire_format
-from ep_moe.comm.symmetric import SymmetricBuffer, allocate_symmetric
+from ep_moe.comm.communicator import Dispatched, ExpertSegments, RowLayout, check_dispatch_shapes
+from ep_moe.comm.nvlink_core import NvlinkCore, PeerTimeoutError, pointer
+from ep_moe.comm.nvlink_wire import ELEMENTS, MOVED, SHARED_BYTES, WireFormat, wire_format
 
 _MAX_WARPS, _MAX_STAGES = 8, 3
 _SPINS = 200  # looks at the flag between looks at everything else
-
-
-class PeerTimeoutError(RuntimeError):
-    """A rank did not do its part in time. The communicator cannot be used any more; the process can."""
 
 
 @dataclass(frozen=True)
@@ -33,36 +28,55 @@ class NvlinkHandle:
     """The routes of one dispatch.
 
     Attributes:
-        tokens: at this rank.
-        top_k: experts per token.
         experts_per_rank: local experts of every rank.
         num_sms: SMs that kernels may occupy, or ``None``.
         topk_idx: int64 ``[tokens, top_k]``, as dispatched.
-        slots: int32 ``[ranks, max_tokens, top_k]``, slot of each arrived entry or -1.
+        slots: int32 ``[ranks, slot_tokens, top_k]``, slot of each arrived entry or -1.
+        rows: int32 ``[ranks, slot_tokens]``, place of each arrived token among the received rows or -1.
         owners: uint8 ``[tokens]``, bit ``r`` for every rank that has an expert of the token.
         segments: of the expert-major rows.
+        num_received: rows of a tensor in the layout ``rows``.
     """
 
-    tokens: int
-    top_k: int
     experts_per_rank: int
     num_sms: int | None
     topk_idx: Tensor
     slots: Tensor
+    rows: Tensor
     owners: Tensor
     segments: ExpertSegments
+    num_received: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens at this rank."""
+        return self.topk_idx.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token."""
+        return self.topk_idx.shape[1]
+
+    def num_rows(self, layout: RowLayout) -> int:
+        """Rows of a tensor in ``layout``."""
+        return self.num_received if layout == "rows" else self.segments.num_rows
+
+    def places(self, layout: RowLayout) -> Tensor:
+        """Where each arrived token's row goes: ``[ranks, slot_tokens, places of a token]``."""
+        return self.rows.unsqueeze(2) if layout == "rows" else self.slots
 
 
 @dataclass(frozen=True)
 class _Layout:
     """What the layout kernel fills; see :class:`NvlinkHandle` and ``LayoutArgs`` of ``csrc/layout.cu``."""
 
-    topk_idx: Tensor
     slots: Tensor
+    rows: Tensor
+    row_of_slot: Tensor
     owners: Tensor
     counts: Tensor
     ends: Tensor
-    row_weights: Tensor | None
+    slot_weights: Tensor | None
 
 
 class NvlinkCommunicator:
@@ -70,6 +84,7 @@ class NvlinkCommunicator:
 
     Operations of one communicator are ordered: each waits on its stream for the one before, whatever stream that ran
     on, and all ranks must issue them in the same order, as with any collective. So layers may share a communicator.
+    All of them can be captured in a CUDA graph, dispatch if it is given ``max_rows``.
     """
 
     def __init__(
@@ -85,38 +100,30 @@ class NvlinkCommunicator:
         Args:
             group: ranks, at most 8, each with a GPU of this host (several may share one).
             device: this rank's GPU.
-            max_tokens: most tokens a rank will bring; ``None`` takes the largest number of the first dispatch.
+            max_tokens: most tokens a rank will bring; ``None`` takes the largest number of the first dispatch. A
+                dispatch of more makes the buffers grow, unless it has ``max_rows``.
             timeout_s: longest wait for a peer.
 
         Raises:
             NativeLibraryError: if the CUDA library is missing.
             ValueError: for a group of more than 8 ranks.
         """
-        self._library = native.load_entry_points()
+        self._core = NvlinkCore(group, device, max_tokens=max_tokens, timeout_s=timeout_s)
         self.group = group
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
-        if self.size > native.MAX_RANKS:
-            raise ValueError(f"group: expected at most {native.MAX_RANKS} ranks, got {self.size}")
+        self.rank = self._core.rank
+        self.size = self._core.size
         self.device = device
-        self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._wanted_tokens = max_tokens
-        self._timeout_s = timeout_s
-        self._comm = native.CommunicatorArgs()
-        self._buffer: SymmetricBuffer | None = None
-        self._workspace = torch.zeros(native.WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        # Pinned host memory, which kernels write: the fault report, then a flag and the counts of local experts.
-        self._report_memory = torch.zeros(ctypes.sizeof(native.FaultReport), dtype=torch.uint8, pin_memory=True)
-        self._report = native.FaultReport.from_address(self._report_memory.data_ptr())
-        self._host_counts = torch.zeros(1 + native.MAX_EXPERTS, dtype=torch.int32, pin_memory=True)
-        self._ready = ctypes.c_uint32.from_address(self._host_counts.data_ptr())
-        self._last = torch.cuda.Event()
-        self._last_stream: torch.cuda.Stream | None = None
+        # Pinned host memory, which the layout kernel writes: LayoutArgs::host_counts.
+        self._host_counts = torch.zeros(3 + native.MAX_EXPERTS, dtype=torch.int32, pin_memory=True)
 
     @property
     def symmetric_bytes(self) -> int:
         """Size of this rank's symmetric buffer; 0 before the first dispatch."""
-        return 0 if self._buffer is None else self._buffer.local.numel()
+        return self._core.symmetric_bytes
+
+    def check(self) -> None:
+        """Raise what kernels have reported so far, without waiting for running ones; see :class:`NvlinkCore`."""
+        self._core.check()
 
     def dispatch(
         self,
@@ -125,81 +132,91 @@ class NvlinkCommunicator:
         topk_weights: Tensor | None,
         *,
         num_experts: int,
+        scales: Tensor | None = None,
         fp8: bool = False,
+        layout: RowLayout = "expert_major",
         alignment: int = 1,
+        max_rows: int | None = None,
         num_sms: int | None = None,
     ) -> Dispatched:
         """See :meth:`ep_moe.comm.communicator.Communicator.dispatch`; routing weights travel as fp32.
 
-        The range of ``topk_idx`` is checked on the GPU: its error comes with the sizes, before rows are sent.
+        The range of ``topk_idx`` is checked on the GPU: its error comes with the sizes, before rows are sent, or, with
+        ``max_rows``, by a later call.
         """
-        check_dispatch_shapes(x, topk_idx, topk_weights, num_experts, self.size)
-        wire = wire_format(x, fp8)
-        self._check_limits(topk_idx, num_experts)
-        self._reserve(topk_idx.shape[0], topk_idx.shape[1], wire.bytes)
-        with _OnStream(self):
-            layout = self._lay_out(topk_idx, topk_weights, num_experts, alignment, num_sms)
-            # Staging needs no sizes: it runs while the host waits for them.
-            self._stage(x, wire, num_sms)
-            sizes = self._wait_for_sizes(num_experts // self.size, alignment)
-            segments = ExpertSegments(layout.counts, layout.ends, sizes)
-            handle = NvlinkHandle(
-                topk_idx.shape[0],
-                topk_idx.shape[1],
-                num_experts // self.size,
-                num_sms,
-                layout.topk_idx,
-                layout.slots,
-                layout.owners,
-                segments,
+        check_dispatch_shapes(x, topk_idx, topk_weights, num_experts, self.size, scales=scales, fp8=fp8)
+        wire = wire_format(x, MOVED, scaled=fp8 or scales is not None)
+        self._check_limits(topk_idx, num_experts, max_rows)
+        tokens, top_k = topk_idx.shape
+        core, local_experts = self._core, num_experts // self.size
+        core.reserve(tokens, top_k, wire.bytes)
+        topk_idx = topk_idx.contiguous()
+        with core:
+            while True:
+                table = self._lay_out(topk_idx, topk_weights, num_experts, alignment, max_rows, num_sms)
+                # Staging needs no sizes: it runs while the host waits for them.
+                self._stage(x, scales, wire)
+                if max_rows is not None:
+                    segments = ExpertSegments(table.counts, table.ends, None, max_rows)
+                    received = min(max_rows, table.rows.numel())
+                    break
+                most_tokens, counts = self._wait_for_counts(local_experts)
+                if most_tokens <= core.max_tokens:
+                    sizes = tuple(-(-count // alignment) * alignment for count in counts[:-1])
+                    segments, received = ExpertSegments(table.counts, table.ends, sizes), counts[-1]
+                    break
+                core.grow(most_tokens)  # all ranks have learnt the same number
+            routes = NvlinkHandle(
+                local_experts, num_sms, topk_idx, table.slots, table.rows, table.owners, segments, received
             )
-            rows, scales = self._pull(x, wire, handle)
+            rows, row_scales = self._pull(x, wire, routes, layout)
         weights = None
-        if topk_weights is not None and layout.row_weights is not None:
-            weights = layout.row_weights[: segments.num_rows].to(topk_weights.dtype)
-        return Dispatched(rows, scales, weights, segments, handle)
+        if topk_weights is not None and table.slot_weights is not None:
+            weights = table.slot_weights[: segments.num_rows].to(topk_weights.dtype)
+        return Dispatched(rows, row_scales, weights, segments, table.row_of_slot[: segments.num_rows], routes)
 
-    def dispatch_cached(self, x: Tensor, handle: NvlinkHandle) -> Tensor:
-        """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_cached`."""
+    def dispatch_cached(self, x: Tensor, handle: NvlinkHandle, layout: RowLayout = "expert_major") -> Tensor:
+        """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_cached`; rows of e4m3 may travel too."""
         if x.dim() != 2 or x.shape[0] != handle.tokens:
             raise ValueError(f"x: expected [{handle.tokens}, hidden] as in the dispatch, got {list(x.shape)}")
-        wire = wire_format(x, fp8=False)
-        self._reserve(handle.tokens, handle.top_k, wire.bytes)
-        with _OnStream(self):
-            self._stage(x, wire, handle.num_sms)
-            return self._pull(x, wire, handle)[0]
+        wire = wire_format(x, MOVED, scaled=False)
+        self._core.reserve(handle.tokens, handle.top_k, wire.bytes)
+        with self._core:
+            self._stage(x, None, wire)
+            return self._pull(x, wire, handle, layout)[0]
 
     def dispatch_weights(self, topk_weights: Tensor, handle: NvlinkHandle) -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_weights`."""
         if topk_weights.shape != (handle.tokens, handle.top_k):
             raise ValueError(f"topk_weights: expected {[handle.tokens, handle.top_k]}, got {list(topk_weights.shape)}")
-        rows = torch.zeros(handle.segments.num_rows, dtype=torch.float32, device=self.device)
-        self._exchange_weights(topk_weights.float().contiguous(), rows, handle, to_rows=True)
-        return rows.to(topk_weights.dtype)
+        slots = torch.zeros(handle.segments.num_rows, dtype=torch.float32, device=self.device)
+        self._exchange_weights(topk_weights.float().contiguous(), slots, handle, to_rows=True)
+        return slots.to(topk_weights.dtype)
 
-    def combine(self, rows: Tensor, handle: NvlinkHandle) -> Tensor:
+    def combine(self, rows: Tensor, handle: NvlinkHandle, layout: RowLayout = "expert_major") -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.combine`."""
-        if rows.dim() != 2 or rows.shape[0] != handle.segments.num_rows:
-            raise ValueError(
-                f"rows: expected [{handle.segments.num_rows}, hidden] as dispatched, got {list(rows.shape)}"
-            )
-        wire = wire_format(rows, fp8=False)
+        expected = handle.num_rows(layout)
+        if rows.dim() != 2 or rows.shape[0] != expected:
+            raise ValueError(f"rows: expected [{expected}, hidden] as dispatched, got {list(rows.shape)}")
+        wire = wire_format(rows, ELEMENTS, scaled=False)
         rows = rows.contiguous()
-        self._reserve(handle.tokens, handle.top_k, wire.bytes)
+        self._core.reserve(handle.tokens, handle.top_k, wire.bytes)
         out = torch.empty(handle.tokens, rows.shape[1], dtype=rows.dtype, device=self.device)
-        with _OnStream(self):
+        places = handle.places(layout)
+        with self._core:
             arguments = native.CombineArgs(
-                comm=self._launch_args(handle.num_sms or 128),
-                slots=handle.slots.data_ptr(),
+                comm=self._core.arguments(handle.num_sms or 128),
+                slots=places.data_ptr(),
                 owners=handle.owners.data_ptr(),
                 rows=rows.data_ptr(),
                 out=out.data_ptr(),
                 row_bytes=wire.bytes,
                 element=ELEMENTS[rows.dtype],
                 tokens=handle.tokens,
-                top_k=handle.top_k,
+                slot_tokens=places.shape[1],
+                width=places.shape[2],
             )
-            self._launch("combine", arguments)
+            self._core.launch("combine", arguments)
         return out
 
     def combine_weights(self, row_weights: Tensor, handle: NvlinkHandle) -> Tensor:
@@ -210,69 +227,13 @@ class NvlinkCommunicator:
         self._exchange_weights(out, row_weights.float().contiguous(), handle, to_rows=False)
         return out.to(row_weights.dtype)
 
-    def check(self) -> None:
-        """Raise what a kernel has reported so far, without waiting for running ones.
-
-        Raises:
-            PeerTimeoutError: if a wait for a peer ended in vain.
-            ValueError: for an expert out of range.
-        """
-        report = self._report
-        if report.fault == native.FAULT_TIMEOUT:
-            raise PeerTimeoutError(
-                f"rank {self.rank} waited {self._timeout_s:g} s for rank {report.rank} of the expert-parallel group "
-                f"(step: {native.STEPS[report.step]}, round {report.round}); this communicator cannot be used any more"
-            )
-        if report.fault == native.FAULT_EXPERT_RANGE:
-            value, allowed = report.value, report.allowed
-            self._forget_fault()
-            raise ValueError(f"topk_idx: expected experts in [0, {allowed}) (moe.num_experts) or -1, got {value}")
-
-    def _check_limits(self, topk_idx: Tensor, num_experts: int) -> None:
+    def _check_limits(self, topk_idx: Tensor, num_experts: int, max_rows: int | None) -> None:
         if topk_idx.shape[1] > native.MAX_TOP_K:
             raise ValueError(f"topk_idx: expected top_k of at most {native.MAX_TOP_K}, got {topk_idx.shape[1]}")
         if num_experts > native.MAX_EXPERTS:
             raise ValueError(f"num_experts: expected at most {native.MAX_EXPERTS}, got {num_experts}")
-
-    def _reserve(self, tokens: int, top_k: int, row_bytes: int) -> None:
-        """Grow the buffer where a dimension that all ranks share asks for it; collective then."""
-        shape = self._comm.shape
-        if self._buffer is not None:
-            if tokens > shape.max_tokens:
-                raise ValueError(
-                    f"x: {tokens} tokens, but buffers were made for {shape.max_tokens} a rank; "
-                    "set phases.<phase>.max_tokens_per_rank to the most that any rank will bring"
-                )
-            if top_k <= shape.max_top_k and row_bytes <= shape.max_row_bytes:
-                return
-        most = max(self._wanted_tokens or 0, tokens, shape.max_tokens)
-        if self.size > 1:
-            # On the CPU where the group has no GPU back end.
-            on = torch.device("cpu") if dist.get_backend(self.group) == "gloo" else self.device
-            agreed = torch.tensor(most, device=on)
-            dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.group)
-            most = int(agreed)
-        most = max(-(-most // native.CHUNK_TOKENS) * native.CHUNK_TOKENS, native.CHUNK_TOKENS)
-        shape = native.BufferShape(
-            ranks=self.size,
-            max_tokens=most,
-            max_top_k=max(top_k, shape.max_top_k),
-            max_row_bytes=max(row_bytes, shape.max_row_bytes),
-        )
-        layout = native.BufferLayout()
-        self._library.ep_moe_buffer_layout(ctypes.byref(shape), ctypes.byref(layout))
-        torch.cuda.synchronize(self.device)  # the old buffer may be in use
-        self._workspace.zero_()
-        self._buffer = allocate_symmetric(layout.total, self.group, self.device)
-        self._comm = native.CommunicatorArgs(
-            buffers=(ctypes.c_void_p * native.MAX_RANKS)(*self._buffer.pointers),
-            layout=layout,
-            shape=shape,
-            workspace=self._workspace.data_ptr(),
-            report=self._report_memory.data_ptr(),
-            timeout_ns=int(self._timeout_s * 1e9),
-            rank=self.rank,
-        )
+        if max_rows is None and torch.cuda.is_current_stream_capturing():
+            raise ValueError("max_rows: must be given while a CUDA graph is captured, for the host cannot learn sizes")
 
     def _lay_out(
         self,
@@ -280,104 +241,128 @@ class NvlinkCommunicator:
         topk_weights: Tensor | None,
         num_experts: int,
         alignment: int,
+        max_rows: int | None,
         num_sms: int | None,
     ) -> _Layout:
-        """Launch the routing exchange: where every arriving row goes, and the weight of each row."""
-        shape, local_experts = self._comm.shape, num_experts // self.size
+        """Launch the routing exchange: where every arriving row goes, and the weight of each slot."""
+        local_experts, max_tokens = num_experts // self.size, self._core.max_tokens
         tokens, top_k = topk_idx.shape
-        arguments = native.LayoutArgs(comm=self._launch_args(num_sms or 64))
-        on = self.device
-        most_rows = self.size * shape.max_tokens * top_k + local_experts * (alignment - 1)
-        slots = torch.empty(self.size, shape.max_tokens, top_k, dtype=torch.int32, device=on)
-        owners = torch.empty(tokens, dtype=torch.uint8, device=on)
-        counts = torch.empty(local_experts, dtype=torch.int64, device=on)
-        ends = torch.empty(local_experts, dtype=torch.int32, device=on)
-        histogram = torch.empty(self.size * arguments.comm.blocks * local_experts, dtype=torch.int32, device=on)
-        row_weights = None if topk_weights is None else torch.zeros(most_rows, dtype=torch.float32, device=on)
-        topk_idx = topk_idx.contiguous()
-        topk_weights = None if topk_weights is None else topk_weights.float().contiguous()
-        self._ready.value = 0
-        arguments.topk_idx = topk_idx.data_ptr()
-        arguments.topk_weights = None if topk_weights is None else topk_weights.data_ptr()
-        arguments.slots = slots.data_ptr()
-        arguments.owners = owners.data_ptr()
-        arguments.row_weights = None if row_weights is None else row_weights.data_ptr()
-        arguments.counts = counts.data_ptr()
-        arguments.ends = ends.data_ptr()
-        arguments.histogram = histogram.data_ptr()
-        arguments.host_ready = self._host_counts.data_ptr()
-        arguments.host_counts = self._host_counts.data_ptr() + 4
-        arguments.tokens, arguments.top_k = tokens, top_k
-        arguments.num_experts, arguments.alignment, arguments.max_rows = num_experts, alignment, most_rows
-        self._launch("layout", arguments)
-        return _Layout(topk_idx, slots, owners, counts, ends, row_weights)
+        most_rows = self.size * max_tokens * top_k + local_experts * (alignment - 1) if max_rows is None else max_rows
+        comm = self._core.arguments(num_sms or 64)
 
-    def _wait_for_sizes(self, local_experts: int, alignment: int) -> tuple[int, ...]:
-        """Lengths of the experts' segments: the one wait of the host, until the layout kernel has counted."""
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+
+        table = _Layout(
+            slots=empty(self.size, max_tokens, top_k),
+            rows=empty(self.size, max_tokens),
+            row_of_slot=empty(most_rows),
+            owners=empty(tokens, dtype=torch.uint8),
+            counts=empty(local_experts, dtype=torch.int64),
+            ends=empty(local_experts),
+            slot_weights=None if topk_weights is None else empty(most_rows, dtype=torch.float32),
+        )
+        histogram = empty(self.size * comm.blocks * (local_experts + 1))
+        sent_weights = None if topk_weights is None else topk_weights.float().contiguous()
+        self._host_counts[0] = 0
+        arguments = native.LayoutArgs(
+            comm=comm,
+            topk_idx=topk_idx.data_ptr(),
+            topk_weights=pointer(sent_weights),
+            slots=table.slots.data_ptr(),
+            rows=table.rows.data_ptr(),
+            row_of_slot=table.row_of_slot.data_ptr(),
+            owners=table.owners.data_ptr(),
+            slot_weights=pointer(table.slot_weights),
+            counts=table.counts.data_ptr(),
+            ends=table.ends.data_ptr(),
+            histogram=histogram.data_ptr(),
+            host_counts=self._host_counts.data_ptr() if max_rows is None else None,
+            tokens=tokens,
+            top_k=top_k,
+            num_experts=num_experts,
+            alignment=alignment,
+            max_rows=most_rows,
+        )
+        self._core.launch("layout", arguments)
+        return table
+
+    def _wait_for_counts(self, local_experts: int) -> tuple[int, list[int]]:
+        """The one wait of the host, until the layout kernel has counted.
+
+        Returns:
+            The most tokens of any rank, and the slots of each local expert, then the received rows.
+        """
+        ready = ctypes.c_uint32.from_address(self._host_counts.data_ptr())
         # A kernel's own waits end in time; the margin is for kernels of others before it on the stream.
-        deadline = time.monotonic() + 10 * self._timeout_s
-        while not self._ready.value:
+        limit = 10 * self._core.timeout_s
+        deadline = time.monotonic() + limit
+        while not ready.value:
             for _ in range(_SPINS):  # sleeping instead would cost more than the wait usually takes
-                if self._ready.value:
+                if ready.value:
                     break
-            self.check()
+            self._core.check()
             if time.monotonic() > deadline:
                 torch.cuda.synchronize(self.device)  # raises what went wrong on the device, if anything did
-                raise PeerTimeoutError(
-                    f"rank {self.rank}: the layout kernel did not run within {10 * self._timeout_s:g} s"
-                )
-        self.check()
-        counts = self._host_counts[1 : 1 + local_experts].tolist()
-        return tuple(-(-count // alignment) * alignment for count in counts)
+                raise PeerTimeoutError(f"rank {self.rank}: the layout kernel did not run within {limit:g} s")
+        self._core.check()
+        _, most_tokens, *counts = self._host_counts[: 3 + local_experts].tolist()
+        return most_tokens, counts
 
-    def _stage(self, x: Tensor, wire: WireFormat, num_sms: int | None) -> None:
+    def _stage(self, x: Tensor, scales: Tensor | None, wire: WireFormat) -> None:
         """Put this rank's tokens where peers pull them in the next round."""
-        x = x.contiguous()
+        x, scales = x.contiguous(), None if scales is None else scales.contiguous()
         arguments = native.StageArgs(
-            comm=self._launch_args(num_sms or 64),
+            comm=self._core.arguments(1),
             x=x.data_ptr(),
+            scales=pointer(scales),
             wire_bytes=wire.bytes,
-            tokens=x.shape[0],
+            row_bytes=wire.row_bytes,
+            row_scales=0 if scales is None else wire.scales,
+            tokens=min(x.shape[0], self._core.max_tokens),  # more are found out by the layout kernel
             hidden=x.shape[1],
-            element=ELEMENTS[x.dtype],
-            fp8=int(wire.scales > 0),
+            element=ELEMENTS.get(x.dtype, 0),
+            quantize=int(wire.scales > 0 and scales is None),
         )
-        self._launch("stage", arguments)
+        self._core.launch("stage", arguments)
 
-    def _pull(self, x: Tensor, wire: WireFormat, handle: NvlinkHandle) -> tuple[Tensor, Tensor | None]:
-        """Bring the rows routed here to their slots."""
-        segments = handle.segments
+    def _pull(
+        self, x: Tensor, wire: WireFormat, handle: NvlinkHandle, layout: RowLayout
+    ) -> tuple[Tensor, Tensor | None]:
+        """Bring the rows routed here to their places."""
+        segments, num_rows, places = handle.segments, handle.num_rows(layout), handle.places(layout)
         rows_dtype = torch.float8_e4m3fn if wire.scales else x.dtype
-        rows = torch.empty(segments.num_rows, x.shape[1], dtype=rows_dtype, device=self.device)
+        rows = torch.empty(num_rows, x.shape[1], dtype=rows_dtype, device=self.device)
         scales = None
         if wire.scales:
-            scales = torch.empty(segments.num_rows, wire.scales, dtype=torch.float32, device=self.device)
+            scales = torch.empty(num_rows, wire.scales, dtype=torch.float32, device=self.device)
         stage_bytes = -(-wire.bytes // 128) * 128
         warps = max(min(SHARED_BYTES // (2 * stage_bytes), _MAX_WARPS), 1)
-        pull = native.DispatchArgs(
-            comm=self._launch_args(handle.num_sms or 64),
-            slots=handle.slots.data_ptr(),
+        arguments = native.DispatchArgs(
+            comm=self._core.arguments(handle.num_sms or 64),
+            slots=places.data_ptr(),
             counts=segments.counts.data_ptr(),
             ends=segments.ends.data_ptr(),
             rows=rows.data_ptr(),
-            scales=None if scales is None else scales.data_ptr(),
+            scales=pointer(scales),
             wire_bytes=wire.bytes,
             row_bytes=wire.row_bytes,
             row_scales=wire.scales,
-            top_k=handle.top_k,
-            local_experts=handle.experts_per_rank,
-            num_rows=segments.num_rows,
+            slot_tokens=places.shape[1],
+            width=places.shape[2],
+            local_experts=0 if layout == "rows" else handle.experts_per_rank,
+            num_rows=num_rows,
             warps=warps,
             stages=min(SHARED_BYTES // (warps * stage_bytes), _MAX_STAGES),
             stage_bytes=stage_bytes,
         )
-        self._launch("dispatch", pull)
+        self._core.launch("dispatch", arguments)
         return rows, scales
 
     def _exchange_weights(self, by_token: Tensor, by_row: Tensor, handle: NvlinkHandle, *, to_rows: bool) -> None:
-        with _OnStream(self):
+        with self._core:
             arguments = native.WeightsArgs(
-                comm=self._launch_args(min(handle.num_sms or 16, 16)),
+                comm=self._core.arguments(min(handle.num_sms or 16, 16)),
                 slots=handle.slots.data_ptr(),
                 topk_idx=handle.topk_idx.data_ptr(),
                 by_token=by_token.data_ptr(),
@@ -386,40 +371,6 @@ class NvlinkCommunicator:
                 top_k=handle.top_k,
                 experts_per_rank=handle.experts_per_rank,
                 to_rows=int(to_rows),
+                slot_tokens=handle.slots.shape[1],
             )
-            self._launch("weights", arguments)
-
-    def _launch_args(self, num_sms: int) -> native.CommunicatorArgs:
-        comm = native.CommunicatorArgs.from_buffer_copy(self._comm)
-        comm.blocks = min(num_sms, self._multiprocessors)
-        return comm
-
-    def _launch(self, name: str, arguments: ctypes.Structure) -> None:
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        error = getattr(self._library, f"ep_moe_{name}")(ctypes.byref(arguments), stream)
-        if error is not None:
-            raise RuntimeError(error.decode())
-
-    def _forget_fault(self) -> None:
-        """Allow the next fault to be reported; after one that left the ranks in step."""
-        torch.cuda.synchronize(self.device)
-        ctypes.memset(self._report_memory.data_ptr(), 0, self._report_memory.numel())
-        self._workspace[20:24].zero_()  # Workspace::reported
-
-
-class _OnStream:
-    """One operation: behind the one before on its stream, and an error if an earlier one has failed."""
-
-    def __init__(self, communicator: NvlinkCommunicator) -> None:
-        self.communicator = communicator
-
-    def __enter__(self) -> None:
-        communicator = self.communicator
-        communicator.check()
-        stream = torch.cuda.current_stream(communicator.device)
-        if communicator._last_stream is not None and communicator._last_stream != stream:
-            stream.wait_event(communicator._last)
-        communicator._last_stream = stream
-
-    def __exit__(self, *exception: Any) -> None:
-        self.communicator._last.record(self.communicator._last_stream)
+            self._core.launch("weights", arguments)

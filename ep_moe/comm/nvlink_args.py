@@ -19,7 +19,7 @@ WORKSPACE_BYTES = 32
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # Element
 
-FAULT_TIMEOUT, FAULT_EXPERT_RANGE, FAULT_OVERFLOW = 1, 2, 3
+FAULT_TIMEOUT, FAULT_EXPERT_RANGE, FAULT_OVERFLOW, FAULT_TOKENS = 1, 2, 3, 4
 STEPS = {1: "routing", 2: "rows", 3: "combined rows", 4: "routing weights"}
 
 
@@ -90,13 +90,14 @@ class LayoutArgs(ctypes.Structure):
         ("topk_idx", c_void_p),
         ("topk_weights", c_void_p),
         ("slots", c_void_p),
+        ("rows", c_void_p),
+        ("row_of_slot", c_void_p),
         ("owners", c_void_p),
-        ("row_weights", c_void_p),
+        ("slot_weights", c_void_p),
         ("counts", c_void_p),
         ("ends", c_void_p),
         ("histogram", c_void_p),
         ("host_counts", c_void_p),
-        ("host_ready", c_void_p),
         ("tokens", c_int32),
         ("top_k", c_int32),
         ("num_experts", c_int32),
@@ -112,11 +113,14 @@ class StageArgs(ctypes.Structure):
     _fields_ = (
         ("comm", CommunicatorArgs),
         ("x", c_void_p),
+        ("scales", c_void_p),
         ("wire_bytes", c_int64),
+        ("row_bytes", c_int32),
+        ("row_scales", c_int32),
         ("tokens", c_int32),
         ("hidden", c_int32),
         ("element", c_int32),
-        ("fp8", c_int32),
+        ("quantize", c_int32),
     )
 
 
@@ -133,7 +137,8 @@ class DispatchArgs(ctypes.Structure):
         ("wire_bytes", c_int64),
         ("row_bytes", c_int32),
         ("row_scales", c_int32),
-        ("top_k", c_int32),
+        ("slot_tokens", c_int32),
+        ("width", c_int32),
         ("local_experts", c_int32),
         ("num_rows", c_int32),
         ("warps", c_int32),
@@ -154,7 +159,9 @@ class CombineArgs(ctypes.Structure):
         ("row_bytes", c_int32),
         ("element", c_int32),
         ("tokens", c_int32),
-        ("top_k", c_int32),
+        ("slot_tokens", c_int32),
+        ("width", c_int32),
+        ("reserved", c_int32),
     )
 
 
@@ -171,6 +178,8 @@ class WeightsArgs(ctypes.Structure):
         ("top_k", c_int32),
         ("experts_per_rank", c_int32),
         ("to_rows", c_int32),
+        ("slot_tokens", c_int32),
+        ("reserved", c_int32),
     )
 
 
@@ -213,6 +222,7 @@ __all__ = [
     "FAULT_EXPERT_RANGE",
     "FAULT_OVERFLOW",
     "FAULT_TIMEOUT",
+    "FAULT_TOKENS",
     "FLOAT16",
     "FLOAT32",
     "MAX_EXPERTS",

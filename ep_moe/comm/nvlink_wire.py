@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 from ep_moe.comm.fp8 import BLOCK
 from ep_moe.comm.nvlink_args import BFLOAT16, FLOAT16, FLOAT32
 
+# Rows that kernels compute with, and those that they move.
 ELEMENTS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+MOVED = (*ELEMENTS, torch.float8_e4m3fn)
 SHARED_BYTES = 208 * 1024  # of a block's dynamic shared memory that dispatch may use for rows
 
 _OTHERWISE = "moe.comm: portable takes such rows"
@@ -29,18 +32,18 @@ class WireFormat:
         return -(-(self.row_bytes + 4 * self.scales) // 16) * 16
 
 
-def wire_format(x: Tensor, fp8: bool) -> WireFormat:
-    """The format of rows of ``x`` (``[rows, hidden]``).
+def wire_format(x: Tensor, dtypes: Collection[torch.dtype], *, scaled: bool) -> WireFormat:
+    """The format of rows of ``x`` (``[rows, hidden]``), of one of ``dtypes``; ``scaled``: e4m3 with scales.
 
     Raises:
         ValueError: if kernels cannot move such rows.
     """
     if not x.is_cuda:
         raise ValueError(f"x: expected a CUDA tensor, got one on {x.device}")
-    if x.dtype not in ELEMENTS:
-        raise ValueError(f"x: expected one of {', '.join(map(str, ELEMENTS))}, got {x.dtype}; {_OTHERWISE}")
+    if x.dtype not in dtypes:
+        raise ValueError(f"x: expected one of {', '.join(map(str, dtypes))}, got {x.dtype}; {_OTHERWISE}")
     hidden = x.shape[1]
-    if fp8:
+    if scaled:
         if hidden % BLOCK:
             raise ValueError(f"x: expected a hidden size that is a multiple of {BLOCK} for fp8, got {hidden}")
         return WireFormat(hidden, hidden // BLOCK)

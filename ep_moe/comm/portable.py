@@ -13,11 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_moe.comm.communicator import Dispatched, check_dispatch_shapes, check_expert_range
+from ep_moe.comm.communicator import (
+    CapacityError,
+    Dispatched,
+    ExpertSegments,
+    RowLayout,
+    check_dispatch_shapes,
+    check_expert_range,
+)
 from ep_moe.comm.fp8 import quantize_e4m3
 from ep_moe.comm.layout import ExpertLayout, SendLayout, expert_layout, send_layout
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,7 @@ class PortableHandle:
         send_counts: rows to each rank.
         recv_counts: rows from each rank.
         experts: where the arrived rows lie in the expert-major tensor.
+        segments: of the expert-major tensor as it was handed out.
     """
 
     shape: tuple[int, int]
@@ -37,6 +45,11 @@ class PortableHandle:
     send_counts: list[int]
     recv_counts: list[int]
     experts: ExpertLayout
+    segments: ExpertSegments
+
+    def num_rows(self, layout: RowLayout) -> int:
+        """Rows of a tensor in ``layout``."""
+        return sum(self.recv_counts) if layout == "rows" else self.segments.num_rows
 
 
 class PortableCommunicator:
@@ -54,65 +67,87 @@ class PortableCommunicator:
         topk_weights: Tensor | None,
         *,
         num_experts: int,
+        scales: Tensor | None = None,
         fp8: bool = False,
+        layout: RowLayout = "expert_major",
         alignment: int = 1,
+        max_rows: int | None = None,
         num_sms: int | None = None,
     ) -> Dispatched:
-        """See :meth:`ep_moe.comm.communicator.Communicator.dispatch`; gloo and NCCL have SM settings of their own."""
-        check_dispatch_shapes(x, topk_idx, topk_weights, num_experts, self.size)
+        """See :meth:`ep_moe.comm.communicator.Communicator.dispatch`.
+
+        The host learns the sizes also with ``max_rows``; gloo and NCCL have SM settings of their own.
+        """
+        check_dispatch_shapes(x, topk_idx, topk_weights, num_experts, self.size, scales=scales, fp8=fp8)
         check_expert_range(topk_idx, num_experts)
-        payload = [*quantize_e4m3(x)] if fp8 else [x]
+        payload = [*quantize_e4m3(x)] if fp8 else [x] if scales is None else [x, scales]
         send = send_layout(topk_idx, num_experts, self.size)
         signature = _signature(x, topk_idx, topk_weights, fp8)
         send_counts, recv_counts, expert_counts = self._exchange_counts(send, signature)
         local_experts = self._exchange(send.local_experts, send_counts, recv_counts)
         experts = expert_layout(local_experts, expert_counts, alignment)
-        handle = PortableHandle((topk_idx.shape[0], topk_idx.shape[1]), send, send_counts, recv_counts, experts)
-        rows, *scales = (self._spread(tensor, handle) for tensor in payload)
+        segments, needed = experts.segments, experts.segments.num_rows
+        if max_rows is not None:
+            segments = ExpertSegments(segments.counts, segments.ends, None, max(max_rows, needed))
+        handle = PortableHandle(
+            (topk_idx.shape[0], topk_idx.shape[1]), send, send_counts, recv_counts, experts, segments
+        )
+        arrived, *arrived_scales = (self._spread(tensor, handle, layout) for tensor in payload)
+        weights = None if topk_weights is None else self.dispatch_weights(topk_weights, handle)
+        if max_rows is not None and needed > max_rows:  # only now: the other ranks expect this rank's messages
+            raise CapacityError(f"max_rows = {max_rows}: {needed} rows arrived at rank {self.rank}")
+        row_of_slot = torch.full((segments.num_rows,), -1, dtype=torch.int32, device=x.device)
+        row_of_slot[experts.slots] = (experts.entries // handle.shape[1]).to(torch.int32)
         return Dispatched(
-            rows=rows,
-            scales=scales[0] if scales else None,
-            weights=None if topk_weights is None else self.dispatch_weights(topk_weights, handle),
-            segments=experts.segments,
+            rows=arrived,
+            scales=arrived_scales[0] if arrived_scales else None,
+            weights=weights,
+            segments=segments,
+            row_of_slot=row_of_slot,
             handle=handle,
         )
 
-    def dispatch_cached(self, x: Tensor, handle: PortableHandle) -> Tensor:
+    def dispatch_cached(self, x: Tensor, handle: PortableHandle, layout: RowLayout = "expert_major") -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_cached`."""
         if x.dim() != 2 or x.shape[0] != handle.shape[0]:
             raise ValueError(f"x: expected [{handle.shape[0]}, hidden] as in the dispatch, got {list(x.shape)}")
-        return self._spread(x, handle)
+        return self._spread(x, handle, layout)
 
     def dispatch_weights(self, topk_weights: Tensor, handle: PortableHandle) -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_weights`."""
         if topk_weights.shape != handle.shape:
             raise ValueError(f"topk_weights: expected {list(handle.shape)}, got {list(topk_weights.shape)}")
         arrived = self._exchange(topk_weights[handle.send.tokens], handle.send_counts, handle.recv_counts)
-        row_weights = topk_weights.new_zeros(handle.experts.segments.num_rows)
+        row_weights = topk_weights.new_zeros(handle.segments.num_rows)
         row_weights[handle.experts.slots] = arrived.flatten()[handle.experts.entries]
         return row_weights
 
-    def combine(self, rows: Tensor, handle: PortableHandle) -> Tensor:
+    def combine(self, rows: Tensor, handle: PortableHandle, layout: RowLayout = "expert_major") -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.combine`."""
-        if rows.dim() != 2 or rows.shape[0] != handle.experts.segments.num_rows:
+        if rows.dim() != 2 or rows.shape[0] != handle.num_rows(layout):
             raise ValueError(
-                f"rows: expected [{handle.experts.segments.num_rows}, hidden] as dispatched, got {list(rows.shape)}"
+                f"rows: expected [{handle.num_rows(layout)}, hidden] as dispatched, got {list(rows.shape)}"
             )
         accumulate = torch.promote_types(rows.dtype, torch.float32)
+        partial = rows if layout == "rows" else self._sum_slots(rows, handle, accumulate)
+        returned = self._exchange(partial, handle.recv_counts, handle.send_counts)
+        return self._sum_over_ranks(returned, handle, accumulate).to(rows.dtype)
+
+    def _sum_slots(self, rows: Tensor, handle: PortableHandle, accumulate: torch.dtype) -> Tensor:
+        """The sum of each received token's slots, rounded once: ``[received, hidden]``."""
         slot_of = handle.experts.slot_of
         partial = rows.new_zeros((slot_of.shape[0], rows.shape[1]), dtype=accumulate)
         if rows.shape[0]:
             for slots in slot_of.unbind(1):
                 # `where`, not a product: rows of other tokens may hold NaN or infinity.
                 partial += torch.where((slots >= 0)[:, None], rows[slots.clamp(min=0)], 0).to(accumulate)
-        returned = self._exchange(partial.to(rows.dtype), handle.recv_counts, handle.send_counts)
-        return self._sum_over_ranks(returned, handle, accumulate).to(rows.dtype)
+        return partial.to(rows.dtype)
 
     def combine_weights(self, row_weights: Tensor, handle: PortableHandle) -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.combine_weights`."""
         experts = handle.experts
-        if row_weights.shape != (experts.segments.num_rows,):
-            raise ValueError(f"row_weights: expected [{experts.segments.num_rows}], got {list(row_weights.shape)}")
+        if row_weights.shape != (handle.segments.num_rows,):
+            raise ValueError(f"row_weights: expected [{handle.segments.num_rows}], got {list(row_weights.shape)}")
         by_entry = row_weights.new_zeros(experts.slot_of.shape)
         by_entry.view(-1)[experts.entries] = row_weights[experts.slots]
         returned = self._exchange(by_entry, handle.recv_counts, handle.send_counts)
@@ -134,13 +169,15 @@ class PortableCommunicator:
         expert_counts = [sum(line[1 + expert] for line in received) for expert in range(local_experts)]
         return [line[0] for line in sent], [line[0] for line in received], expert_counts
 
-    def _spread(self, x: Tensor, handle: PortableHandle) -> Tensor:
-        """Send rows along the routes of ``handle`` and copy each into all its slots."""
+    def _spread(self, x: Tensor, handle: PortableHandle, layout: RowLayout) -> Tensor:
+        """Send rows along the routes of ``handle`` and lay them out."""
         experts = handle.experts
         # FP8 dtypes lack most operations; as bytes they move like any other.
         data = x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
         arrived = self._exchange(data[handle.send.tokens], handle.send_counts, handle.recv_counts)
-        rows = data.new_zeros((experts.segments.num_rows, data.shape[1]))
+        if layout == "rows":
+            return arrived.view(x.dtype)
+        rows = data.new_zeros((handle.segments.num_rows, data.shape[1]))
         rows[experts.slots] = arrived[experts.entries // handle.shape[1]]
         return rows.view(x.dtype)
 

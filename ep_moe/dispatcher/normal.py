@@ -1,4 +1,4 @@
-"""Normal mode: exact sizes, autograd through dispatch and combine.
+"""Normal mode: autograd through dispatch and combine.
 
 Dispatch copies a token into one row per routed expert; combine sums such rows. Each is the transpose of the
 other, so the backward pass of dispatch is combine over the same handle and the other way round.
@@ -36,6 +36,7 @@ class NormalDispatcher:
         *,
         fp8: bool = False,
         alignment: int = 1,
+        max_rows: int | None = None,
         num_sms: int | None = None,
     ) -> None:
         """Dispatch over ``communicator``.
@@ -46,12 +47,15 @@ class NormalDispatcher:
             fp8: rows travel forward as e4m3 with a scale per 128 channels and arrive dequantised; gradients travel
                 in the dtype of the tokens, as if no rounding had happened (straight-through).
             alignment: rows per expert are padded to a multiple of this.
+            max_rows: rows to make room for, so that the host waits for nothing (see
+                :meth:`ep_moe.comm.Communicator.dispatch`); ``None`` for exactly those that arrive.
             num_sms: SMs that communication may occupy; ``None`` for the communicator's choice.
         """
         self.communicator = communicator
         self.num_experts = num_experts
         self.fp8 = fp8
         self.alignment = alignment
+        self.max_rows = max_rows
         self.num_sms = num_sms
 
     def dispatch(
@@ -83,6 +87,7 @@ class _Dispatch(torch.autograd.Function):
             num_experts=dispatcher.num_experts,
             fp8=dispatcher.fp8,
             alignment=dispatcher.alignment,
+            max_rows=dispatcher.max_rows,
             num_sms=dispatcher.num_sms,
         )
         rows = arrived.rows if arrived.scales is None else dequantize_e4m3(arrived.rows, arrived.scales, x.dtype)

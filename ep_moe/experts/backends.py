@@ -43,8 +43,10 @@ class GroupedLinear(Protocol):
 
 def loop_linear(rows: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
     """One ordinary linear layer per expert, any dtype and device (see :class:`GroupedLinear`)."""
-    chunks = rows.split(segments.sizes)
-    return torch.cat([F.linear(chunk, matrix) for chunk, matrix in zip(chunks, weight.unbind(0), strict=True)])
+    sizes = segments.host_sizes()
+    chunks = rows[: sum(sizes)].split(sizes)
+    out = torch.cat([F.linear(chunk, matrix) for chunk, matrix in zip(chunks, weight.unbind(0), strict=True)])
+    return _to_capacity(out, rows.shape[0])
 
 
 def grouped_mm_linear(rows: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
@@ -70,9 +72,10 @@ def te_linear(rows: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
     weights = {f"weight{i}": matrix for i, matrix in enumerate(weight.unbind(0))}
     # The module is shared by layers of the same shape, so FP8 scaling state must never build up in it.
     autocast = getattr(te, "autocast", None) or te.fp8_autocast
+    sizes = list(segments.host_sizes())
     with autocast(enabled=False):
-        result: Tensor = torch.func.functional_call(module, weights, (rows, list(segments.sizes)))
-    return result
+        result: Tensor = torch.func.functional_call(module, weights, (rows[: sum(sizes)], sizes))
+    return _to_capacity(result, rows.shape[0])
 
 
 def import_transformer_engine() -> Any:
@@ -159,6 +162,11 @@ class _GroupedMM(torch.autograd.Function):
         grad_rows = F.grouped_mm(grad, weight, offs=ends) if ctx.needs_input_grad[0] else None
         grad_weight = F.grouped_mm(grad.t(), rows, offs=ends) if ctx.needs_input_grad[1] else None
         return grad_rows, grad_weight, None
+
+
+def _to_capacity(rows: Tensor, num_rows: int) -> Tensor:
+    """With zero rows behind, where the tensors have more rows than the segments."""
+    return rows if rows.shape[0] == num_rows else F.pad(rows, (0, 0, 0, num_rows - rows.shape[0]))
 
 
 def _row_major(x: Tensor) -> Tensor:

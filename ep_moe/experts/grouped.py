@@ -118,10 +118,10 @@ class GroupedExperts(nn.Module):
         )
 
     def _check(self, rows: Tensor, row_weights: Tensor | None, segments: ExpertSegments, weight: Tensor) -> None:
-        if len(segments.sizes) != self.num_local_experts or segments.ends.shape != (self.num_local_experts,):
+        if segments.ends.shape != (self.num_local_experts,):
             raise ValueError(
-                f"segments: expected {self.num_local_experts} local experts, got {len(segments.sizes)} sizes "
-                f"and ends of shape {list(segments.ends.shape)}"
+                f"segments: expected {self.num_local_experts} local experts, got ends of shape "
+                f"{list(segments.ends.shape)}"
             )
         if rows.shape != (segments.num_rows, self.hidden_size):
             raise ValueError(

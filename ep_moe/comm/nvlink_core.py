@@ -1,0 +1,184 @@
+"""What every operation of the CUDA communicators needs: the buffer, launches in order, and faults as exceptions."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ep_moe.comm import nvlink_args as native
+from ep_moe.comm.communicator import CapacityError
+from ep_moe.comm.symmetric import SymmetricBuffer, allocate_symmetric
+
+
+class PeerTimeoutError(RuntimeError):
+    """A rank did not do its part in time. The communicator cannot be used any more; the process can."""
+
+
+class NvlinkCore:
+    """A rank's symmetric buffer and the rounds over it.
+
+    Operations are ordered: each waits on its stream for the one before, whatever stream that ran on. While a CUDA graph
+    is captured nothing is added to order it against operations outside: the stream that replays it does that.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, *, max_tokens: int | None, timeout_s: float
+    ) -> None:
+        """Prepare; the buffer is allocated by the first :meth:`reserve`.
+
+        Raises:
+            NativeLibraryError: if the CUDA library is missing.
+            ValueError: for a group of more than 8 ranks.
+        """
+        self._library = native.load_entry_points()
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        if self.size > native.MAX_RANKS:
+            raise ValueError(f"group: expected at most {native.MAX_RANKS} ranks, got {self.size}")
+        self.device = device
+        self.timeout_s = timeout_s
+        self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._wanted_tokens = max_tokens
+        self._comm = native.CommunicatorArgs()
+        self._buffer: SymmetricBuffer | None = None
+        self._captured = False
+        self._workspace = torch.zeros(native.WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        # Pinned host memory, which kernels write.
+        self._report_memory = torch.zeros(ctypes.sizeof(native.FaultReport), dtype=torch.uint8, pin_memory=True)
+        self._report = native.FaultReport.from_address(self._report_memory.data_ptr())
+        self._last = torch.cuda.Event()
+        self._last_stream: torch.cuda.Stream | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of a rank; 0 before there is a buffer."""
+        return self._comm.shape.max_tokens
+
+    @property
+    def symmetric_bytes(self) -> int:
+        """Size of this rank's symmetric buffer; 0 before there is one."""
+        return 0 if self._buffer is None else self._buffer.local.numel()
+
+    def reserve(self, tokens: int, top_k: int, row_bytes: int) -> None:
+        """Grow the buffer where a dimension that all ranks share asks for it; collective then.
+
+        The number of tokens may differ between ranks, so more than before does not make it grow here: ranks would not
+        agree that it does. The first buffer takes the largest number of all ranks.
+        """
+        shape = self._comm.shape
+        if self._buffer is not None and top_k <= shape.max_top_k and row_bytes <= shape.max_row_bytes:
+            return
+        most = max(self._wanted_tokens or 0, tokens, shape.max_tokens)
+        if self.size > 1:
+            # On the CPU where the group has no GPU back end.
+            on = torch.device("cpu") if dist.get_backend(self.group) == "gloo" else self.device
+            agreed = torch.tensor(most, device=on)
+            dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.group)
+            most = int(agreed)
+        self._allocate(most, max(top_k, shape.max_top_k), max(row_bytes, shape.max_row_bytes))
+
+    def grow(self, tokens: int) -> None:
+        """Make room for ``tokens`` a rank; collective, with the same number on all ranks."""
+        shape = self._comm.shape
+        self._allocate(tokens, shape.max_top_k, shape.max_row_bytes)
+
+    def arguments(self, num_sms: int) -> native.CommunicatorArgs:
+        """The arguments common to all kernels."""
+        comm = native.CommunicatorArgs.from_buffer_copy(self._comm)
+        comm.blocks = min(num_sms, self._multiprocessors)
+        return comm
+
+    def launch(self, name: str, arguments: ctypes.Structure) -> None:
+        """Call an entry point on the current stream."""
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        error = getattr(self._library, f"ep_moe_{name}")(ctypes.byref(arguments), stream)
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+    def check(self) -> None:
+        """Raise what a kernel has reported so far, without waiting for running ones.
+
+        Raises:
+            PeerTimeoutError: if a wait for a peer ended in vain.
+            CapacityError: if more rows arrived than there was room for.
+            ValueError: for an expert out of range, or more tokens than the buffer was made for.
+        """
+        report = self._report
+        if report.fault == 0:
+            return
+        rank, value, allowed = self.rank, report.value, report.allowed
+        if report.fault == native.FAULT_TIMEOUT:
+            raise PeerTimeoutError(
+                f"rank {rank} waited {self.timeout_s:g} s for rank {report.rank} of the expert-parallel group "
+                f"(step: {native.STEPS[report.step]}, round {report.round}); this communicator cannot be used any more"
+            )
+        fault = report.fault
+        self._forget_fault()
+        if fault == native.FAULT_OVERFLOW:
+            raise CapacityError(f"max_rows = {allowed}: {value} rows arrived at rank {rank}")
+        if fault == native.FAULT_TOKENS:
+            raise ValueError(
+                f"x: {value} tokens, but buffers were made for {allowed} a rank; "
+                "set phases.<phase>.max_tokens_per_rank to the most that any rank will bring"
+            )
+        raise ValueError(f"topk_idx: expected experts in [0, {allowed}) (moe.num_experts) or -1, got {value}")
+
+    def _allocate(self, tokens: int, top_k: int, row_bytes: int) -> None:
+        if self._captured or torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the symmetric buffer cannot grow while CUDA graphs hold its address; run the largest shapes once "
+                "before capture, or set phases.<phase>.max_tokens_per_rank"
+            )
+        chunks = max(-(-tokens // native.CHUNK_TOKENS), 1)
+        shape = native.BufferShape(
+            ranks=self.size,
+            max_tokens=chunks * native.CHUNK_TOKENS,
+            max_top_k=top_k,
+            max_row_bytes=row_bytes,
+        )
+        layout = native.BufferLayout()
+        self._library.ep_moe_buffer_layout(ctypes.byref(shape), ctypes.byref(layout))
+        torch.cuda.synchronize(self.device)  # the old buffer may be in use
+        self._workspace.zero_()
+        self._buffer = allocate_symmetric(layout.total, self.group, self.device)
+        self._comm = native.CommunicatorArgs(
+            buffers=(ctypes.c_void_p * native.MAX_RANKS)(*self._buffer.pointers),
+            layout=layout,
+            shape=shape,
+            workspace=self._workspace.data_ptr(),
+            report=self._report_memory.data_ptr(),
+            timeout_ns=int(self.timeout_s * 1e9),
+            rank=self.rank,
+        )
+
+    def _forget_fault(self) -> None:
+        """Allow the next fault to be reported; after one that left the ranks in step."""
+        torch.cuda.synchronize(self.device)
+        ctypes.memset(self._report_memory.data_ptr(), 0, self._report_memory.numel())
+        self._workspace[20:24].zero_()  # Workspace::reported
+
+    def __enter__(self) -> None:
+        """Begin an operation: behind the one before on its stream, or with the error of an earlier one."""
+        self.check()
+        if torch.cuda.is_current_stream_capturing():
+            self._captured = True
+            return
+        stream = torch.cuda.current_stream(self.device)
+        if self._last_stream is not None and self._last_stream != stream:
+            stream.wait_event(self._last)
+        self._last_stream = stream
+
+    def __exit__(self, *exception: Any) -> None:
+        """End it."""
+        if not torch.cuda.is_current_stream_capturing():
+            self._last.record(self._last_stream)
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of a tensor's data, for a field of an argument struct."""
+    return None if tensor is None else tensor.data_ptr()
