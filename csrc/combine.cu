@@ -274,7 +274,8 @@ EP_MOE_API const char* ep_moe_combine(const ep_moe::CombineArgs* args, cudaStrea
       kernel = combine_kernel<__half>;
       break;
   }
-  return launch("combine kernel", kernel, *args, args->comm.blocks, kThreads, kStages * kPieceBytes, true, stream);
+  return launch("combine kernel", kernel, *args, args->comm.blocks, kThreads, kStages * kPieceBytes,
+                LaunchMode::kCooperative, stream);
 }
 
 EP_MOE_API size_t ep_moe_combine_args_bytes() { return sizeof(ep_moe::CombineArgs); }

@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
 EP_MOE_API const char* ep_moe_dispatch(const ep_moe::DispatchArgs* args, cudaStream_t stream) {
   using namespace ep_moe;
   return launch("dispatch kernel", dispatch_kernel, *args, args->comm.blocks, args->warps * 32,
-                args->warps * args->stages * args->stage_bytes, false, stream);
+                args->warps * args->stages * args->stage_bytes, LaunchMode::kPlain, stream);
 }
 
 EP_MOE_API size_t ep_moe_dispatch_args_bytes() { return sizeof(ep_moe::DispatchArgs); }

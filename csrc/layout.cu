@@ -407,7 +407,8 @@ EP_MOE_API const char* ep_moe_layout(const ep_moe::LayoutArgs* args, cudaStream_
   using namespace ep_moe;
   const int ranks = args->comm.shape.ranks;
   const int shared_bytes = 4 * Tables::words(ranks, args->num_experts / ranks);
-  return launch("layout kernel", layout_kernel, *args, args->comm.blocks, kThreads, shared_bytes, true, stream);
+  return launch("layout kernel", layout_kernel, *args, args->comm.blocks, kThreads, shared_bytes,
+                LaunchMode::kCooperative, stream);
 }
 
 EP_MOE_API size_t ep_moe_layout_args_bytes() { return sizeof(ep_moe::LayoutArgs); }

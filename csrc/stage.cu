@@ -123,7 +123,7 @@ EP_MOE_API const char* ep_moe_stage(const ep_moe::StageArgs* args, cudaStream_t 
         break;
     }
   }
-  return launch("staging kernel", kernel, *args, blocks, kThreads, 0, false, stream);
+  return launch("staging kernel", kernel, *args, blocks, kThreads, 0, LaunchMode::kPlain, stream);
 }
 
 EP_MOE_API size_t ep_moe_stage_args_bytes() { return sizeof(ep_moe::StageArgs); }

@@ -82,7 +82,8 @@ __global__ void __launch_bounds__(kThreads, 1) weights_kernel(const __grid_const
 // Runs the kernel above; requires 1 <= blocks <= multiprocessors.
 EP_MOE_API const char* ep_moe_weights(const ep_moe::WeightsArgs* args, cudaStream_t stream) {
   using namespace ep_moe;
-  return launch("weights kernel", weights_kernel, *args, args->comm.blocks, kThreads, 0, true, stream);
+  return launch("weights kernel", weights_kernel, *args, args->comm.blocks, kThreads, 0, LaunchMode::kCooperative,
+                stream);
 }
 
 EP_MOE_API size_t ep_moe_weights_args_bytes() { return sizeof(ep_moe::WeightsArgs); }

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from ep_moe.build_info import LIBRARY_NAME, VERSION, find_nvcc, library_version
 from ep_moe.config_fields import ConfigError
 
-__all__ = ["NativeLibraryError", "library_path", "load_library"]
+__all__ = ["NativeLibraryError", "library_path", "load_entry_points", "load_library"]
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -52,6 +54,32 @@ def load_library() -> ctypes.CDLL:
         raise NativeLibraryError(
             f"the CUDA library {path} has version {built}, the package needs {expected}; {_how_to_build()}"
         )
+    return library
+
+
+def load_entry_points(entries: Mapping[str, type[ctypes.Structure]]) -> ctypes.CDLL:
+    """The library with the signatures of some entry points declared.
+
+    Args:
+        entries: names without ``ep_moe_``, each with the struct it takes. The library says how large it takes a struct
+            ``XyzArgs`` to be, so one that changed on one side only is found here.
+
+    Raises:
+        NativeLibraryError: if there is no library, or its structs have other sizes than these.
+    """
+    library = load_library()
+    for name, arguments in entries.items():
+        struct = re.sub("(?<!^)(?=[A-Z])", "_", arguments.__name__).lower()
+        size = getattr(library, f"ep_moe_{struct}_bytes")
+        size.restype = ctypes.c_size_t
+        if size() != ctypes.sizeof(arguments):
+            raise NativeLibraryError(
+                f"the CUDA library takes {size()} bytes of {arguments.__name__}, the package passes "
+                f"{ctypes.sizeof(arguments)}: they are of different versions; build the library again"
+            )
+        entry = getattr(library, f"ep_moe_{name}")
+        entry.restype = ctypes.c_char_p
+        entry.argtypes = (ctypes.POINTER(arguments), ctypes.c_void_p)
     return library
 
 

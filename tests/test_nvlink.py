@@ -14,7 +14,7 @@ from ranks import run_ranks
 from routing_cases import PATTERNS, Case, make_inputs
 
 from ep_moe.comm.nvlink import NvlinkCommunicator
-from ep_moe.comm.nvlink_core import PeerTimeoutError
+from ep_moe.comm.nvlink_faults import PeerTimeoutError
 
 pytestmark = pytest.mark.gpu
 

@@ -10,23 +10,10 @@
 #pragma once
 
 #include "buffer.cuh"
+#include "fault.cuh"
 #include "ptx.cuh"
 
 namespace ep_moe {
-
-enum class Step : uint32_t { kNone = 0, kRouting = 1, kRows = 2, kCombine = 3, kWeights = 4 };
-
-enum class Fault : uint32_t { kNone = 0, kTimeout = 1, kExpertRange = 2, kOverflow = 3, kTokens = 4 };
-
-// In host memory that the device can write; the host reads it whenever it likes. The first fault stays.
-struct FaultReport {
-  uint32_t fault;
-  uint32_t step;
-  int32_t rank;     // waited for (kTimeout)
-  uint32_t round;   // in which it happened
-  int64_t value;    // the bad expert (kExpertRange), the rows needed (kOverflow), the tokens of a rank (kTokens)
-  int64_t allowed;  // number of experts, or rows or tokens there was room for
-};
 
 // In local device memory, zero at first.
 struct Workspace {
@@ -56,18 +43,10 @@ __device__ __forceinline__ T* part(const Communicator& comm, int rank, int64_t o
   return reinterpret_cast<T*>(comm.buffers[rank] + offset);
 }
 
-// Describes the first fault to the host; later ones are its consequences, or will be found again.
-__device__ inline void report_fault(const Communicator& comm, Fault fault, Step step, int rank, uint32_t round,
-                                    int64_t value = 0, int64_t allowed = 0) {
-  if (atomicExch(&comm.workspace->reported, 1) != 0) return;
-  volatile FaultReport* report = comm.report;
-  report->step = static_cast<uint32_t>(step);
-  report->rank = rank;
-  report->round = round;
-  report->value = value;
-  report->allowed = allowed;
-  __threadfence_system();  // the host must not see the fault before what describes it
-  report->fault = static_cast<uint32_t>(fault);
+// See report_fault of fault.cuh.
+__device__ __forceinline__ void report_fault(const Communicator& comm, Fault fault, Step step, int rank, uint32_t round,
+                                             int64_t value = 0, int64_t allowed = 0) {
+  report_fault(comm.report, &comm.workspace->reported, fault, step, rank, round, value, allowed);
 }
 
 // Spins until `ready()` or until the time is up; false then. One thread.

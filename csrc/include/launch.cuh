@@ -18,10 +18,16 @@ inline const char* error_text(cudaError_t error, const char* what) {
   return text;
 }
 
-// Launches `kernel(args)`; cooperative kernels get all their blocks resident, or an error.
+enum class LaunchMode {
+  kPlain,
+  kCooperative,   // all blocks resident, or an error
+  kProgrammatic,  // may start before the kernel ahead of it has ended, for which it waits by griddepcontrol_wait
+};
+
+// Launches `kernel(args)`.
 template <typename Args>
 const char* launch(const char* what, void (*kernel)(Args), const Args& args, int blocks, int threads, int shared_bytes,
-                   bool cooperative, cudaStream_t stream) {
+                   LaunchMode mode, cudaStream_t stream) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error_text(error, what);
   cudaLaunchConfig_t config = {};
@@ -30,10 +36,15 @@ const char* launch(const char* what, void (*kernel)(Args), const Args& args, int
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = cooperative ? 1 : 0;
+  if (mode == LaunchMode::kCooperative) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.numAttrs = mode == LaunchMode::kPlain ? 0 : 1;
   return error_text(cudaLaunchKernelEx(&config, kernel, args), what);
 }
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ep_moe.comm import nvlink_args as native
 from ep_moe.comm.communicator import Dispatched, ExpertSegments, RowLayout, check_dispatch_shapes
-from ep_moe.comm.nvlink_core import NvlinkCore, PeerTimeoutError, pointer
+from ep_moe.comm.nvlink_core import NvlinkCore, pointer
+from ep_moe.comm.nvlink_faults import PeerTimeoutError
 from ep_moe.comm.nvlink_wire import ELEMENTS, MOVED, SHARED_BYTES, WireFormat, wire_format
 
 _MAX_WARPS, _MAX_STAGES = 8, 3
@@ -304,7 +305,7 @@ class NvlinkCommunicator:
             self._core.check()
             if time.monotonic() > deadline:
                 torch.cuda.synchronize(self.device)  # raises what went wrong on the device, if anything did
-                raise PeerTimeoutError(f"rank {self.rank}: the layout kernel did not run within {limit:g} s")
+                raise PeerTimeoutError(f"rank {self.rank}: the layout kernel did not run within {limit:g} s", self.rank)
         self._core.check()
         _, most_tokens, *counts = self._host_counts[: 3 + local_experts].tolist()
         return most_tokens, counts

@@ -1,7 +1,6 @@
 """The arguments of the CUDA entry points: the structs of ``csrc/``, field by field.
 
-The sources say what each field means. :func:`load_entry_points` compares the sizes with those of the library, so a
-struct that changed on one side only is found at load.
+The sources say what each field means.
 """
 
 from __future__ import annotations
@@ -9,18 +8,19 @@ from __future__ import annotations
 import ctypes
 from ctypes import c_int32, c_int64, c_uint32, c_uint64, c_void_p
 
-from ep_moe.native import NativeLibraryError, load_library
+from ep_moe import native
 
 MAX_RANKS = 8
 MAX_TOP_K = 32
 MAX_EXPERTS = 1024
 CHUNK_TOKENS = 32
-WORKSPACE_BYTES = 32
+WORKSPACE_WORDS = 8
+REPORTED = 5  # of these
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # Element
 
 FAULT_TIMEOUT, FAULT_EXPERT_RANGE, FAULT_OVERFLOW, FAULT_TOKENS = 1, 2, 3, 4
-STEPS = {1: "routing", 2: "rows", 3: "combined rows", 4: "routing weights"}
+STEPS = {1: "routing", 2: "rows", 3: "combined rows", 4: "routing weights", 5: "call of combine"}
 
 
 class BufferShape(ctypes.Structure):
@@ -196,22 +196,11 @@ def load_entry_points() -> ctypes.CDLL:
     """The library with the signatures of its entry points declared.
 
     Raises:
-        NativeLibraryError: if there is no library, or its structs have other sizes than these.
+        NativeLibraryError: if there is no library, or it is of another version.
     """
-    library = load_library()
+    library = native.load_entry_points(ENTRY_POINTS)
     library.ep_moe_buffer_layout.restype = None
     library.ep_moe_buffer_layout.argtypes = (ctypes.POINTER(BufferShape), ctypes.POINTER(BufferLayout))
-    for name, arguments in ENTRY_POINTS.items():
-        size = getattr(library, f"ep_moe_{name}_args_bytes")
-        size.restype = ctypes.c_size_t
-        if size() != ctypes.sizeof(arguments):
-            raise NativeLibraryError(
-                f"the CUDA library takes {size()} bytes of {arguments.__name__}, the package passes "
-                f"{ctypes.sizeof(arguments)}: they are of different versions; build the library again"
-            )
-        entry = getattr(library, f"ep_moe_{name}")
-        entry.restype = ctypes.c_char_p
-        entry.argtypes = (ctypes.POINTER(arguments), c_void_p)
     return library
 
 
@@ -228,8 +217,9 @@ __all__ = [
     "MAX_EXPERTS",
     "MAX_RANKS",
     "MAX_TOP_K",
+    "REPORTED",
     "STEPS",
-    "WORKSPACE_BYTES",
+    "WORKSPACE_WORDS",
     "BufferLayout",
     "BufferShape",
     "CombineArgs",

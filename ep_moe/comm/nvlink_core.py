@@ -1,4 +1,4 @@
-"""What every operation of the CUDA communicators needs: the buffer, launches in order, and faults as exceptions."""
+"""What every operation of the CUDA communicators needs: the buffer, and launches in order."""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_moe.comm import nvlink_args as native
-from ep_moe.comm.communicator import CapacityError
+from ep_moe.comm.nvlink_faults import FaultMonitor
 from ep_moe.comm.symmetric import SymmetricBuffer, allocate_symmetric
-
-
-class PeerTimeoutError(RuntimeError):
-    """A rank did not do its part in time. The communicator cannot be used any more; the process can."""
 
 
 class NvlinkCore:
@@ -47,10 +43,13 @@ class NvlinkCore:
         self._comm = native.CommunicatorArgs()
         self._buffer: SymmetricBuffer | None = None
         self._captured = False
-        self._workspace = torch.zeros(native.WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        # Pinned host memory, which kernels write.
-        self._report_memory = torch.zeros(ctypes.sizeof(native.FaultReport), dtype=torch.uint8, pin_memory=True)
-        self._report = native.FaultReport.from_address(self._report_memory.data_ptr())
+        self._workspace = torch.zeros(native.WORKSPACE_WORDS, dtype=torch.int32, device=device)
+        self._faults = FaultMonitor(
+            self.rank,
+            timeout_s,
+            self._workspace[native.REPORTED : native.REPORTED + 1],
+            "this communicator cannot be used any more",
+        )
         self._last = torch.cuda.Event()
         self._last_stream: torch.cuda.Stream | None = None
 
@@ -101,32 +100,8 @@ class NvlinkCore:
             raise RuntimeError(error.decode())
 
     def check(self) -> None:
-        """Raise what a kernel has reported so far, without waiting for running ones.
-
-        Raises:
-            PeerTimeoutError: if a wait for a peer ended in vain.
-            CapacityError: if more rows arrived than there was room for.
-            ValueError: for an expert out of range, or more tokens than the buffer was made for.
-        """
-        report = self._report
-        if report.fault == 0:
-            return
-        rank, value, allowed = self.rank, report.value, report.allowed
-        if report.fault == native.FAULT_TIMEOUT:
-            raise PeerTimeoutError(
-                f"rank {rank} waited {self.timeout_s:g} s for rank {report.rank} of the expert-parallel group "
-                f"(step: {native.STEPS[report.step]}, round {report.round}); this communicator cannot be used any more"
-            )
-        fault = report.fault
-        self._forget_fault()
-        if fault == native.FAULT_OVERFLOW:
-            raise CapacityError(f"max_rows = {allowed}: {value} rows arrived at rank {rank}")
-        if fault == native.FAULT_TOKENS:
-            raise ValueError(
-                f"x: {value} tokens, but buffers were made for {allowed} a rank; "
-                "set phases.<phase>.max_tokens_per_rank to the most that any rank will bring"
-            )
-        raise ValueError(f"topk_idx: expected experts in [0, {allowed}) (moe.num_experts) or -1, got {value}")
+        """Raise what a kernel has reported so far; see :meth:`FaultMonitor.check`."""
+        self._faults.check()
 
     def _allocate(self, tokens: int, top_k: int, row_bytes: int) -> None:
         if self._captured or torch.cuda.is_current_stream_capturing():
@@ -151,16 +126,10 @@ class NvlinkCore:
             layout=layout,
             shape=shape,
             workspace=self._workspace.data_ptr(),
-            report=self._report_memory.data_ptr(),
+            report=self._faults.address,
             timeout_ns=int(self.timeout_s * 1e9),
             rank=self.rank,
         )
-
-    def _forget_fault(self) -> None:
-        """Allow the next fault to be reported; after one that left the ranks in step."""
-        torch.cuda.synchronize(self.device)
-        ctypes.memset(self._report_memory.data_ptr(), 0, self._report_memory.numel())
-        self._workspace[20:24].zero_()  # Workspace::reported
 
     def __enter__(self) -> None:
         """Begin an operation: behind the one before on its stream, or with the error of an earlier one."""

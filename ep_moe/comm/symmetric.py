@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +23,10 @@ class SymmetricBuffer:
     pointers: tuple[int, ...]
 
 
-def allocate_symmetric(num_bytes: int, group: dist.ProcessGroup, device: torch.device) -> SymmetricBuffer:
-    """Allocate a zeroed buffer on every rank of ``group`` and map all of them; collective.
+def allocate_symmetric(
+    num_bytes: int, group: dist.ProcessGroup, device: torch.device, fill: Callable[[Tensor], object] = Tensor.zero_
+) -> SymmetricBuffer:
+    """Allocate a buffer on every rank of ``group``, ``fill`` it and map all of them; collective.
 
     Peers must be GPUs of one host that can access each other, or the same GPU
     (with ``TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1``).
@@ -31,11 +34,12 @@ def allocate_symmetric(num_bytes: int, group: dist.ProcessGroup, device: torch.d
     from torch.distributed import _symmetric_memory as symmetric_memory
 
     if dist.get_world_size(group) == 1:
-        local = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        local = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        fill(local)
         return SymmetricBuffer(local, (local.data_ptr(),))
     local = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
     mapped = symmetric_memory.rendezvous(local, group.group_name)
-    local.zero_()
+    fill(local)
     torch.cuda.synchronize(device)
-    dist.barrier(group)  # nobody writes into a buffer before its owner has zeroed it
+    dist.barrier(group)  # nobody writes into a buffer before its owner has filled it
     return SymmetricBuffer(local, tuple(mapped.buffer_ptrs))

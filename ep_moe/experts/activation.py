@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ep_moe.experts import activation_kernels
+
 
 @dataclass(frozen=True)
 class _Nonlinearity:
@@ -53,7 +55,9 @@ def fc1_width(activation: str, ffn_hidden_size: int) -> int:
     return 2 * ffn_hidden_size if is_gated(activation) else ffn_hidden_size
 
 
-def apply_activation(x: Tensor, activation: str, row_weights: Tensor | None = None) -> Tensor:
+def apply_activation(
+    x: Tensor, activation: str, row_weights: Tensor | None = None, row_count: Tensor | None = None
+) -> Tensor:
     """Apply an activation and, if given, scale each row by its routing weight.
 
     Gated activations split ``x`` into halves, gate first, and compute ``act(gate) * up`` (GLU variants, Shazeer
@@ -61,13 +65,20 @@ def apply_activation(x: Tensor, activation: str, row_weights: Tensor | None = No
     relu and squared_relu (So et al. 2021, arXiv 2109.08668). The arithmetic runs in fp32 (fp64 for fp64
     inputs) and the result is rounded once. Backward recomputes it: only ``x`` and the weights are kept.
 
+    On Hopper or newer GPUs, dense bf16, fp16 and fp32 rows whose results are multiples of 16 bytes take one CUDA
+    kernel forward and one backward, whose results are the same from run to run. Other rows, and all rows where the
+    CUDA library was not built, take PyTorch operations.
+
     Args:
         x: floating point ``[..., 2 * ffn]`` for gated activations, else ``[..., ffn]``.
         activation: swiglu, geglu, gelu, relu or squared_relu.
         row_weights: floating point ``[...]``, one weight per row, or ``None``.
+        row_count: int32, one element, on the device of ``x``: how many of the rows are real, if not all. Rows after
+            them cost nothing in the kernels. It must not change before backward.
 
     Returns:
-        ``[..., ffn]`` in the dtype of ``x``. First derivatives only.
+        ``[..., ffn]`` in the dtype of ``x``. First derivatives only. Rows from ``row_count`` on are unspecified, in
+        the result and in both gradients: they may hold anything, NaN too.
 
     Raises:
         ValueError: if the activation is unknown or the shapes or dtypes do not fit.
@@ -84,7 +95,14 @@ def apply_activation(x: Tensor, activation: str, row_weights: Tensor | None = No
             )
         if row_weights.device != x.device:
             raise ValueError(f"row_weights: expected device {x.device} as x, got {row_weights.device}")
-    result: Tensor = _Activation.apply(x, row_weights, activation)
+    if row_count is not None and (
+        row_count.dtype != torch.int32 or row_count.numel() != 1 or row_count.device != x.device
+    ):
+        raise ValueError(
+            f"row_count: expected one int32 element on {x.device} as x, "
+            f"got {row_count.dtype} {list(row_count.shape)} on {row_count.device}"
+        )
+    result: Tensor = _Activation.apply(x, row_weights, activation, row_count)
     return result
 
 
@@ -92,9 +110,12 @@ class _Activation(torch.autograd.Function):
     """Recomputes in backward, so that no fp32 copy of the widest tensor of the layer stays alive."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, row_weights: Tensor | None, activation: str) -> Tensor:
-        ctx.save_for_backward(x, row_weights)
+    def forward(ctx: Any, x: Tensor, row_weights: Tensor | None, activation: str, row_count: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, row_weights, row_count)
         ctx.activation = activation
+        width = _out_width(x, activation)
+        if activation_kernels.usable(x, width):
+            return activation_kernels.forward(x, activation, row_weights, row_count, width)
         wide = x.to(_compute_dtype(x))
         if activation in _GATED:
             gate, up = wide.chunk(2, dim=-1)
@@ -107,9 +128,15 @@ class _Activation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, row_weights = ctx.saved_tensors
-        need_x, need_weights, _ = ctx.needs_input_grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, row_weights, row_count = ctx.saved_tensors
+        need_x, need_weights, *_ = ctx.needs_input_grad
+        # asked again: hooks on saved tensors may bring back x with other strides
+        if activation_kernels.usable(x, _out_width(x, ctx.activation)):
+            grad_x, grad_weights = activation_kernels.backward(
+                grad, x, ctx.activation, row_weights, row_count, need_x=need_x, need_weights=need_weights
+            )
+            return grad_x, grad_weights, None, None
         wide = x.to(_compute_dtype(x))
         # dense: the aten backward kernels below are tuned for it, and sum().backward() hands over an expanded scalar
         grad = grad.to(wide.dtype).contiguous()
@@ -134,7 +161,11 @@ class _Activation(torch.autograd.Function):
                 grad_x = nonlinearity.backward(scaled, wide).to(x.dtype)
         if grad_weights is not None:
             grad_weights = grad_weights.to(row_weights.dtype)
-        return grad_x, grad_weights, None
+        return grad_x, grad_weights, None, None
+
+
+def _out_width(x: Tensor, activation: str) -> int:
+    return x.shape[-1] // 2 if activation in _GATED else x.shape[-1]
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

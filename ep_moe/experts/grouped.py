@@ -106,7 +106,9 @@ class GroupedExperts(nn.Module):
             ffn_hidden_size=self.config.ffn_hidden_size,
         )
         fc1_out = linear(rows, fc1_weight, segments)
-        inner = apply_activation(fc1_out, self.config.activation, row_weights)
+        # Where the host does not know how many rows are real, the device does.
+        row_count = segments.ends[-1:] if segments.sizes is None else None
+        inner = apply_activation(fc1_out, self.config.activation, row_weights, row_count)
         return linear(inner, fc2_weight, segments)
 
     def extra_repr(self) -> str:

@@ -1,0 +1,183 @@
+// Low-latency mode: the landing buffers of a rank, and the protocol that both its kernels follow.
+//
+// A call of dispatch or of combine is a round of it. Dispatch and combine count rounds of their own and have buffers of
+// their own; what follows holds for each. A round has two phases, which one kernel runs together or two kernels one
+// after the other: in S(n) a rank sends to its peers, in R(n) it receives what they sent in their S(n).
+//
+// Data is its own flag. A word that a peer will write holds a value that data never has (kEmptyWord, kEmptyWeight; a
+// sender replaces it by an equal one), and the thread that needs the word reads it until it has another. Words are of 4
+// bytes; a 16-byte read is repeated until none of its words is empty. Routing entries carry the low bits of their round
+// instead, so a table is here once all its entries are of this round, and is never cleared. No word needs another's
+// arrival, so nothing is ordered by fences.
+//
+//   written by a peer in S(n)          read in R(n) by               emptied
+//   routing[n % 4], all tokens         all blocks                    never: tagged with the round
+//   rows[n % 4], tokens for this rank  the thread that copies them   by that thread, at once
+//   sums[n % 4], tokens of this rank   the thread that adds them     by that thread, at once
+//   weights[n % 4]                     the thread that needs them, in S(n), then emptied by it
+//   entered[n % 4]                     one thread                    never: holds the round
+//
+// Why a word is empty, and nobody reads it any more, when it is written again. At most two rounds are under way: S(n)
+// starts after R(n - 2) has ended, on every rank, in whatever order receives are called (the host sees to it). Every
+// rank sends to every rank in every round, also with nothing to say: its routing table, or its word in `entered`; and
+// no R(n) ends before it has heard from all. Now a peer's S(n + 4) starts after its R(n + 2) has ended, which heard
+// from this rank's S(n + 2), which started after this rank's R(n) had ended, in which words of buffer n % 4 were read
+// and emptied. Kernels end with their writes visible to the system, and what they read was written before: the chain is
+// one of happens-before. With 8 ranks it is the same chain, once for each pair. With one round under way two buffers
+// would do.
+//
+// A kernel that waits never keeps what it waits for from being sent: R(n) waits for S(n) of peers, which wait for
+// nothing but S(n) of their peers (weights, in combine), and every block sends before it waits. All ranks call in the
+// same order.
+//
+// Rounds are counted by each block for itself, so that no block waits for another one; grids have the same size in
+// every call. A receive learns its round from the handle, where the send has put it.
+//
+// A wait for a rank ends in time. That rank is then `failed`: no later wait for it lasts, words it should have written
+// are left alone, and the host learns its name. Once the host has masked the rank, nothing is sent to it or expected
+// from it.
+#pragma once
+
+#include "buffer.cuh"
+#include "fault.cuh"
+#include "ptx.cuh"
+
+namespace ep_moe {
+
+constexpr int kInFlight = 2;  // rounds under way
+constexpr int kLandingBuffers = 2 * kInFlight;
+constexpr int kMaxBlocks = 512;
+
+// Two bf16 of -0 and of +-0 in e4m3; senders write +0 instead. No scale looks like this.
+constexpr uint32_t kEmptyWord = 0x80008000;
+// A NaN; senders write another one instead.
+constexpr uint32_t kEmptyWeight = 0xffffffff;
+
+// A routing entry: an expert, or kNoExpert, below the low 5 bits of the round. Stale entries are of 4, 8, ... rounds
+// ago.
+constexpr int kExpertBits = 11;
+constexpr uint32_t kNoExpert = (1u << kExpertBits) - 1;
+
+constexpr uint32_t kSend = 1, kReceive = 2;  // phases
+
+struct LowLatencyShape {
+  int32_t ranks;
+  int32_t max_tokens;  // of a rank
+  int32_t max_top_k;
+  int32_t num_experts;
+  int32_t hidden;  // a multiple of 128
+  int32_t reserved;
+  int64_t row_bytes;  // of a dispatched row as it travels; a multiple of 16
+};
+
+// Offsets in the symmetric buffer; parts written by peers are indexed by the writer's rank.
+struct LowLatencyLayout {
+  int64_t routing;  // uint16 [4][ranks][max_tokens][top_k rounded up to 8]
+  int64_t entered;  // uint32 [4][ranks]
+  int64_t rows;     // [4][ranks][max_tokens] dispatched rows: values, then scales
+  int64_t sums;     // bf16 [4][ranks][max_tokens][hidden]
+  int64_t weights;  // float [4][ranks][max_tokens][max_top_k]
+  int64_t total;    // bytes
+};
+
+inline LowLatencyLayout low_latency_layout(const LowLatencyShape& shape) {
+  const int64_t places = static_cast<int64_t>(kLandingBuffers) * shape.ranks * shape.max_tokens;
+  int64_t end = 0;
+  auto place = [&end](int64_t bytes) {
+    const int64_t start = end;
+    end = (end + bytes + 255) / 256 * 256;
+    return start;
+  };
+  LowLatencyLayout layout;
+  layout.routing = place(places * routing_stride(shape.max_top_k) * 2);
+  layout.entered = place(kLandingBuffers * shape.ranks * 4);
+  layout.rows = place(places * shape.row_bytes);
+  layout.sums = place(places * shape.hidden * 2);
+  layout.weights = place(places * shape.max_top_k * 4);
+  layout.total = end;
+  return layout;
+}
+
+// In local device memory, zero at first.
+struct LowLatencyWorkspace {
+  uint32_t failed;    // bit r: a wait for rank r ended in vain
+  uint32_t masked;    // bit r: rank r takes no part any more; set by the host
+  uint32_t reported;  // there is a fault report
+  uint32_t reserved;
+  uint32_t dispatches[kMaxBlocks];  // rounds each block has sent
+  uint32_t combines[kMaxBlocks];
+};
+
+// First fields of the arguments of both kernels.
+struct LowLatency {
+  uint8_t* buffers[kMaxRanks];  // symmetric buffer of every rank, mapped here
+  LowLatencyLayout layout;
+  LowLatencyShape shape;
+  LowLatencyWorkspace* workspace;
+  FaultReport* report;
+  uint64_t timeout_ns;
+  int32_t rank;
+  uint32_t phases;  // kSend, kReceive or both
+  int32_t blocks;
+  int32_t threads;
+};
+
+// The place of (writer, token) in the copy of a part that `round` uses, at `reader`.
+template <typename T>
+__device__ __forceinline__ T* landing_place(const LowLatency& ll, int reader, int64_t offset, uint32_t round,
+                                            int writer, int token, int64_t bytes_per_token) {
+  const int64_t place =
+      (static_cast<int64_t>(round % kLandingBuffers) * ll.shape.ranks + writer) * ll.shape.max_tokens + token;
+  return reinterpret_cast<T*>(ll.buffers[reader] + offset + place * bytes_per_token);
+}
+
+__device__ __forceinline__ bool is_empty(uint4 v) {
+  return v.x == kEmptyWord || v.y == kEmptyWord || v.z == kEmptyWord || v.w == kEmptyWord;
+}
+
+__device__ __forceinline__ uint32_t fill_empty(uint32_t word) { return word == kEmptyWord ? 0 : word; }
+
+// What a sender writes in place of words that look empty.
+__device__ __forceinline__ uint4 fill_empty(uint4 v) {
+  return make_uint4(fill_empty(v.x), fill_empty(v.y), fill_empty(v.z), fill_empty(v.w));
+}
+
+__device__ __forceinline__ void empty(uint4* address) {
+  st_volatile(address, make_uint4(kEmptyWord, kEmptyWord, kEmptyWord, kEmptyWord));
+}
+
+// Bit r: rank r takes part.
+__device__ __forceinline__ uint32_t present_ranks(const LowLatency& ll) {
+  return ~*reinterpret_cast<volatile uint32_t*>(&ll.workspace->masked) & ((1u << ll.shape.ranks) - 1);
+}
+
+// Repeats `ready()` until it is true, or until the time is up for `rank`; false then. Any threads.
+template <typename Ready>
+__device__ __forceinline__ bool wait_for(const LowLatency& ll, Step step, int rank, uint32_t round, Ready ready) {
+  constexpr int kLooks = 128;  // between looks at the clock
+  uint64_t start = 0;
+  while (true) {
+    for (int i = 0; i < kLooks; ++i)
+      if (ready()) return true;
+    if (ld_volatile(&ll.workspace->failed) >> rank & 1) return false;
+    if (start == 0) start = global_timer_ns();
+    if (global_timer_ns() - start > ll.timeout_ns) {
+      report_fault(ll.report, &ll.workspace->reported, Fault::kTimeout, step, rank, round, 0, 0);
+      atomicOr(&ll.workspace->failed, 1u << rank);
+      return false;
+    }
+  }
+}
+
+// 16 bytes of data that `rank` sends; empties their place. False if they do not come.
+__device__ __forceinline__ bool take(const LowLatency& ll, Step step, int rank, uint32_t round, uint4* place,
+                                     uint4& value) {
+  const bool here = wait_for(ll, step, rank, round, [&] {
+    value = ld_volatile(place);
+    return !is_empty(value);
+  });
+  if (here) empty(place);
+  return here;
+}
+
+}  // namespace ep_moe

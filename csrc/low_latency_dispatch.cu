@@ -1,0 +1,328 @@
+// Low-latency dispatch: each token goes once to every rank that has an expert of it, and there into a slot of each of
+// these experts. low_latency.cuh says why this is safe.
+//
+// What moves: in S, the routing of all tokens (2 bytes an entry) to all ranks, and rows, as they are or quantised to
+// e4m3 with one fp32 scale per 128 channels behind the values, by 16-byte stores to peers. In R, rows from the landing
+// buffer to their slots. A block sends, then receives, one (rank, token) at a time.
+//
+// The slots of an expert are filled by source rank, then token. The slot of a token is the number of tokens before it
+// that have the expert; every receiving block counts them in the routing table, so nothing is handed out by atomics.
+#include <cuda_fp8.h>
+
+#include "element.cuh"
+#include "launch.cuh"
+#include "low_latency.cuh"
+
+namespace ep_moe {
+
+struct LowLatencyDispatchArgs {
+  LowLatency ll;
+  const __nv_bfloat16* x;   // [tokens][hidden]
+  const int64_t* topk_idx;  // [tokens][top_k], global expert or -1
+  uint8_t* rows;            // out [local_experts][ranks * max_tokens][hidden], of bf16 or e4m3
+  void* scales;             // out, of e4m3 rows: float [...][hidden / 128], or uint8 [...][hidden / 512 rounded up * 4]
+  int32_t* counts;          // out [local_experts]: rows of each expert
+  int64_t* ranges;          // out [local_experts][ranks]: first slot << 32 | rows, of each source rank
+  int32_t* source_token;    // out [local_experts][ranks * max_tokens]
+  int32_t* slots;           // out [ranks * max_tokens][top_k]: slot in [local_experts * ranks * max_tokens], or -1
+  uint32_t* round;          // of the handle: written by S, read by R
+  int32_t* received;        // [local_experts]: counts are added; or nullptr
+  uint64_t* wait_ns;        // [ranks]: time waited for the routing of each rank is added; or nullptr
+  int32_t tokens;
+  int32_t top_k;
+  int32_t scale_format;  // ScaleFormat
+  int32_t table_bytes;   // of shared memory for the routing table; 0: read it where it landed
+};
+
+namespace {
+
+enum class ScaleFormat : int32_t { kNone = 0, kFloat32 = 1, kUe8m0 = 2 };
+
+constexpr int kMaxThreads = 512;
+constexpr int kPerThread = 16;  // channels: 8 threads a block of 128
+constexpr float kE4m3Max = 448.0f;
+constexpr float kMinAmax = 1e-4f;
+
+__device__ __forceinline__ uint32_t tagged(uint32_t expert, uint32_t round) {
+  return (round << kExpertBits | expert) & 0xffff;
+}
+
+__device__ __forceinline__ int routing_bytes(const LowLatency& ll) { return routing_stride(ll.shape.max_top_k) * 2; }
+
+// All ranks learn the experts of a token; of one that does not exist, that it has none. Returns its owners to all
+// threads.
+__device__ uint32_t send_routing(const LowLatencyDispatchArgs& args, int token, uint32_t round, uint32_t present) {
+  const LowLatency& ll = args.ll;
+  const int experts_per_rank = ll.shape.num_experts / ll.shape.ranks, lane = threadIdx.x % 32;
+  auto expert_of = [&](int k) -> int64_t {
+    if (token >= args.tokens || k >= args.top_k) return -1;
+    const int64_t expert = args.topk_idx[static_cast<int64_t>(token) * args.top_k + k];
+    if (expert >= -1 && expert < ll.shape.num_experts) return expert;
+    report_fault(ll.report, &ll.workspace->reported, Fault::kExpertRange, Step::kRouting, ll.rank, round, expert,
+                 ll.shape.num_experts);
+    return -1;
+  };
+  const int pieces = routing_bytes(ll) / 16;
+  for (int i = threadIdx.x; i < ll.shape.ranks * pieces; i += blockDim.x) {
+    const int peer = i / pieces, piece = i % pieces;
+    uint32_t words[4];
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const int64_t low = expert_of(piece * 8 + 2 * w), high = expert_of(piece * 8 + 2 * w + 1);
+      words[w] = tagged(low < 0 ? kNoExpert : static_cast<uint32_t>(low), round) |
+                 tagged(high < 0 ? kNoExpert : static_cast<uint32_t>(high), round) << 16;
+    }
+    uint4* place = landing_place<uint4>(ll, peer, ll.layout.routing, round, ll.rank, token, routing_bytes(ll)) + piece;
+    if (present >> peer & 1) st_volatile(place, make_uint4(words[0], words[1], words[2], words[3]));
+  }
+  const int64_t expert = expert_of(lane);
+  return __reduce_or_sync(~0u, expert < 0 ? 0u : 1u << (expert / experts_per_rank)) & present;
+}
+
+// 16 channels as e4m3. The 8 threads of a block of 128 channels work together and all get its scale.
+__device__ uint4 quantize(const Vector<__nv_bfloat16> (&x)[2], bool power_of_two, float& scale) {
+  float values[kPerThread];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) x[j].to_float(reinterpret_cast<float (&)[8]>(values[8 * j]));
+  float amax = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) amax = max_nan(amax, fabsf(values[i]));
+  const uint32_t lanes = 0xffu << (threadIdx.x % 32 / 8 * 8);
+#pragma unroll
+  for (int distance = 1; distance < 8; distance *= 2) amax = max_nan(amax, __shfl_xor_sync(lanes, amax, distance));
+  amax = max_nan(amax, kMinAmax);
+  scale = amax / kE4m3Max;
+  float factor = kE4m3Max / amax;
+  if (power_of_two) {  // rounded up; infinity and NaN become 2^128, which is NaN as UE8M0
+    const uint32_t exponent = min((__float_as_uint(scale) + 0x7fffff) >> 23, 255u);
+    scale = __uint_as_float(exponent << 23);
+    factor = 1.0f / scale;
+  }
+  __align__(16) __nv_fp8_storage_t quantised[kPerThread];
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i)
+    quantised[i] = __nv_cvt_float_to_fp8(values[i] * factor, __NV_SATFINITE, __NV_E4M3);
+  return *reinterpret_cast<const uint4*>(quantised);
+}
+
+// A token's row to the ranks of the mask, this one last: its peers have the longer way.
+__device__ void send_row(const LowLatencyDispatchArgs& args, int token, uint32_t round, uint32_t owners) {
+  const LowLatency& ll = args.ll;
+  const auto format = static_cast<ScaleFormat>(args.scale_format);
+  const int ranks = ll.shape.ranks, hidden = ll.shape.hidden;
+  const Vector<__nv_bfloat16>* x =
+      reinterpret_cast<const Vector<__nv_bfloat16>*>(args.x + static_cast<int64_t>(token) * hidden);
+  for (int i = threadIdx.x; i < hidden / kPerThread; i += blockDim.x) {
+    const Vector<__nv_bfloat16> values[2] = {x[2 * i], x[2 * i + 1]};
+    uint4 quantised;
+    float scale;
+    if (format != ScaleFormat::kNone) quantised = fill_empty(quantize(values, format == ScaleFormat::kUe8m0, scale));
+    for (int j = 1; j <= ranks; ++j) {
+      const int peer = (ll.rank + j) % ranks;
+      if ((owners >> peer & 1) == 0) continue;
+      uint8_t* place = landing_place<uint8_t>(ll, peer, ll.layout.rows, round, ll.rank, token, ll.shape.row_bytes);
+      if (format == ScaleFormat::kNone) {
+        st_volatile(reinterpret_cast<uint4*>(place) + 2 * i, fill_empty(values[0].bits));
+        st_volatile(reinterpret_cast<uint4*>(place) + 2 * i + 1, fill_empty(values[1].bits));
+      } else {
+        st_volatile(reinterpret_cast<uint4*>(place) + i, quantised);
+        if (i % 8 == 0) st_volatile(reinterpret_cast<uint32_t*>(place + hidden) + i / 8, __float_as_uint(scale));
+      }
+    }
+  }
+}
+
+// The routing of all ranks' tokens, tagged: in shared memory, or where it landed.
+struct RoutingTable {
+  const uint16_t* entries;  // [ranks * max_tokens][stride]
+  int stride;
+
+  __device__ bool has(int place, uint32_t tagged_expert) const {
+    const uint32_t both = tagged_expert | tagged_expert << 16;
+    const uint4* pieces = reinterpret_cast<const uint4*>(entries + static_cast<int64_t>(place) * stride);
+    uint32_t equal = 0;
+    for (int i = 0; i < stride / 8; ++i)
+      equal |= __vcmpeq2(pieces[i].x, both) | __vcmpeq2(pieces[i].y, both) | __vcmpeq2(pieces[i].z, both) |
+               __vcmpeq2(pieces[i].w, both);
+    return equal != 0;
+  }
+};
+
+// All threads wait until every rank's routing is here.
+__device__ RoutingTable receive_routing(const LowLatencyDispatchArgs& args, uint32_t round, uint32_t present,
+                                        uint4* shared_table) {
+  const LowLatency& ll = args.ll;
+  const int pieces = routing_bytes(ll) / 16, of_rank = ll.shape.max_tokens * pieces;
+  uint4* landed = landing_place<uint4>(ll, ll.rank, ll.layout.routing, round, 0, 0, routing_bytes(ll));
+  const uint32_t tag = tagged(0, round) | tagged(0, round) << 16, mask = ~(kNoExpert | kNoExpert << 16);
+  const uint64_t start = global_timer_ns();
+  for (int i = threadIdx.x; i < ll.shape.ranks * of_rank; i += blockDim.x) {
+    const int source = i / of_rank;
+    uint4 value = make_uint4(~0u, ~0u, ~0u, ~0u);
+    bool here = present >> source & 1;
+    if (here)
+      here = wait_for(ll, Step::kRouting, source, round, [&] {
+        value = ld_volatile(landed + i);
+        return ((value.x ^ tag) & mask) == 0 && ((value.y ^ tag) & mask) == 0 && ((value.z ^ tag) & mask) == 0 &&
+               ((value.w ^ tag) & mask) == 0;
+      });
+    // Of a rank that takes no part, entries of another round: no expert has that tag.
+    const uint32_t none = here ? 0 : tagged(kNoExpert, round + 1) * 0x10001u;
+    if (!here) value = make_uint4(none, none, none, none);
+    if (args.table_bytes > 0) {
+      shared_table[i] = value;
+    } else if (!here) {
+      landed[i] = value;
+    }
+    if (args.wait_ns != nullptr && blockIdx.x == 0 && i % of_rank == of_rank - 1)
+      atomicAdd(reinterpret_cast<unsigned long long*>(&args.wait_ns[source]), global_timer_ns() - start);
+  }
+  __syncthreads();
+  const uint4* table = args.table_bytes > 0 ? shared_table : landed;
+  return {reinterpret_cast<const uint16_t*>(table), routing_stride(ll.shape.max_top_k)};
+}
+
+// Rows of an expert, by source rank.
+__device__ void count_expert(const LowLatencyDispatchArgs& args, const RoutingTable& table, int expert,
+                             uint32_t round) {
+  const LowLatency& ll = args.ll;
+  const int ranks = ll.shape.ranks;
+  __shared__ int by_rank[kMaxRanks];
+  if (threadIdx.x < ranks) by_rank[threadIdx.x] = 0;
+  __syncthreads();
+  const uint32_t wanted = tagged(ll.rank * (ll.shape.num_experts / ranks) + expert, round);
+  for (int i = threadIdx.x; i < ranks * ll.shape.max_tokens; i += blockDim.x)
+    if (table.has(i, wanted)) atomicAdd(&by_rank[i / ll.shape.max_tokens], 1);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int count = 0;
+    for (int rank = 0; rank < ranks; ++rank) {
+      args.ranges[static_cast<int64_t>(expert) * ranks + rank] = static_cast<int64_t>(count) << 32 | by_rank[rank];
+      count += by_rank[rank];
+    }
+    args.counts[expert] = count;
+    if (args.received != nullptr) atomicAdd(&args.received[expert], count);
+  }
+}
+
+// The row of one (rank, token) into `slot` of every lane that has one.
+__device__ void place_row(const LowLatencyDispatchArgs& args, int source, int token, int slot, uint32_t round) {
+  const LowLatency& ll = args.ll;
+  const auto format = static_cast<ScaleFormat>(args.scale_format);
+  const int hidden = ll.shape.hidden, row_bytes = format == ScaleFormat::kNone ? 2 * hidden : hidden;
+  const uint32_t wanted = __ballot_sync(~0u, slot >= 0);
+  uint8_t* landed = landing_place<uint8_t>(ll, ll.rank, ll.layout.rows, round, source, token, ll.shape.row_bytes);
+  // Threads of a warp leave the loops together, for the shuffles.
+  for (int first = threadIdx.x / 32 * 32; first < row_bytes / 16; first += blockDim.x) {
+    const int i = first + threadIdx.x % 32;
+    uint4 value;
+    const bool here =
+        i < row_bytes / 16 && take(ll, Step::kRows, source, round, reinterpret_cast<uint4*>(landed) + i, value);
+    for (uint32_t left = wanted; left != 0; left &= left - 1) {
+      const int64_t target = __shfl_sync(~0u, slot, __ffs(left) - 1);
+      if (here) reinterpret_cast<uint4*>(args.rows + target * row_bytes)[i] = value;
+    }
+  }
+  if (format == ScaleFormat::kNone) return;
+  const int scales = hidden / 128, packed = (scales + 3) / 4 * 4;
+  for (int first = threadIdx.x / 32 * 32; first < packed; first += blockDim.x) {
+    const int i = first + threadIdx.x % 32;
+    uint32_t word = 0;  // behind the last scale
+    bool here = i < packed;
+    if (i < scales) {
+      uint32_t* place = reinterpret_cast<uint32_t*>(landed + hidden) + i;
+      here = wait_for(ll, Step::kRows, source, round, [&] {
+        word = ld_volatile(place);
+        return word != kEmptyWord;
+      });
+      if (here) st_volatile(place, kEmptyWord);
+    }
+    for (uint32_t left = wanted; left != 0; left &= left - 1) {
+      const int64_t target = __shfl_sync(~0u, slot, __ffs(left) - 1);
+      if (!here) continue;
+      if (format == ScaleFormat::kUe8m0) {
+        static_cast<uint8_t*>(args.scales)[target * packed + i] = static_cast<uint8_t>(word >> 23);
+      } else if (i < scales) {
+        static_cast<float*>(args.scales)[target * scales + i] = __uint_as_float(word);
+      }
+    }
+  }
+}
+
+__device__ void receive(const LowLatencyDispatchArgs& args, uint32_t round, uint32_t present, uint4* shared_table) {
+  const LowLatency& ll = args.ll;
+  const int ranks = ll.shape.ranks, local_experts = ll.shape.num_experts / ranks, places = ranks * ll.shape.max_tokens;
+  const int lane = threadIdx.x % 32;
+  __shared__ int before[kMaxTopK];  // tokens with the same expert that come first
+  const RoutingTable table = receive_routing(args, round, present, shared_table);
+  for (int expert = blockIdx.x; expert < local_experts; expert += gridDim.x) count_expert(args, table, expert, round);
+  for (int place = blockIdx.x; place < places; place += gridDim.x) {
+    int expert = -1;
+    if (lane < args.top_k) {
+      const uint32_t entry = table.entries[static_cast<int64_t>(place) * table.stride + lane];
+      const int local = static_cast<int>(entry & kNoExpert) - ll.rank * local_experts;
+      if (entry == tagged(entry & kNoExpert, round) && local >= 0 && local < local_experts) expert = local;
+    }
+    const uint32_t wanted = __ballot_sync(~0u, expert >= 0);
+    int slot = -1;
+    if (wanted != 0) {
+      __syncthreads();  // `before` of the last place has been read
+      if (threadIdx.x < kMaxTopK) before[threadIdx.x] = 0;
+      __syncthreads();
+      for (uint32_t left = wanted; left != 0; left &= left - 1) {
+        const int k = __ffs(left) - 1;
+        const uint32_t same = tagged(ll.rank * local_experts + __shfl_sync(~0u, expert, k), round);
+        int count = 0;
+        for (int i = threadIdx.x; i < place; i += blockDim.x) count += table.has(i, same);
+        count = __reduce_add_sync(~0u, count);
+        if (lane == 0 && count > 0) atomicAdd(&before[k], count);
+      }
+      __syncthreads();
+      if (expert >= 0) slot = expert * places + before[lane];
+      place_row(args, place / ll.shape.max_tokens, place % ll.shape.max_tokens, slot, round);
+    }
+    if (threadIdx.x < args.top_k) {
+      args.slots[static_cast<int64_t>(place) * args.top_k + lane] = slot;
+      if (slot >= 0) args.source_token[slot] = place % ll.shape.max_tokens;
+    }
+  }
+}
+
+}  // namespace
+
+__global__ void __launch_bounds__(kMaxThreads, 2) dispatch(const __grid_constant__ LowLatencyDispatchArgs args) {
+  const LowLatency& ll = args.ll;
+  extern __shared__ __align__(16) uint4 shared_table[];
+  griddepcontrol_launch_dependents();
+  griddepcontrol_wait();
+  const uint32_t present = present_ranks(ll);
+  uint32_t* sent = &ll.workspace->dispatches[blockIdx.x];
+  uint32_t round;
+  if (ll.phases & kSend) {
+    round = ld_volatile(sent) + 1;
+    for (int token = blockIdx.x; token < ll.shape.max_tokens; token += gridDim.x) {
+      const uint32_t owners = send_routing(args, token, round, present);
+      if (owners != 0) send_row(args, token, round, owners);
+    }
+    __syncthreads();  // all threads have read the counter
+    if (threadIdx.x == 0) {
+      *sent = round;
+      if (blockIdx.x == 0) *args.round = round;
+    }
+  } else {
+    round = ld_volatile(args.round);
+  }
+  if (ll.phases & kReceive) receive(args, round, present, shared_table);
+}
+
+}  // namespace ep_moe
+
+// Runs the kernel above; requires blocks <= kMaxBlocks, two of them resident on a multiprocessor, the same in every
+// call.
+EP_MOE_API const char* ep_moe_low_latency_dispatch(const ep_moe::LowLatencyDispatchArgs* args, cudaStream_t stream) {
+  using namespace ep_moe;
+  return launch("low-latency dispatch kernel", dispatch, *args, args->ll.blocks, args->ll.threads, args->table_bytes,
+                LaunchMode::kProgrammatic, stream);
+}
+
+EP_MOE_API size_t ep_moe_low_latency_dispatch_args_bytes() { return sizeof(ep_moe::LowLatencyDispatchArgs); }

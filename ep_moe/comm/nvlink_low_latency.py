@@ -1,0 +1,449 @@
+"""Low-latency exchange between GPUs of one host by our own CUDA kernels over symmetric memory.
+
+``csrc/include/low_latency.cuh`` describes the protocol. What it asks of the host is done here: at most two rounds under
+way, kernels of a round in order, one grid for all calls.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ep_moe.comm import nvlink_low_latency_args as native
+from ep_moe.comm.fp8 import BLOCK
+from ep_moe.comm.low_latency import Hook, PackedRows, ScaleFormat, check_combine, check_dispatch, check_sizes
+from ep_moe.comm.nvlink_args import MAX_RANKS
+from ep_moe.comm.nvlink_core import pointer
+from ep_moe.comm.nvlink_faults import FaultMonitor
+from ep_moe.comm.symmetric import SymmetricBuffer, allocate_symmetric
+
+_SCALE_FORMATS: dict[ScaleFormat, int] = {"none": 0, "fp32": 1, "ue8m0": 2}
+_TABLE_BYTES = 96 * 1024  # of shared memory: two blocks share a multiprocessor
+_MAX_THREADS, _CHANNELS_PER_THREAD = 512, 16
+
+
+@dataclass(frozen=True)
+class NvlinkLowLatencyHandle:
+    """The routes of one dispatch; valid once it has been received.
+
+    Attributes:
+        source_token: int32 ``[local_experts, ranks * max_tokens]``, the token of each row at its rank.
+        ranges: int64 ``[local_experts, ranks]``, begin << 32 | count of each rank's rows.
+        slots: int32 ``[ranks * max_tokens, top_k]``, the row of each arrived entry, or -1.
+        tokens: dispatched at this rank.
+    """
+
+    source_token: Tensor
+    ranges: Tensor
+    slots: Tensor
+    tokens: int
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token."""
+        return self.slots.shape[1]
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A place in a stream."""
+
+    stream: torch.cuda.Stream
+    event: torch.cuda.Event
+
+    @classmethod
+    def now(cls) -> _Point:
+        stream = torch.cuda.current_stream()
+        return cls(stream, stream.record_event())
+
+    def wait(self) -> None:
+        stream = torch.cuda.current_stream()
+        if stream != self.stream:
+            stream.wait_event(self.event)
+
+
+class _Rounds:
+    """Orders the rounds of one direction: sends among themselves, and behind the receive of the round before last.
+
+    While a CUDA graph is captured no events are used: the graph is captured on one stream, and the stream that replays
+    it orders it against the rest.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._sent = 0
+        self._waiting: set[int] = set()  # rounds sent and not received
+        self._last_send: _Point | None = None
+        self._sends: dict[int, _Point] = {}
+        self._receives: dict[int, _Point] = {}
+
+    def send(self, launch: Callable[[], None]) -> int:
+        """Launch the send of a new round; returns its number."""
+        oldest = self._sent + 1 - native.IN_FLIGHT
+        if any(number <= oldest for number in self._waiting):
+            raise RuntimeError(
+                f"{self._what}: at most {native.IN_FLIGHT} may be under way; call the hook of the one before last first"
+            )
+        self._sent += 1
+        before = self._receives.pop(oldest, None)
+        if torch.cuda.is_current_stream_capturing():
+            launch()
+        else:
+            for point in (before, self._last_send):
+                if point is not None:
+                    point.wait()
+            launch()
+            self._last_send = self._sends[self._sent] = _Point.now()
+        self._waiting.add(self._sent)
+        return self._sent
+
+    def receive(self, number: int, launch: Callable[[], None]) -> None:
+        """Launch the receive of a round."""
+        sent = self._sends.pop(number, None)
+        if torch.cuda.is_current_stream_capturing():
+            launch()
+        else:
+            if sent is not None:
+                sent.wait()
+            launch()
+            self._receives[number] = _Point.now()
+        self._waiting.discard(number)
+
+
+class NvlinkLowLatencyCommunicator:
+    """A :class:`~ep_moe.comm.low_latency.LowLatencyCommunicator` for GPUs that can access each other.
+
+    All ranks make the same calls in the same order. Everything can be captured in a CUDA graph, once a call of the same
+    kind has allocated the buffers; a graph that is captured with a send must contain its receive.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        *,
+        max_tokens: int,
+        hidden: int,
+        num_experts: int,
+        timeout_s: float = 30.0,
+    ) -> None:
+        """Prepare; buffers are allocated by the first dispatch.
+
+        Args:
+            group: ranks, at most 8, each with a GPU of this host (several may share one).
+            device: this rank's GPU.
+            max_tokens: most tokens a rank will bring.
+            hidden: channels of a token, a multiple of 128.
+            num_experts: experts over all ranks.
+            timeout_s: longest wait for a peer.
+
+        Raises:
+            NativeLibraryError: if the CUDA library is missing.
+            ValueError: for a group of more than 8 ranks.
+        """
+        self._library = native.load_entry_points()
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        if self.size > MAX_RANKS:
+            raise ValueError(f"group: expected at most {MAX_RANKS} ranks, got {self.size}")
+        check_sizes(max_tokens, hidden, num_experts, self.size)
+        self.device = device
+        self.max_tokens, self.hidden, self.num_experts = max_tokens, hidden, num_experts
+        self._timeout_s = timeout_s
+        self._workspace = torch.zeros(native.WORKSPACE_WORDS, dtype=torch.int32, device=device)
+        self._faults = FaultMonitor(
+            self.rank,
+            timeout_s,
+            self._workspace[native.REPORTED : native.REPORTED + 1],
+            "mask_rank() lets the others go on without it",
+        )
+        self._buffer: SymmetricBuffer | None = None
+        self._common = native.LowLatency()
+        self._captured = False
+        self._masked = 0
+        self._experts_out: Tensor | None = None
+        self._dispatches, self._combines = _Rounds("dispatches"), _Rounds("combines")
+        self._lock = threading.Lock()  # hooks may be called by other threads
+
+    @property
+    def symmetric_bytes(self) -> int:
+        """Size of this rank's symmetric buffer; 0 before the first dispatch."""
+        return 0 if self._buffer is None else self._buffer.local.numel()
+
+    @property
+    def masked(self) -> Tensor:
+        """Bool ``[ranks]``, on the CPU: ranks that take no part any more."""
+        return torch.tensor([bool(self._masked >> rank & 1) for rank in range(self.size)])
+
+    def mask_rank(self, rank: int, failed: bool = True) -> None:
+        """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.mask_rank`; waits for the device."""
+        if not 0 <= rank < self.size or rank == self.rank:
+            raise ValueError(f"rank: expected another rank of the group of {self.size}, got {rank}")
+        with self._lock:
+            self._masked = self._masked | 1 << rank if failed else self._masked & ~(1 << rank)
+            self._faults.forget()
+            self._workspace[0] = self._masked
+            self._workspace[native.MASKED] = self._masked
+
+    def check(self) -> None:
+        """Raise what kernels have reported so far, without waiting for running ones; see :class:`FaultMonitor`."""
+        self._faults.check()
+
+    def dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        *,
+        scale_format: ScaleFormat = "none",
+        received: Tensor | None = None,
+        wait_ns: Tensor | None = None,
+    ) -> PackedRows:
+        """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.dispatch`."""
+        return self._dispatch(x, topk_idx, scale_format, received, wait_ns, split=False)[0]
+
+    def dispatch_send(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        *,
+        scale_format: ScaleFormat = "none",
+        received: Tensor | None = None,
+        wait_ns: Tensor | None = None,
+    ) -> tuple[PackedRows, Hook]:
+        """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.dispatch_send`."""
+        return self._dispatch(x, topk_idx, scale_format, received, wait_ns, split=True)
+
+    def combine(
+        self,
+        rows: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        handle: NvlinkLowLatencyHandle,
+        *,
+        out: Tensor | None = None,
+        wait_ns: Tensor | None = None,
+    ) -> Tensor:
+        """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.combine`."""
+        return self._combine(rows, topk_idx, topk_weights, handle, out, wait_ns, split=False)[0]
+
+    def combine_send(
+        self,
+        rows: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        handle: NvlinkLowLatencyHandle,
+        *,
+        out: Tensor | None = None,
+        wait_ns: Tensor | None = None,
+    ) -> tuple[Tensor, Hook]:
+        """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.combine_send`."""
+        return self._combine(rows, topk_idx, topk_weights, handle, out, wait_ns, split=True)
+
+    def combine_buffer(self, handle: NvlinkLowLatencyHandle) -> Tensor:
+        """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.combine_buffer`.
+
+        Combine reads rows where they are, so any tensor is as good; this one is always the same.
+        """
+        if self._experts_out is None:
+            shape = (*handle.source_token.shape, self.hidden)
+            self._experts_out = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+        return self._experts_out
+
+    def _dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        scale_format: ScaleFormat,
+        received: Tensor | None,
+        wait_ns: Tensor | None,
+        split: bool,
+    ) -> tuple[PackedRows, Hook]:
+        check_dispatch(self, x, topk_idx, scale_format, received, wait_ns)
+        self._check_device(x)
+        x, topk_idx = x.contiguous(), topk_idx.contiguous()
+        local_experts, places, blocks = self.num_experts // self.size, self.size * self.max_tokens, self.hidden // BLOCK
+        row_bytes = 2 * self.hidden if scale_format == "none" else -(-(self.hidden + 4 * blocks) // 16) * 16
+        top_k = topk_idx.shape[1]
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+
+        quantised = scale_format != "none"
+        rows = empty(local_experts, places, self.hidden, dtype=torch.float8_e4m3fn if quantised else torch.bfloat16)
+        scales = None
+        if scale_format == "fp32":
+            scales = empty(local_experts, places, blocks, dtype=torch.float32)
+        elif scale_format == "ue8m0":
+            scales = empty(local_experts, places, -(-blocks // 4))
+        counts, number = empty(local_experts), empty(1)
+        handle = NvlinkLowLatencyHandle(
+            source_token=empty(local_experts, places),
+            ranges=empty(local_experts, self.size, dtype=torch.int64),
+            slots=empty(places, top_k),
+            tokens=x.shape[0],
+        )
+        with self._lock:
+            self._reserve(top_k, row_bytes)
+            table_bytes = places * _routing_bytes(self._common.shape.max_top_k)
+            arguments = native.LowLatencyDispatchArgs(
+                ll=self._common,
+                x=x.data_ptr(),
+                topk_idx=topk_idx.data_ptr(),
+                rows=rows.data_ptr(),
+                scales=pointer(scales),
+                counts=counts.data_ptr(),
+                ranges=handle.ranges.data_ptr(),
+                source_token=handle.source_token.data_ptr(),
+                slots=handle.slots.data_ptr(),
+                round=number.data_ptr(),
+                received=pointer(received),
+                wait_ns=pointer(wait_ns),
+                tokens=x.shape[0],
+                top_k=top_k,
+                scale_format=_SCALE_FORMATS[scale_format],
+                table_bytes=table_bytes if table_bytes <= _TABLE_BYTES else 0,
+            )
+            results = [rows, counts, handle.ranges, handle.source_token, handle.slots, number]
+            results += [t for t in (scales, received, wait_ns) if t is not None]
+            hook = self._start("dispatch", arguments, self._dispatches, split, results)
+        return PackedRows(rows, scales, counts, handle), hook
+
+    def _combine(
+        self,
+        rows: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        handle: NvlinkLowLatencyHandle,
+        out: Tensor | None,
+        wait_ns: Tensor | None,
+        split: bool,
+    ) -> tuple[Tensor, Hook]:
+        check_combine(self, rows, topk_idx, topk_weights, handle, out, wait_ns)
+        self._check_device(rows)
+        rows, topk_idx, topk_weights = rows.contiguous(), topk_idx.contiguous(), topk_weights.contiguous()
+        tokens, top_k = topk_idx.shape
+        if out is None:
+            out = torch.empty(tokens, self.hidden, dtype=torch.bfloat16, device=self.device)
+        number = torch.empty(1, dtype=torch.int32, device=self.device)
+        with self._lock:
+            arguments = native.LowLatencyCombineArgs(
+                ll=self._common,
+                rows=rows.data_ptr(),
+                slots=handle.slots.data_ptr(),
+                topk_idx=topk_idx.data_ptr(),
+                topk_weights=topk_weights.data_ptr(),
+                out=out.data_ptr(),
+                round=number.data_ptr(),
+                wait_ns=pointer(wait_ns),
+                tokens=tokens,
+                top_k=top_k,
+            )
+            results = [out, number, topk_idx] + ([] if wait_ns is None else [wait_ns])
+            hook = self._start("combine", arguments, self._combines, split, results)
+        return out, hook
+
+    def _start(
+        self,
+        name: str,
+        arguments: native.LowLatencyDispatchArgs | native.LowLatencyCombineArgs,
+        rounds: _Rounds,
+        split: bool,
+        used_by_receive: list[Tensor],
+    ) -> Hook:
+        """Launch the send, or with it the receive; returns what launches the receive, which then must be called."""
+        self._faults.check()
+        if torch.cuda.is_current_stream_capturing():
+            self._captured = True
+        with torch.cuda.device(self.device):
+            arguments.ll.phases = native.SEND if split else native.SEND | native.RECEIVE
+            number = rounds.send(lambda: self._launch(name, arguments))
+            if not split:
+                rounds.receive(number, lambda: None)
+                return _nothing
+        home, called = torch.cuda.current_stream(self.device), False
+
+        def hook() -> None:
+            nonlocal called
+            with self._lock, torch.cuda.device(self.device):
+                if called:
+                    raise RuntimeError(f"the hook of a {name} was called twice")
+                called = True
+                self._faults.check()
+                arguments.ll.phases = native.RECEIVE
+                rounds.receive(number, lambda: self._launch(name, arguments))
+                stream = torch.cuda.current_stream(self.device)
+                if stream != home:
+                    for tensor in used_by_receive:
+                        tensor.record_stream(stream)
+
+        return hook
+
+    def _launch(self, name: str, arguments: ctypes.Structure) -> None:
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        error = getattr(self._library, f"ep_moe_low_latency_{name}")(ctypes.byref(arguments), stream)
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+    def _check_device(self, x: Tensor) -> None:
+        if x.device != self.device:
+            raise ValueError(f"x: expected device {self.device}, got {x.device}")
+
+    def _reserve(self, top_k: int, row_bytes: int) -> None:
+        """Allocate the buffer, or a larger one; collective then, since all ranks pass the same."""
+        shape = self._common.shape
+        if self._buffer is not None and top_k <= shape.max_top_k and row_bytes <= shape.row_bytes:
+            return
+        if self._captured or torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the symmetric buffer cannot grow while CUDA graphs hold its address; run each kind of exchange once "
+                "before capture"
+            )
+        shape = native.LowLatencyShape(
+            ranks=self.size,
+            max_tokens=self.max_tokens,
+            max_top_k=max(top_k, shape.max_top_k),
+            num_experts=self.num_experts,
+            hidden=self.hidden,
+            row_bytes=max(row_bytes, shape.row_bytes),
+        )
+        layout = native.LowLatencyLayout()
+        self._library.ep_moe_low_latency_layout(ctypes.byref(shape), ctypes.byref(layout))
+        torch.cuda.synchronize(self.device)  # the old buffer may be in use
+
+        def fill(local: Tensor) -> None:
+            words = local.view(torch.int32)
+            words[: layout.rows // 4] = 0
+            words[layout.rows // 4 : layout.weights // 4] = native.EMPTY_WORD
+            words[layout.weights // 4 :] = native.EMPTY_WEIGHT
+
+        self._buffer = allocate_symmetric(layout.total, self.group, self.device, fill)
+        self._workspace[native.ROUNDS :] = 0
+        multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        threads = -(-self.hidden // (32 * _CHANNELS_PER_THREAD)) * 32
+        self._common = native.LowLatency(
+            buffers=(ctypes.c_void_p * MAX_RANKS)(*self._buffer.pointers),
+            layout=layout,
+            shape=shape,
+            workspace=self._workspace.data_ptr(),
+            report=self._faults.address,
+            timeout_ns=int(self._timeout_s * 1e9),
+            rank=self.rank,
+            blocks=min(2 * multiprocessors, self.size * self.max_tokens, native.MAX_BLOCKS),
+            threads=min(max(threads, 128), _MAX_THREADS),
+        )
+
+
+def _routing_bytes(max_top_k: int) -> int:
+    """Bytes of a token in the routing table."""
+    return -(-max_top_k // 8) * 16
+
+
+def _nothing() -> None:
+    """The hook of what has been received already."""

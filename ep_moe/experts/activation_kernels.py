@@ -1,0 +1,160 @@
+"""The CUDA kernels of the activations, ``csrc/activation.cu``: whether they fit, and launching them.
+
+They compute what :mod:`ep_moe.experts.activation` computes eagerly, in one pass over the data each way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from ctypes import c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor, nn
+
+from ep_moe.native import NativeLibraryError, library_path, load_entry_points
+
+_ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Element of element.cuh
+_ACTIVATIONS = {"swiglu": 0, "geglu": 1, "gelu": 2, "relu": 3, "squared_relu": 4}  # Activation of activation.cu
+_VECTOR_BYTES = 16
+_CAPABILITY = (9, 0)  # the oldest that the library has code for
+
+
+class ActivationArgs(ctypes.Structure):
+    """``ActivationArgs`` of ``activation.cu``, which says what each field means."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        ("grad", c_void_p),
+        ("row_weights", c_void_p),
+        ("out", c_void_p),
+        ("grad_x", c_void_p),
+        ("grad_weights", c_void_p),
+        ("num_rows", c_void_p),
+        ("rows", c_int64),
+        ("row_vectors", c_int32),
+        ("element", c_int32),
+        ("activation", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+def rows_fit(dtype: torch.dtype, width: int) -> bool:
+    """Whether the kernels take output rows of ``width`` elements: whole vectors of 16 bytes."""
+    return dtype in _ELEMENTS and width > 0 and width * dtype.itemsize % _VECTOR_BYTES == 0
+
+
+def usable(x: Tensor, width: int) -> bool:
+    """Whether the kernels can compute output rows of ``width`` elements from ``x``.
+
+    ``torch.compile`` cannot look into them and fuses the eager operations itself; tensor subclasses have no data
+    that a kernel could read.
+    """
+    return (
+        x.is_cuda
+        and rows_fit(x.dtype, width)
+        and not torch.compiler.is_compiling()
+        and type(x) in (Tensor, nn.Parameter)
+        and _is_plain(x)
+        and _has_code_for(x.get_device())
+        and find_library() is not None
+    )
+
+
+def forward(x: Tensor, activation: str, row_weights: Tensor | None, row_count: Tensor | None, width: int) -> Tensor:
+    """The activation of ``x``, for which :func:`usable` holds; see ``apply_activation`` for the arguments.
+
+    Returns:
+        ``[..., width]`` in the dtype of ``x``; unspecified in rows from ``row_count`` on.
+    """
+    out = x.new_empty(*x.shape[:-1], width)
+    arguments = _arguments(out, activation, row_count)
+    weights = _fp32(row_weights)
+    arguments.x, arguments.out, arguments.row_weights = x.data_ptr(), out.data_ptr(), _pointer(weights)
+    _launch("ep_moe_activation_forward", arguments, x.device)
+    return out
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    activation: str,
+    row_weights: Tensor | None,
+    row_count: Tensor | None,
+    *,
+    need_x: bool,
+    need_weights: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of :func:`forward` from that of its result, ``[..., width]`` in the dtype of ``x``.
+
+    Returns:
+        The gradients of ``x`` and of ``row_weights``, in their shapes and dtypes, or ``None`` for those not needed;
+        unspecified in rows from ``row_count`` on.
+    """
+    # an expanded scalar (from sum().backward()), or a view that starts between vectors
+    if not _is_plain(grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+    grad_x = torch.empty_like(x) if need_x else None
+    grad_weights = x.new_empty(x.shape[:-1], dtype=torch.float32) if need_weights else None
+    arguments = _arguments(grad, activation, row_count)
+    weights = _fp32(row_weights)
+    arguments.x, arguments.grad, arguments.row_weights = x.data_ptr(), grad.data_ptr(), _pointer(weights)
+    arguments.grad_x, arguments.grad_weights = _pointer(grad_x), _pointer(grad_weights)
+    if need_x or need_weights:
+        _launch("ep_moe_activation_backward", arguments, x.device)
+    if grad_weights is not None and row_weights is not None:
+        grad_weights = grad_weights.to(row_weights.dtype)
+    return grad_x, grad_weights
+
+
+@functools.cache
+def find_library() -> ctypes.CDLL | None:
+    """The CUDA library with the signatures of its activations declared, or ``None`` where there is none.
+
+    Warns of a library that is there and unusable: nobody who built one expects the slower path.
+    """
+    try:
+        return load_entry_points({"activation_forward": ActivationArgs, "activation_backward": ActivationArgs})
+    except NativeLibraryError as error:
+        if library_path().exists():
+            warnings.warn(f"activations run without their CUDA kernels: {error}", stacklevel=2)
+        return None
+
+
+@functools.cache
+def _has_code_for(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) >= _CAPABILITY
+
+
+def _arguments(out_like: Tensor, activation: str, row_count: Tensor | None) -> ActivationArgs:
+    width = out_like.shape[-1]
+    return ActivationArgs(
+        num_rows=_pointer(row_count),
+        rows=out_like.numel() // width,
+        row_vectors=width * out_like.itemsize // _VECTOR_BYTES,
+        element=_ELEMENTS[out_like.dtype],
+        activation=_ACTIVATIONS[activation],
+    )
+
+
+def _launch(entry: str, arguments: ActivationArgs, device: torch.device) -> None:
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        error = getattr(find_library(), entry)(ctypes.byref(arguments), stream)
+    if error is not None:
+        raise RuntimeError(error.decode())
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Dense, and from a vector's boundary on."""
+    return x.is_contiguous() and x.data_ptr() % _VECTOR_BYTES == 0
+
+
+def _fp32(row_weights: Tensor | None) -> Tensor | None:
+    """The weights as the kernels read them: one fp32 a row."""
+    return None if row_weights is None else row_weights.to(torch.float32).contiguous()
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
