@@ -69,13 +69,16 @@ __device__ void send_routing(const LayoutArgs& args, Share share, uint32_t round
   for (int token = first + threadIdx.x; token < end; token += blockDim.x) {
     uint32_t owners = 0;
     for (int base = 0; base < top_k; base += 8) {
-      uint16_t packed[8];
+      int64_t experts[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i)  // all loads before the first use
+        experts[i] = base + i < top_k ? args.topk_idx[static_cast<int64_t>(token) * top_k + base + i] : -1;
+      __align__(16) uint16_t packed[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int k = base + i;
-        int64_t expert = k < top_k ? args.topk_idx[static_cast<int64_t>(token) * top_k + k] : -1;
-        if (expert < -1 || expert >= args.num_experts) {
-          report_fault(comm, Fault::kExpertRange, Step::kRouting, comm.rank, round, expert, args.num_experts);
+        int expert = static_cast<int>(experts[i]);
+        if (experts[i] < -1 || experts[i] >= args.num_experts) {
+          report_fault(comm, Fault::kExpertRange, Step::kRouting, comm.rank, round, experts[i], args.num_experts);
           expert = -1;
         }
         packed[i] = expert < 0 ? kNotRouted : static_cast<uint16_t>(expert);
@@ -128,11 +131,13 @@ struct Routing {
   int first_expert;
   int local_experts;
 
-  // Local expert of an entry, or -1.
-  __device__ int local(int64_t token, int k) const {
-    const int expert = static_cast<int>(table[token * stride + k]) - first_expert;
+  // An entry as local expert, or -1.
+  __device__ int local(uint16_t entry) const {
+    const int expert = static_cast<int>(entry) - first_expert;
     return expert >= 0 && expert < local_experts ? expert : -1;
   }
+
+  __device__ int local(int64_t token, int k) const { return local(table[token * stride + k]); }
 };
 
 // Entry i of a chunk: of all ranks, tokens and top-k positions.
@@ -201,11 +206,16 @@ __device__ void count_share(const LayoutArgs& args, const Routing& routing, cons
     if (token >= tables.rank_tokens[source]) continue;
     const int64_t entry = static_cast<int64_t>(source) * args.comm.shape.max_tokens + token;
     bool wanted = false;
-    for (int k = 0; k < args.top_k; ++k) {
-      const int expert = routing.local(entry, k);
-      if (expert < 0) continue;
-      wanted = true;
-      atomicAdd(&tables.next[source * tables.bins + expert], 1);
+    for (int base = 0; base < args.top_k; base += 8) {  // entries behind the last are not routed
+      const uint4 piece = *reinterpret_cast<const uint4*>(routing.table + entry * routing.stride + base);
+      const uint16_t* entries = reinterpret_cast<const uint16_t*>(&piece);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int expert = routing.local(entries[i]);
+        if (expert < 0) continue;
+        wanted = true;
+        atomicAdd(&tables.next[source * tables.bins + expert], 1);
+      }
     }
     if (wanted) atomicAdd(&tables.next[source * tables.bins + tables.bins - 1], 1);
   }

@@ -25,8 +25,9 @@ struct LowLatencyCombineArgs {
 
 namespace {
 
-constexpr int kMaxThreads = 512;
+constexpr int kMaxThreads = 448;
 constexpr int kBatch = 8;  // rows of a token in flight
+constexpr int kLooks = 4;  // sums of a token in flight
 
 using Row = Vector<__nv_bfloat16>;
 
@@ -42,42 +43,41 @@ __device__ __forceinline__ uint4* sum_place(const LowLatency& ll, int reader, ui
 // A token's weights to the rank `reader`, those of its experts.
 __device__ void send_weights(const LowLatencyCombineArgs& args, int reader, int token, uint32_t round) {
   const LowLatency& ll = args.ll;
-  const int experts_per_rank = ll.shape.num_experts / ll.shape.ranks;
   if (token >= args.tokens || threadIdx.x >= args.top_k) return;
   const int64_t entry = static_cast<int64_t>(token) * args.top_k + threadIdx.x;
   const int64_t expert = args.topk_idx[entry];
-  if (expert < 0 || expert / experts_per_rank != reader) return;
-  const uint32_t weight = __float_as_uint(args.topk_weights[entry]);
+  const float given = args.topk_weights[entry];
+  if (expert < 0 || static_cast<int>(expert) / ll.shape.experts_per_rank != reader) return;
+  const uint32_t weight = __float_as_uint(given);
   st_volatile(reinterpret_cast<uint32_t*>(weight_place(ll, reader, round, ll.rank, token)) + threadIdx.x,
               weight == kEmptyWeight ? 0x7fffffff : weight);
 }
 
-// What one (rank, token) gets from this rank: filled by warp 0, read by all.
-struct Terms {
-  int count;
-  int slots[kMaxTopK];
-  float weights[kMaxTopK];
-};
+// Up to kBatch rows of a token, from row `first` on: 16 bytes of each.
+__device__ __forceinline__ void load_rows(const LowLatencyCombineArgs& args, int slot, uint32_t wanted, int first,
+                                          int i, Row (&batch)[kBatch]) {
+  const int vectors = args.ll.shape.hidden / Row::kCount;
+  uint32_t left = wanted;
+  for (int skipped = 0; skipped < first; ++skipped) left &= left - 1;
+#pragma unroll
+  for (int j = 0; j < kBatch; ++j) {
+    if (left == 0) break;
+    const int64_t source = __shfl_sync(~0u, slot, __ffs(left) - 1);
+    left &= left - 1;
+    if (i < vectors) batch[j].bits = reinterpret_cast<const uint4*>(args.rows)[source * vectors + i];
+  }
+}
 
-// The sum of a token's rows here, to its rank. `slot` is that of the lane's entry, or -1.
-__device__ void send_sum(const LowLatencyCombineArgs& args, Terms& terms, int owner, int token, int slot,
+// The sum of a token's rows here, to its rank. `slot` is that of the lane's entry, or -1; `weights` is rewritten by the
+// call after next only.
+__device__ void send_sum(const LowLatencyCombineArgs& args, float (&weights)[kMaxTopK], int owner, int token, int slot,
                          uint32_t round) {
   const LowLatency& ll = args.ll;
   const int lane = threadIdx.x % 32, vectors = ll.shape.hidden / Row::kCount;
   const uint32_t wanted = __ballot_sync(~0u, slot >= 0);
-  const int count = __popc(wanted), order = __popc(wanted & ((1u << lane) - 1));
-  __syncthreads();  // the last token's terms have been read
-  if (threadIdx.x < 32 && slot >= 0) terms.slots[order] = slot;
-  __syncthreads();
-  const uint4* rows = reinterpret_cast<const uint4*>(args.rows);
-  auto load = [&](Row(&batch)[kBatch], int first, int i) {
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j)
-      if (first + j < count && i < vectors)
-        batch[j].bits = rows[static_cast<int64_t>(terms.slots[first + j]) * vectors + i];
-  };
+  const int count = __popc(wanted);
   Row batch[kBatch];
-  load(batch, 0, threadIdx.x);  // before the weights are waited for
+  load_rows(args, slot, wanted, 0, threadIdx.x, batch);  // before the weights are waited for
   if (threadIdx.x < 32 && slot >= 0) {
     uint32_t* place = reinterpret_cast<uint32_t*>(weight_place(ll, ll.rank, round, owner, token)) + lane;
     uint32_t weight = 0;
@@ -86,14 +86,16 @@ __device__ void send_sum(const LowLatencyCombineArgs& args, Terms& terms, int ow
       return weight != kEmptyWeight;
     });
     if (here) st_volatile(place, kEmptyWeight);
-    terms.weights[order] = __uint_as_float(weight);
+    weights[__popc(wanted & ((1u << lane) - 1))] = __uint_as_float(weight);
   }
   __syncthreads();
   uint4* target = sum_place(ll, owner, round, ll.rank, token);
-  for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
+  // Threads of a warp leave the loop together, for the shuffles.
+  for (int start = threadIdx.x / 32 * 32; start < vectors; start += blockDim.x) {
+    const int i = start + lane;
     float sum[Row::kCount] = {};
     for (int first = 0; first < count; first += kBatch) {
-      if (first > 0 || i != threadIdx.x) load(batch, first, i);
+      if (first > 0 || i != threadIdx.x) load_rows(args, slot, wanted, first, i, batch);
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
         if (first + j >= count) break;
@@ -101,65 +103,92 @@ __device__ void send_sum(const LowLatencyCombineArgs& args, Terms& terms, int ow
         batch[j].to_float(values);
         // Not fused, so that any implementation can compute the same bits.
 #pragma unroll
-        for (int c = 0; c < Row::kCount; ++c)
-          sum[c] = __fadd_rn(sum[c], __fmul_rn(terms.weights[first + j], values[c]));
+        for (int c = 0; c < Row::kCount; ++c) sum[c] = __fadd_rn(sum[c], __fmul_rn(weights[first + j], values[c]));
       }
     }
     Row rounded;
     rounded.from_float(sum);
-    st_volatile(target + i, fill_empty(rounded.bits));
+    if (i < vectors) st_volatile(target + i, fill_empty(rounded.bits));
   }
+}
+
+// A (rank, token) in the order in which a block sends: peers' first, which have the longer way.
+struct Owned {
+  int owner;
+  int token;
+
+  __device__ Owned(const LowLatency& ll, int place)
+      : owner((ll.rank + 1 + place / ll.shape.max_tokens) % ll.shape.ranks), token(place % ll.shape.max_tokens) {}
+};
+
+__device__ __forceinline__ int slot_of_lane(const LowLatencyCombineArgs& args, const Owned& owned) {
+  const int lane = threadIdx.x % 32;
+  const int64_t place = static_cast<int64_t>(owned.owner) * args.ll.shape.max_tokens + owned.token;
+  return lane < args.top_k ? args.slots[place * args.top_k + lane] : -1;
 }
 
 __device__ void send(const LowLatencyCombineArgs& args, uint32_t round, uint32_t present) {
   const LowLatency& ll = args.ll;
-  const int ranks = ll.shape.ranks, places = ranks * ll.shape.max_tokens, lane = threadIdx.x % 32;
-  __shared__ Terms terms;
+  const int ranks = ll.shape.ranks, places = ranks * ll.shape.max_tokens;
+  __shared__ float weights[2][kMaxTopK];
+  int slot = -1, turn = 0;
+  if (blockIdx.x < places) slot = slot_of_lane(args, Owned(ll, blockIdx.x));  // under way while weights are sent
   if (blockIdx.x == 0 && threadIdx.x < ranks && (present >> threadIdx.x & 1)) {
     uint32_t* entered = reinterpret_cast<uint32_t*>(ll.buffers[threadIdx.x] + ll.layout.entered);
     st_volatile(entered + round % kLandingBuffers * ranks + ll.rank, round);
   }
-  // Peers' tokens first: their weights have the longer way.
   for (int i = blockIdx.x; i < places; i += gridDim.x) {
-    const int reader = (ll.rank + 1 + i / ll.shape.max_tokens) % ranks;
-    if (present >> reader & 1) send_weights(args, reader, i % ll.shape.max_tokens, round);
+    const Owned reader(ll, i);
+    if (present >> reader.owner & 1) send_weights(args, reader.owner, reader.token, round);
   }
   for (int i = blockIdx.x; i < places; i += gridDim.x) {
-    const int owner = (ll.rank + 1 + i / ll.shape.max_tokens) % ranks, token = i % ll.shape.max_tokens;
-    if ((present >> owner & 1) == 0) continue;
-    const int64_t place = static_cast<int64_t>(owner) * ll.shape.max_tokens + token;
-    const int slot = lane < args.top_k ? args.slots[place * args.top_k + lane] : -1;
-    if (__any_sync(~0u, slot >= 0)) send_sum(args, terms, owner, token, slot, round);
+    const Owned owned(ll, i);
+    if (i != blockIdx.x) slot = slot_of_lane(args, owned);
+    if ((present >> owned.owner & 1) == 0 || !__any_sync(~0u, slot >= 0)) continue;  // the same in all warps
+    send_sum(args, weights[turn], owned.owner, owned.token, slot, round);
+    turn ^= 1;
   }
 }
 
-// Adds what the token's owners sent.
-__device__ void receive_token(const LowLatencyCombineArgs& args, int token, uint32_t round, uint32_t present) {
+// The ranks that return a sum for a token of this rank. All threads of a warp.
+__device__ __forceinline__ uint32_t owners_of(const LowLatencyCombineArgs& args, int token, uint32_t present) {
   const LowLatency& ll = args.ll;
-  const int lane = threadIdx.x % 32, experts_per_rank = ll.shape.num_experts / ll.shape.ranks;
-  const int vectors = ll.shape.hidden / Row::kCount;
-  const int64_t expert = lane < args.top_k ? args.topk_idx[static_cast<int64_t>(token) * args.top_k + lane] : -1;
+  const int lane = threadIdx.x % 32;
+  int64_t expert = -1;
+  if (token < args.tokens && lane < args.top_k) expert = args.topk_idx[static_cast<int64_t>(token) * args.top_k + lane];
   const bool valid = expert >= 0 && expert < ll.shape.num_experts;
-  const uint32_t owners = __reduce_or_sync(~0u, valid ? 1u << (expert / experts_per_rank) : 0u) & present;
+  const int rank = static_cast<int>(expert) / ll.shape.experts_per_rank;
+  return __reduce_or_sync(~0u, valid ? 1u << rank : 0u) & present;
+}
+
+// Adds what the token's owners sent.
+__device__ void receive_token(const LowLatencyCombineArgs& args, int token, uint32_t owners, uint32_t round) {
+  const LowLatency& ll = args.ll;
+  const int vectors = ll.shape.hidden / Row::kCount;
   for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
-    Row landed[kMaxRanks];
-#pragma unroll
-    for (int rank = 0; rank < kMaxRanks; ++rank)  // a first look at all of them, so that they are read side by side
-      if (owners >> rank & 1) landed[rank].bits = ld_volatile(sum_place(ll, ll.rank, round, rank, token) + i);
     float sum[Row::kCount] = {};
+#pragma unroll 1
+    for (int first = 0; first < ll.shape.ranks; first += kLooks) {
+      Row landed[kLooks];
 #pragma unroll
-    for (int rank = 0; rank < kMaxRanks; ++rank) {
-      if ((owners >> rank & 1) == 0) continue;
-      uint4* place = sum_place(ll, ll.rank, round, rank, token) + i;
-      if (is_empty(landed[rank].bits)) {
-        if (!take(ll, Step::kCombine, rank, round, place, landed[rank].bits)) continue;
-      } else {
-        empty(place);
+      for (int j = 0; j < kLooks; ++j)  // a first look at some of them, so that they are read side by side
+        if (owners >> (first + j) & 1)
+          landed[j].bits = ld_volatile(sum_place(ll, ll.rank, round, first + j, token) + i);
+#pragma unroll
+      for (int j = 0; j < kLooks; ++j) {
+        const int rank = first + j;
+        if ((owners >> rank & 1) == 0) continue;
+        uint4* place = sum_place(ll, ll.rank, round, rank, token) + i;
+        if (is_empty(landed[j].bits)) {
+          if (!take(ll, Step::kCombine, rank, round, place, landed[j].bits)) continue;
+        } else {
+          empty(place);
+        }
+        float values[Row::kCount];
+        landed[j].to_float(values);
+#pragma unroll
+        for (int c = 0; c < Row::kCount; ++c) sum[c] += values[c];
       }
-      float values[Row::kCount];
-      landed[rank].to_float(values);
-#pragma unroll
-      for (int c = 0; c < Row::kCount; ++c) sum[c] += values[c];
     }
     Row rounded;
     rounded.from_float(sum);
@@ -167,11 +196,14 @@ __device__ void receive_token(const LowLatencyCombineArgs& args, int token, uint
   }
 }
 
-__device__ void receive(const LowLatencyCombineArgs& args, uint32_t round, uint32_t present) {
+__device__ void receive(const LowLatencyCombineArgs& args, uint32_t owners, uint32_t round, uint32_t present) {
   const LowLatency& ll = args.ll;
   const int ranks = ll.shape.ranks;
   const uint64_t start = global_timer_ns();
-  for (int token = blockIdx.x; token < args.tokens; token += gridDim.x) receive_token(args, token, round, present);
+  for (int token = blockIdx.x; token < args.tokens; token += gridDim.x) {
+    if (token != blockIdx.x) owners = owners_of(args, token, present);
+    receive_token(args, token, owners, round);
+  }
   if (blockIdx.x != gridDim.x - 1 || threadIdx.x >= ranks || (present >> threadIdx.x & 1) == 0) return;
   const int rank = threadIdx.x;
   const uint32_t* entered = reinterpret_cast<const uint32_t*>(ll.buffers[ll.rank] + ll.layout.entered) +
@@ -188,6 +220,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) combine(const __grid_constant_
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
   const uint32_t present = present_ranks(ll);
+  const uint32_t owners = owners_of(args, blockIdx.x, present);  // of the block's first token; read early
   uint32_t* sent = &ll.workspace->combines[blockIdx.x];
   uint32_t round;
   if (ll.phases & kSend) {
@@ -201,7 +234,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) combine(const __grid_constant_
   } else {
     round = ld_volatile(args.round);
   }
-  if (ll.phases & kReceive) receive(args, round, present);
+  if (ll.phases & kReceive) receive(args, owners, round, present);
 }
 
 }  // namespace ep_moe

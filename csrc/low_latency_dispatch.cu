@@ -38,7 +38,7 @@ namespace {
 
 enum class ScaleFormat : int32_t { kNone = 0, kFloat32 = 1, kUe8m0 = 2 };
 
-constexpr int kMaxThreads = 512;
+constexpr int kMaxThreads = 448;
 constexpr int kPerThread = 16;  // channels: 8 threads a block of 128
 constexpr float kE4m3Max = 448.0f;
 constexpr float kMinAmax = 1e-4f;
@@ -53,30 +53,29 @@ __device__ __forceinline__ int routing_bytes(const LowLatency& ll) { return rout
 // threads.
 __device__ uint32_t send_routing(const LowLatencyDispatchArgs& args, int token, uint32_t round, uint32_t present) {
   const LowLatency& ll = args.ll;
-  const int experts_per_rank = ll.shape.num_experts / ll.shape.ranks, lane = threadIdx.x % 32;
-  auto expert_of = [&](int k) -> int64_t {
-    if (token >= args.tokens || k >= args.top_k) return -1;
-    const int64_t expert = args.topk_idx[static_cast<int64_t>(token) * args.top_k + k];
-    if (expert >= -1 && expert < ll.shape.num_experts) return expert;
-    report_fault(ll.report, &ll.workspace->reported, Fault::kExpertRange, Step::kRouting, ll.rank, round, expert,
+  const int lane = threadIdx.x % 32;
+  int64_t given = -1;
+  if (token < args.tokens && lane < args.top_k) given = args.topk_idx[static_cast<int64_t>(token) * args.top_k + lane];
+  if (given < -1 || given >= ll.shape.num_experts) {
+    report_fault(ll.report, &ll.workspace->reported, Fault::kExpertRange, Step::kRouting, ll.rank, round, given,
                  ll.shape.num_experts);
-    return -1;
-  };
-  const int pieces = routing_bytes(ll) / 16;
-  for (int i = threadIdx.x; i < ll.shape.ranks * pieces; i += blockDim.x) {
-    const int peer = i / pieces, piece = i % pieces;
+    given = -1;
+  }
+  const int expert = static_cast<int>(given);
+  if (threadIdx.x < 32) {
+    // Lane i packs entries 8 piece to 8 piece + 7 for a peer.
+    const uint32_t entry = tagged(expert < 0 ? kNoExpert : expert, round);
+    const int pieces = routing_bytes(ll) / 16, peer = lane / pieces, first = lane % pieces * 8;
     uint32_t words[4];
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const int64_t low = expert_of(piece * 8 + 2 * w), high = expert_of(piece * 8 + 2 * w + 1);
-      words[w] = tagged(low < 0 ? kNoExpert : static_cast<uint32_t>(low), round) |
-                 tagged(high < 0 ? kNoExpert : static_cast<uint32_t>(high), round) << 16;
+    for (int w = 0; w < 4; ++w)
+      words[w] = __shfl_sync(~0u, entry, first + 2 * w) | __shfl_sync(~0u, entry, first + 2 * w + 1) << 16;
+    if (peer < ll.shape.ranks && (present >> peer & 1)) {
+      uint4* place = landing_place<uint4>(ll, peer, ll.layout.routing, round, ll.rank, token, routing_bytes(ll));
+      st_volatile(place + lane % pieces, make_uint4(words[0], words[1], words[2], words[3]));
     }
-    uint4* place = landing_place<uint4>(ll, peer, ll.layout.routing, round, ll.rank, token, routing_bytes(ll)) + piece;
-    if (present >> peer & 1) st_volatile(place, make_uint4(words[0], words[1], words[2], words[3]));
   }
-  const int64_t expert = expert_of(lane);
-  return __reduce_or_sync(~0u, expert < 0 ? 0u : 1u << (expert / experts_per_rank)) & present;
+  return __reduce_or_sync(~0u, expert < 0 ? 0u : 1u << (expert / ll.shape.experts_per_rank)) & present;
 }
 
 // 16 channels as e4m3. The 8 threads of a block of 128 channels work together and all get its scale.
@@ -98,32 +97,41 @@ __device__ uint4 quantize(const Vector<__nv_bfloat16> (&x)[2], bool power_of_two
     scale = __uint_as_float(exponent << 23);
     factor = 1.0f / scale;
   }
-  __align__(16) __nv_fp8_storage_t quantised[kPerThread];
+  __align__(16) __nv_fp8x2_storage_t quantised[kPerThread / 2];
 #pragma unroll
-  for (int i = 0; i < kPerThread; ++i)
-    quantised[i] = __nv_cvt_float_to_fp8(values[i] * factor, __NV_SATFINITE, __NV_E4M3);
+  for (int i = 0; i < kPerThread / 2; ++i) {
+    const float2 pair = make_float2(values[2 * i] * factor, values[2 * i + 1] * factor);
+    quantised[i] = __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3);
+  }
   return *reinterpret_cast<const uint4*>(quantised);
 }
 
-// A token's row to the ranks of the mask, this one last: its peers have the longer way.
-__device__ void send_row(const LowLatencyDispatchArgs& args, int token, uint32_t round, uint32_t owners) {
+using Piece = Vector<__nv_bfloat16>[2];  // kPerThread channels
+
+__device__ __forceinline__ void load_piece(const LowLatencyDispatchArgs& args, int token, int i, Piece& piece) {
+  if (token >= args.tokens || i >= args.ll.shape.hidden / kPerThread) return;
+  const uint4* x = reinterpret_cast<const uint4*>(args.x + static_cast<int64_t>(token) * args.ll.shape.hidden);
+  piece[0].bits = x[2 * i];
+  piece[1].bits = x[2 * i + 1];
+}
+
+// A token's row to the ranks of the mask, this one last: its peers have the longer way. `piece` is the thread's first.
+__device__ void send_row(const LowLatencyDispatchArgs& args, int token, Piece& piece, uint32_t round, uint32_t owners) {
   const LowLatency& ll = args.ll;
   const auto format = static_cast<ScaleFormat>(args.scale_format);
   const int ranks = ll.shape.ranks, hidden = ll.shape.hidden;
-  const Vector<__nv_bfloat16>* x =
-      reinterpret_cast<const Vector<__nv_bfloat16>*>(args.x + static_cast<int64_t>(token) * hidden);
   for (int i = threadIdx.x; i < hidden / kPerThread; i += blockDim.x) {
-    const Vector<__nv_bfloat16> values[2] = {x[2 * i], x[2 * i + 1]};
+    if (i != threadIdx.x) load_piece(args, token, i, piece);
     uint4 quantised;
     float scale;
-    if (format != ScaleFormat::kNone) quantised = fill_empty(quantize(values, format == ScaleFormat::kUe8m0, scale));
+    if (format != ScaleFormat::kNone) quantised = fill_empty(quantize(piece, format == ScaleFormat::kUe8m0, scale));
     for (int j = 1; j <= ranks; ++j) {
       const int peer = (ll.rank + j) % ranks;
       if ((owners >> peer & 1) == 0) continue;
       uint8_t* place = landing_place<uint8_t>(ll, peer, ll.layout.rows, round, ll.rank, token, ll.shape.row_bytes);
       if (format == ScaleFormat::kNone) {
-        st_volatile(reinterpret_cast<uint4*>(place) + 2 * i, fill_empty(values[0].bits));
-        st_volatile(reinterpret_cast<uint4*>(place) + 2 * i + 1, fill_empty(values[1].bits));
+        st_volatile(reinterpret_cast<uint4*>(place) + 2 * i, fill_empty(piece[0].bits));
+        st_volatile(reinterpret_cast<uint4*>(place) + 2 * i + 1, fill_empty(piece[1].bits));
       } else {
         st_volatile(reinterpret_cast<uint4*>(place) + i, quantised);
         if (i % 8 == 0) st_volatile(reinterpret_cast<uint32_t*>(place + hidden) + i / 8, __float_as_uint(scale));
@@ -132,19 +140,25 @@ __device__ void send_row(const LowLatencyDispatchArgs& args, int token, uint32_t
   }
 }
 
+__device__ __forceinline__ bool has_entry(uint4 entries, uint32_t both) {
+  return (__vcmpeq2(entries.x, both) | __vcmpeq2(entries.y, both) | __vcmpeq2(entries.z, both) |
+          __vcmpeq2(entries.w, both)) != 0;
+}
+
 // The routing of all ranks' tokens, tagged: in shared memory, or where it landed.
 struct RoutingTable {
   const uint16_t* entries;  // [ranks * max_tokens][stride]
   int stride;
+  bool own;  // every thread has one place, its own number, which fits `mine`
+  uint4 mine;
 
   __device__ bool has(int place, uint32_t tagged_expert) const {
     const uint32_t both = tagged_expert | tagged_expert << 16;
+    if (own) return has_entry(mine, both);
     const uint4* pieces = reinterpret_cast<const uint4*>(entries + static_cast<int64_t>(place) * stride);
-    uint32_t equal = 0;
-    for (int i = 0; i < stride / 8; ++i)
-      equal |= __vcmpeq2(pieces[i].x, both) | __vcmpeq2(pieces[i].y, both) | __vcmpeq2(pieces[i].z, both) |
-               __vcmpeq2(pieces[i].w, both);
-    return equal != 0;
+    bool found = false;
+    for (int i = 0; i < stride / 8; ++i) found |= has_entry(pieces[i], both);
+    return found;
   }
 };
 
@@ -156,6 +170,7 @@ __device__ RoutingTable receive_routing(const LowLatencyDispatchArgs& args, uint
   uint4* landed = landing_place<uint4>(ll, ll.rank, ll.layout.routing, round, 0, 0, routing_bytes(ll));
   const uint32_t tag = tagged(0, round) | tagged(0, round) << 16, mask = ~(kNoExpert | kNoExpert << 16);
   const uint64_t start = global_timer_ns();
+  uint4 last = make_uint4(~0u, ~0u, ~0u, ~0u);
   for (int i = threadIdx.x; i < ll.shape.ranks * of_rank; i += blockDim.x) {
     const int source = i / of_rank;
     uint4 value = make_uint4(~0u, ~0u, ~0u, ~0u);
@@ -169,6 +184,7 @@ __device__ RoutingTable receive_routing(const LowLatencyDispatchArgs& args, uint
     // Of a rank that takes no part, entries of another round: no expert has that tag.
     const uint32_t none = here ? 0 : tagged(kNoExpert, round + 1) * 0x10001u;
     if (!here) value = make_uint4(none, none, none, none);
+    last = value;
     if (args.table_bytes > 0) {
       shared_table[i] = value;
     } else if (!here) {
@@ -179,30 +195,68 @@ __device__ RoutingTable receive_routing(const LowLatencyDispatchArgs& args, uint
   }
   __syncthreads();
   const uint4* table = args.table_bytes > 0 ? shared_table : landed;
-  return {reinterpret_cast<const uint16_t*>(table), routing_stride(ll.shape.max_top_k)};
+  const bool own = pieces == 1 && ll.shape.ranks * of_rank <= blockDim.x;
+  return {reinterpret_cast<const uint16_t*>(table), routing_stride(ll.shape.max_top_k), own, last};
 }
 
-// Rows of an expert, by source rank.
-__device__ void count_expert(const LowLatencyDispatchArgs& args, const RoutingTable& table, int expert,
-                             uint32_t round) {
-  const LowLatency& ll = args.ll;
-  const int ranks = ll.shape.ranks;
-  __shared__ int by_rank[kMaxRanks];
-  if (threadIdx.x < ranks) by_rank[threadIdx.x] = 0;
-  __syncthreads();
-  const uint32_t wanted = tagged(ll.rank * (ll.shape.num_experts / ranks) + expert, round);
-  for (int i = threadIdx.x; i < ranks * ll.shape.max_tokens; i += blockDim.x)
-    if (table.has(i, wanted)) atomicAdd(&by_rank[i / ll.shape.max_tokens], 1);
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    int count = 0;
-    for (int rank = 0; rank < ranks; ++rank) {
-      args.ranges[static_cast<int64_t>(expert) * ranks + rank] = static_cast<int64_t>(count) << 32 | by_rank[rank];
-      count += by_rank[rank];
-    }
-    args.counts[expert] = count;
-    if (args.received != nullptr) atomicAdd(&args.received[expert], count);
+// Which places have an expert, a bit each, 32 to a word; whole after a barrier. All threads.
+__device__ void mark_places(const LowLatency& ll, const RoutingTable& table, int expert, uint32_t round,
+                            uint32_t* marks) {
+  const int places = ll.shape.ranks * ll.shape.max_tokens;
+  const uint32_t wanted = tagged(ll.rank * ll.shape.experts_per_rank + expert, round);
+  for (int first = threadIdx.x / 32 * 32; first < places; first += blockDim.x) {
+    const int i = first + threadIdx.x % 32;
+    const uint32_t hits = __ballot_sync(~0u, i < places && table.has(i, wanted));
+    if (threadIdx.x % 32 == 0) marks[first / 32] = hits;
   }
+}
+
+// One warp: an expert's rows, by source rank, from its marks. A lane counts a rank.
+__device__ void count_expert(const LowLatencyDispatchArgs& args, int expert, const uint32_t* marks) {
+  const LowLatency& ll = args.ll;
+  const int ranks = ll.shape.ranks, rank = threadIdx.x % 32;
+  const int begin = rank * ll.shape.max_tokens, end = begin + ll.shape.max_tokens;
+  int count = 0;
+  for (int word = begin / 32; rank < ranks && word * 32 < end; ++word) {
+    uint32_t bits = marks[word];
+    if (word * 32 < begin) bits &= ~0u << (begin % 32);
+    if (word * 32 + 32 > end) bits &= (1u << (end % 32)) - 1;
+    count += __popc(bits);
+  }
+  int sum = count;
+#pragma unroll
+  for (int distance = 1; distance < kMaxRanks; distance *= 2) {
+    const int below = __shfl_up_sync(~0u, sum, distance);
+    if (rank >= distance) sum += below;
+  }
+  if (rank >= ranks) return;
+  args.ranges[static_cast<int64_t>(expert) * ranks + rank] = static_cast<int64_t>(sum - count) << 32 | count;
+  if (rank != ranks - 1) return;
+  args.counts[expert] = sum;
+  if (args.received != nullptr) atomicAdd(&args.received[expert], sum);
+}
+
+// All threads: for every lane with an expert, how many tokens before `place` have it too. `partial` is rewritten by the
+// call after next only.
+__device__ int count_before(const LowLatencyDispatchArgs& args, const RoutingTable& table, int place, int expert,
+                            uint32_t round, int (&partial)[kMaxThreads / 32][kMaxTopK]) {
+  const int first_expert = args.ll.rank * args.ll.shape.experts_per_rank;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (uint32_t left = __ballot_sync(~0u, expert >= 0); left != 0; left &= left - 1) {
+    const int k = __ffs(left) - 1;
+    const uint32_t same = tagged(first_expert + __shfl_sync(~0u, expert, k), round);
+    int count = 0;
+    for (int i = threadIdx.x; i < place; i += blockDim.x) count += table.has(i, same);
+    count = __reduce_add_sync(~0u, count);
+    if (lane == 0) partial[warp][k] = count;
+  }
+  __syncthreads();
+  int before = 0;
+  if (expert >= 0)
+#pragma unroll
+    for (int w = 0; w < kMaxThreads / 32; ++w)
+      if (w * 32 < blockDim.x) before += partial[w][lane];
+  return before;
 }
 
 // The row of one (rank, token) into `slot` of every lane that has one.
@@ -212,6 +266,11 @@ __device__ void place_row(const LowLatencyDispatchArgs& args, int source, int to
   const int hidden = ll.shape.hidden, row_bytes = format == ScaleFormat::kNone ? 2 * hidden : hidden;
   const uint32_t wanted = __ballot_sync(~0u, slot >= 0);
   uint8_t* landed = landing_place<uint8_t>(ll, ll.rank, ll.layout.rows, round, source, token, ll.shape.row_bytes);
+  // A first look at the scale, so that it is read beside the row.
+  const int scales = hidden / 128;
+  uint32_t* landed_scales = reinterpret_cast<uint32_t*>(landed + hidden);
+  uint32_t first_scale = kEmptyWord;
+  if (format != ScaleFormat::kNone && threadIdx.x < scales) first_scale = ld_volatile(landed_scales + threadIdx.x);
   // Threads of a warp leave the loops together, for the shuffles.
   for (int first = threadIdx.x / 32 * 32; first < row_bytes / 16; first += blockDim.x) {
     const int i = first + threadIdx.x % 32;
@@ -224,18 +283,18 @@ __device__ void place_row(const LowLatencyDispatchArgs& args, int source, int to
     }
   }
   if (format == ScaleFormat::kNone) return;
-  const int scales = hidden / 128, packed = (scales + 3) / 4 * 4;
+  const int packed = (scales + 3) / 4 * 4;
   for (int first = threadIdx.x / 32 * 32; first < packed; first += blockDim.x) {
     const int i = first + threadIdx.x % 32;
     uint32_t word = 0;  // behind the last scale
     bool here = i < packed;
     if (i < scales) {
-      uint32_t* place = reinterpret_cast<uint32_t*>(landed + hidden) + i;
-      here = wait_for(ll, Step::kRows, source, round, [&] {
-        word = ld_volatile(place);
-        return word != kEmptyWord;
-      });
-      if (here) st_volatile(place, kEmptyWord);
+      if (i == threadIdx.x) word = first_scale;
+      here = (i == threadIdx.x && word != kEmptyWord) || wait_for(ll, Step::kRows, source, round, [&] {
+               word = ld_volatile(landed_scales + i);
+               return word != kEmptyWord;
+             });
+      if (here) st_volatile(landed_scales + i, kEmptyWord);
     }
     for (uint32_t left = wanted; left != 0; left &= left - 1) {
       const int64_t target = __shfl_sync(~0u, slot, __ffs(left) - 1);
@@ -251,11 +310,18 @@ __device__ void place_row(const LowLatencyDispatchArgs& args, int source, int to
 
 __device__ void receive(const LowLatencyDispatchArgs& args, uint32_t round, uint32_t present, uint4* shared_table) {
   const LowLatency& ll = args.ll;
-  const int ranks = ll.shape.ranks, local_experts = ll.shape.num_experts / ranks, places = ranks * ll.shape.max_tokens;
+  const int ranks = ll.shape.ranks, local_experts = ll.shape.experts_per_rank, places = ranks * ll.shape.max_tokens;
   const int lane = threadIdx.x % 32;
-  __shared__ int before[kMaxTopK];  // tokens with the same expert that come first
+  __shared__ int partial[2][kMaxThreads / 32][kMaxTopK];
   const RoutingTable table = receive_routing(args, round, present, shared_table);
-  for (int expert = blockIdx.x; expert < local_experts; expert += gridDim.x) count_expert(args, table, expert, round);
+  uint32_t* marks = reinterpret_cast<uint32_t*>(shared_table) + args.table_bytes / 4;
+  for (int expert = blockIdx.x; expert < local_experts; expert += gridDim.x) {
+    mark_places(ll, table, expert, round, marks);
+    __syncthreads();
+    if (threadIdx.x / 32 == blockDim.x / 32 - 1) count_expert(args, expert, marks);
+    if (expert + gridDim.x < local_experts) __syncthreads();  // before the marks are overwritten
+  }
+  int turn = 0;
   for (int place = blockIdx.x; place < places; place += gridDim.x) {
     int expert = -1;
     if (lane < args.top_k) {
@@ -263,22 +329,11 @@ __device__ void receive(const LowLatencyDispatchArgs& args, uint32_t round, uint
       const int local = static_cast<int>(entry & kNoExpert) - ll.rank * local_experts;
       if (entry == tagged(entry & kNoExpert, round) && local >= 0 && local < local_experts) expert = local;
     }
-    const uint32_t wanted = __ballot_sync(~0u, expert >= 0);
     int slot = -1;
-    if (wanted != 0) {
-      __syncthreads();  // `before` of the last place has been read
-      if (threadIdx.x < kMaxTopK) before[threadIdx.x] = 0;
-      __syncthreads();
-      for (uint32_t left = wanted; left != 0; left &= left - 1) {
-        const int k = __ffs(left) - 1;
-        const uint32_t same = tagged(ll.rank * local_experts + __shfl_sync(~0u, expert, k), round);
-        int count = 0;
-        for (int i = threadIdx.x; i < place; i += blockDim.x) count += table.has(i, same);
-        count = __reduce_add_sync(~0u, count);
-        if (lane == 0 && count > 0) atomicAdd(&before[k], count);
-      }
-      __syncthreads();
-      if (expert >= 0) slot = expert * places + before[lane];
+    if (__any_sync(~0u, expert >= 0)) {  // the same in all warps
+      const int before = count_before(args, table, place, expert, round, partial[turn]);
+      turn ^= 1;
+      if (expert >= 0) slot = expert * places + before;
       place_row(args, place / ll.shape.max_tokens, place % ll.shape.max_tokens, slot, round);
     }
     if (threadIdx.x < args.top_k) {
@@ -301,8 +356,10 @@ __global__ void __launch_bounds__(kMaxThreads, 2) dispatch(const __grid_constant
   if (ll.phases & kSend) {
     round = ld_volatile(sent) + 1;
     for (int token = blockIdx.x; token < ll.shape.max_tokens; token += gridDim.x) {
+      Piece piece;
+      load_piece(args, token, threadIdx.x, piece);  // under way while the routing is sent
       const uint32_t owners = send_routing(args, token, round, present);
-      if (owners != 0) send_row(args, token, round, owners);
+      if (owners != 0) send_row(args, token, piece, round, owners);
     }
     __syncthreads();  // all threads have read the counter
     if (threadIdx.x == 0) {
@@ -321,8 +378,9 @@ __global__ void __launch_bounds__(kMaxThreads, 2) dispatch(const __grid_constant
 // call.
 EP_MOE_API const char* ep_moe_low_latency_dispatch(const ep_moe::LowLatencyDispatchArgs* args, cudaStream_t stream) {
   using namespace ep_moe;
-  return launch("low-latency dispatch kernel", dispatch, *args, args->ll.blocks, args->ll.threads, args->table_bytes,
-                LaunchMode::kProgrammatic, stream);
+  const int marks_bytes = (args->ll.shape.ranks * args->ll.shape.max_tokens + 31) / 32 * 4;
+  return launch("low-latency dispatch kernel", dispatch, *args, args->ll.blocks, args->ll.threads,
+                args->table_bytes + marks_bytes, LaunchMode::kProgrammatic, stream);
 }
 
 EP_MOE_API size_t ep_moe_low_latency_dispatch_args_bytes() { return sizeof(ep_moe::LowLatencyDispatchArgs); }

@@ -88,10 +88,12 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constan
     for (int distance = 1; distance < 8; distance *= 2) amax = max_nan(amax, __shfl_xor_sync(lanes, amax, distance));
     amax = max_nan(amax, kMinAmax);
     const float factor = kE4m3Max / amax;
-    __align__(16) __nv_fp8_storage_t quantised[kPerThread];
+    __align__(16) __nv_fp8x2_storage_t quantised[kPerThread / 2];
 #pragma unroll
-    for (int j = 0; j < kPerThread; ++j)
-      quantised[j] = __nv_cvt_float_to_fp8(values[j] * factor, __NV_SATFINITE, __NV_E4M3);
+    for (int j = 0; j < kPerThread / 2; ++j) {
+      const float2 pair = make_float2(values[2 * j] * factor, values[2 * j + 1] * factor);
+      quantised[j] = __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3);
+    }
     uint8_t* row = rows + token * args.wire_bytes;
     *reinterpret_cast<uint4*>(row + piece * kPerThread) = *reinterpret_cast<const uint4*>(quantised);
     if (piece % 8 == 0) reinterpret_cast<float*>(row + args.hidden)[piece / 8] = amax / kE4m3Max;

@@ -66,7 +66,7 @@ struct LowLatencyShape {
   int32_t max_top_k;
   int32_t num_experts;
   int32_t hidden;  // a multiple of 128
-  int32_t reserved;
+  int32_t experts_per_rank;
   int64_t row_bytes;  // of a dispatched row as it travels; a multiple of 16
 };
 
@@ -151,21 +151,28 @@ __device__ __forceinline__ uint32_t present_ranks(const LowLatency& ll) {
   return ~*reinterpret_cast<volatile uint32_t*>(&ll.workspace->masked) & ((1u << ll.shape.ranks) - 1);
 }
 
+// Whether a wait for `rank` that began at `start` (0 at first) is to end; reports that. Kept out of the way of code
+// that is in a hurry.
+__device__ __noinline__ inline bool is_over(const LowLatency& ll, Step step, int rank, uint32_t round, uint64_t& start) {
+  if (ld_volatile(&ll.workspace->failed) >> rank & 1) return true;
+  const uint64_t now = global_timer_ns();
+  if (start == 0) start = now;
+  if (now - start <= ll.timeout_ns) return false;
+  report_fault(ll.report, &ll.workspace->reported, Fault::kTimeout, step, rank, round, 0, 0);
+  atomicOr(&ll.workspace->failed, 1u << rank);
+  return true;
+}
+
 // Repeats `ready()` until it is true, or until the time is up for `rank`; false then. Any threads.
 template <typename Ready>
 __device__ __forceinline__ bool wait_for(const LowLatency& ll, Step step, int rank, uint32_t round, Ready ready) {
   constexpr int kLooks = 128;  // between looks at the clock
   uint64_t start = 0;
   while (true) {
+#pragma unroll 1
     for (int i = 0; i < kLooks; ++i)
       if (ready()) return true;
-    if (ld_volatile(&ll.workspace->failed) >> rank & 1) return false;
-    if (start == 0) start = global_timer_ns();
-    if (global_timer_ns() - start > ll.timeout_ns) {
-      report_fault(ll.report, &ll.workspace->reported, Fault::kTimeout, step, rank, round, 0, 0);
-      atomicOr(&ll.workspace->failed, 1u << rank);
-      return false;
-    }
+    if (is_over(ll, step, rank, round, start)) return false;
   }
 }
 

@@ -25,7 +25,7 @@ from ep_moe.comm.symmetric import SymmetricBuffer, allocate_symmetric
 
 _SCALE_FORMATS: dict[ScaleFormat, int] = {"none": 0, "fp32": 1, "ue8m0": 2}
 _TABLE_BYTES = 96 * 1024  # of shared memory: two blocks share a multiprocessor
-_MAX_THREADS, _CHANNELS_PER_THREAD = 512, 16
+_MAX_THREADS, _CHANNELS_PER_THREAD = 448, 16
 
 
 @dataclass(frozen=True)
@@ -411,6 +411,7 @@ class NvlinkLowLatencyCommunicator:
             max_top_k=max(top_k, shape.max_top_k),
             num_experts=self.num_experts,
             hidden=self.hidden,
+            experts_per_rank=self.num_experts // self.size,
             row_bytes=max(row_bytes, shape.row_bytes),
         )
         layout = native.LowLatencyLayout()

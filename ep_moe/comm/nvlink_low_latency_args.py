@@ -25,7 +25,7 @@ class LowLatencyShape(ctypes.Structure):
         ("max_top_k", c_int32),
         ("num_experts", c_int32),
         ("hidden", c_int32),
-        ("reserved", c_int32),
+        ("experts_per_rank", c_int32),
         ("row_bytes", c_int64),
     )
 
