@@ -7,7 +7,10 @@ import torch
 import torch.distributed as dist
 
 from ep_moe.comm import Communicator, PortableCommunicator
+from ep_moe.comm.low_latency import LowLatencyCommunicator
 from ep_moe.comm.nvlink import NvlinkCommunicator
+from ep_moe.comm.nvlink_low_latency import NvlinkLowLatencyCommunicator
+from ep_moe.comm.portable_low_latency import PortableLowLatencyCommunicator
 
 COMMUNICATORS = [
     pytest.param("portable", "cpu", id="portable-cpu"),
@@ -32,3 +35,28 @@ _nvlink: dict[tuple[int, int], NvlinkCommunicator] = {}  # a process is a rank o
 def rank_device(device: str, rank: int) -> torch.device:
     """The device of a rank; ranks share GPUs where there are fewer."""
     return torch.device("cuda", rank % torch.cuda.device_count()) if device == "cuda" else torch.device("cpu")
+
+
+LOW_LATENCY_COMMUNICATORS = [
+    pytest.param("portable", "cpu", id="portable-cpu"),
+    pytest.param("nvlink", "cuda", id="nvlink", marks=pytest.mark.gpu),
+]
+
+
+def make_low_latency_communicator(
+    kind: str, group: dist.ProcessGroup, max_tokens: int, hidden: int, num_experts: int
+) -> LowLatencyCommunicator:
+    """The low-latency communicator ``kind`` over ``group``; one for each shape, as in a program."""
+    key = (kind, dist.get_rank(group), dist.get_world_size(group), max_tokens, hidden, num_experts)
+    if key not in _low_latency:
+        sizes = {"max_tokens": max_tokens, "hidden": hidden, "num_experts": num_experts}
+        device = rank_device("cuda", dist.get_rank()) if kind == "nvlink" else None
+        _low_latency[key] = (
+            NvlinkLowLatencyCommunicator(group, device, **sizes)
+            if device is not None
+            else PortableLowLatencyCommunicator(group, **sizes)
+        )
+    return _low_latency[key]
+
+
+_low_latency: dict[tuple[str, int, int, int, int, int], LowLatencyCommunicator] = {}

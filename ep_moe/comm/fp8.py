@@ -37,6 +37,25 @@ def quantize_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     return values.view(rows, hidden), (amax / largest).view(rows, hidden // BLOCK)
 
 
+def quantize_e4m3_ue8m0(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise rows to e4m3 with power-of-two scales: those of :func:`quantize_e4m3`, rounded up.
+
+    Returns:
+        ``float8_e4m3fn [rows, hidden]`` and int32 ``[rows, hidden / 512 rounded up]``, each the UE8M0 exponents of four
+        blocks, lowest byte first (OCP microscaling formats 1.0); bytes behind the last block are 0.
+    """
+    rows, hidden = x.shape
+    scales = quantize_e4m3(x)[1]
+    exponents = ((scales.view(torch.int32) + 0x7FFFFF) >> 23).clamp(max=255)  # the exponent of the next power of two
+    powers = (exponents << 23).view(torch.float32)
+    blocks = x.to(torch.float32).view(rows, hidden // BLOCK, BLOCK)
+    factors = powers.new_ones(()) / powers.unsqueeze(-1)
+    values = (blocks * factors).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(rows, hidden)
+    packed = exponents.new_zeros((rows, -(-hidden // (4 * BLOCK)) * 4), dtype=torch.uint8)
+    packed[:, : exponents.shape[1]] = exponents.to(torch.uint8)
+    return values, packed.view(torch.int32)
+
+
 def dequantize_e4m3(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Undo :func:`quantize_e4m3`: ``[rows, hidden]`` of ``dtype`` from e4m3 values and their scales."""
     rows, hidden = values.shape

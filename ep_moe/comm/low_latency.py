@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ep_moe.comm.fp8 import BLOCK
 
+IN_FLIGHT = 2
 MAX_TOP_K = 32
 MAX_EXPERTS = 1024
 
@@ -225,6 +226,12 @@ def check_sizes(max_tokens: int, hidden: int, num_experts: int, ranks: int) -> N
             f"num_experts: expected a multiple of the {ranks} ranks of the group, at most {MAX_EXPERTS} "
             f"(moe.num_experts), got {num_experts}"
         )
+
+
+def check_other_rank(communicator: LowLatencyCommunicator, rank: int) -> None:
+    """Raise ``ValueError`` unless ``rank`` is another one of the group."""
+    if not 0 <= rank < communicator.size or rank == communicator.rank:
+        raise ValueError(f"rank: expected another rank of the group of {communicator.size}, got {rank}")
 
 
 def _check_top_k(topk_idx: Tensor) -> None:

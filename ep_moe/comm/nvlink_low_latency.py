@@ -17,7 +17,16 @@ from torch import Tensor
 
 from ep_moe.comm import nvlink_low_latency_args as native
 from ep_moe.comm.fp8 import BLOCK
-from ep_moe.comm.low_latency import Hook, PackedRows, ScaleFormat, check_combine, check_dispatch, check_sizes
+from ep_moe.comm.low_latency import (
+    IN_FLIGHT,
+    Hook,
+    PackedRows,
+    ScaleFormat,
+    check_combine,
+    check_dispatch,
+    check_other_rank,
+    check_sizes,
+)
 from ep_moe.comm.nvlink_args import MAX_RANKS
 from ep_moe.comm.nvlink_core import pointer
 from ep_moe.comm.nvlink_faults import FaultMonitor
@@ -85,10 +94,10 @@ class _Rounds:
 
     def send(self, launch: Callable[[], None]) -> int:
         """Launch the send of a new round; returns its number."""
-        oldest = self._sent + 1 - native.IN_FLIGHT
+        oldest = self._sent + 1 - IN_FLIGHT
         if any(number <= oldest for number in self._waiting):
             raise RuntimeError(
-                f"{self._what}: at most {native.IN_FLIGHT} may be under way; call the hook of the one before last first"
+                f"{self._what}: at most {IN_FLIGHT} may be under way; call the hook of the one before last first"
             )
         self._sent += 1
         before = self._receives.pop(oldest, None)
@@ -184,8 +193,7 @@ class NvlinkLowLatencyCommunicator:
 
     def mask_rank(self, rank: int, failed: bool = True) -> None:
         """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.mask_rank`; waits for the device."""
-        if not 0 <= rank < self.size or rank == self.rank:
-            raise ValueError(f"rank: expected another rank of the group of {self.size}, got {rank}")
+        check_other_rank(self, rank)
         with self._lock:
             self._masked = self._masked | 1 << rank if failed else self._masked & ~(1 << rank)
             self._faults.forget()

@@ -8,7 +8,6 @@ from ctypes import c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from ep_moe import native
 from ep_moe.comm.nvlink_args import MAX_RANKS
 
-IN_FLIGHT = 2
 MAX_BLOCKS = 512
 WORKSPACE_WORDS = 4 + 2 * MAX_BLOCKS
 MASKED, REPORTED, ROUNDS = 1, 2, 4  # words of the workspace

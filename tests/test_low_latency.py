@@ -1,0 +1,214 @@
+"""The low-latency contract: what every implementation must do, against a plain oracle."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from communicators import LOW_LATENCY_COMMUNICATORS, make_low_latency_communicator, rank_device
+from low_latency_cases import (
+    LowLatencyCase,
+    expected_payload,
+    expected_rows,
+    expected_sums,
+    make_inputs,
+    random_case,
+    same,
+)
+from ranks import run_ranks
+
+from ep_moe.comm.low_latency import LowLatencyCommunicator, PackedRows
+
+BASE = LowLatencyCase(tokens=(5, 8), max_tokens=8, hidden=128, local_experts=2, top_k=2)
+
+
+def build(kind: str, case: LowLatencyCase, rank: int) -> LowLatencyCommunicator:
+    assert dist.group.WORLD is not None
+    return make_low_latency_communicator(kind, dist.group.WORLD, case.max_tokens, case.hidden, case.num_experts)
+
+
+def check_packed(case: LowLatencyCase, rank: int, packed: PackedRows) -> list[str]:
+    """What is wrong with the rows that arrived."""
+    wrong = []
+    for expert, rows in enumerate(expected_rows(case, rank)):
+        count = len(rows)
+        by_rank = [sum(source == other for source, _ in rows) for other in range(case.ranks)]
+        begins = [sum(by_rank[:other]) for other in range(case.ranks)]
+        ranges = [begin << 32 | number for begin, number in zip(begins, by_rank, strict=True)]
+        if int(packed.counts[expert]) != count or packed.handle.ranges[expert].tolist() != ranges:
+            wrong.append(f"counts of expert {expert}")
+            continue
+        if packed.handle.source_token[expert, :count].tolist() != [token for _, token in rows]:
+            wrong.append(f"tokens of expert {expert}")
+        if rows:
+            arrived = [packed.rows] if packed.scales is None else [packed.rows, packed.scales]
+            for got, want in zip(arrived, expected_payload(case, rows), strict=True):
+                if not same(got[expert, :count].cpu(), want):
+                    wrong.append(f"rows or scales of expert {expert}")
+    return wrong
+
+
+def run_cases(rank: int, world: int, kind: str, device: str, cases: list[LowLatencyCase]) -> list[str]:
+    """Dispatch and combine each case whole, split in some order of the hooks, twice at once; what went wrong."""
+    on, wrong = rank_device(device, rank), []
+    for case in cases:
+        communicator, mine = build(kind, case, rank), make_inputs(case, rank)
+        x, idx, weights, out = (t.to(on) for t in (mine.x, mine.topk_idx, mine.topk_weights, mine.experts_out))
+        received = torch.zeros(case.local_experts, dtype=torch.int32, device=on)
+        wait_ns = torch.zeros(world, dtype=torch.int64, device=on)
+        options = {"scale_format": case.scale_format, "received": received, "wait_ns": wait_ns}
+        choose = random.Random(case.seed)
+        if choose.random() < 0.5:
+            packed = [communicator.dispatch(x, idx, **options)]  # type: ignore[arg-type]
+        else:
+            pairs = [communicator.dispatch_send(x, idx, **options) for _ in range(2)]  # type: ignore[arg-type]
+            for place in choose.choice([(0, 1), (1, 0)]):
+                pairs[place][1]()
+            packed = [pair[0] for pair in pairs]
+        rows = torch.full_like(out, float("nan"))  # rows behind the counts are not read
+        for expert, count in enumerate(packed[0].counts.tolist()):
+            rows[expert, :count] = out[expert, :count]
+        if choose.random() < 0.5:
+            sums = [communicator.combine(rows, idx, weights, packed[0].handle, wait_ns=wait_ns) for _ in range(2)]
+        else:
+            given = torch.full((case.tokens[rank], case.hidden), float("nan"), dtype=torch.bfloat16, device=on)
+            buffer = communicator.combine_buffer(packed[0].handle).copy_(rows)
+            halves = [
+                communicator.combine_send(buffer, idx, weights, packed[-1].handle, out=given),
+                communicator.combine_send(rows, idx, weights, packed[0].handle),
+            ]
+            for place in choose.choice([(0, 1), (1, 0)]):
+                halves[place][1]()
+            sums = [half[0] for half in halves]
+            if sums[0] is not given:
+                wrong.append(f"{case}: out is not what was given")
+        problems = [problem for arrived in packed for problem in check_packed(case, rank, arrived)]
+        if received.tolist() != [len(packed) * len(expert) for expert in expected_rows(case, rank)]:
+            problems.append("received")
+        if not all(same(got.cpu(), expected_sums(case, rank)) for got in sums):
+            problems.append("combine")
+        wrong += [f"{case}: {problem}" for problem in problems]
+    return wrong
+
+
+@pytest.mark.parametrize(("kind", "device"), LOW_LATENCY_COMMUNICATORS)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_random_cases(kind: str, device: str, ranks: int) -> None:
+    cases = [random_case(1000 * ranks + seed, ranks) for seed in range(24 // ranks)]
+    for wrong in run_ranks(ranks, run_cases, kind, device, cases):
+        assert not wrong, "\n".join(wrong[:5])
+
+
+@pytest.mark.parametrize(("kind", "device"), LOW_LATENCY_COMMUNICATORS)
+@pytest.mark.parametrize("tokens", [(0, 0), (8, 0), (0, 1), (8, 8)])
+def test_any_number_of_tokens(kind: str, device: str, tokens: tuple[int, int]) -> None:
+    cases = [replace(BASE, tokens=tokens, seed=seed) for seed in range(4)]
+    for wrong in run_ranks(2, run_cases, kind, device, cases):
+        assert not wrong, "\n".join(wrong[:5])
+
+
+def _orders(rank: int, world: int, kind: str, device: str) -> list[str]:
+    """Dispatches and combines of two micro-batches, halves in every order in which they are legal."""
+    on, wrong = rank_device(device, rank), []
+    communicator, batches = build(kind, BASE, rank), [make_inputs(replace(BASE, seed=seed), rank) for seed in (1, 2)]
+    wanted = [expected_sums(replace(BASE, seed=seed), rank) for seed in (1, 2)]
+    steps = [(batch, step) for batch in range(2) for step in range(4)]
+    orders = [order for order in itertools.permutations(steps) if _is_legal(order)]
+    for order in random.Random(0).sample(orders, 12):
+        packed: list = [None, None]
+        summed: list = [None, None]
+        for batch, step in order:
+            mine = batches[batch]
+            x, idx, weights, out = (t.to(on) for t in (mine.x, mine.topk_idx, mine.topk_weights, mine.experts_out))
+            if step == 0:
+                packed[batch] = communicator.dispatch_send(x, idx)
+            elif step == 2:
+                summed[batch] = communicator.combine_send(out, idx, weights, packed[batch][0].handle)
+            else:
+                (packed if step == 1 else summed)[batch][1]()
+        if not all(same(got.cpu(), want) for (got, _), want in zip(summed, wanted, strict=True)):
+            wrong.append(str(order))
+    return wrong
+
+
+def _is_legal(order: tuple[tuple[int, int], ...]) -> bool:
+    """The steps of a batch in their order."""
+    return all([step for b, step in order if b == batch] == [0, 1, 2, 3] for batch in range(2))
+
+
+@pytest.mark.parametrize(("kind", "device"), LOW_LATENCY_COMMUNICATORS)
+def test_two_exchanges_under_way(kind: str, device: str) -> None:
+    assert run_ranks(2, _orders, kind, device) == [[], []]
+
+
+def _messages(rank: int, world: int, kind: str, device: str) -> list[str]:
+    on, messages = rank_device(device, rank), []
+    communicator, mine = build(kind, BASE, rank), make_inputs(replace(BASE, tokens=(8, 8)), rank)
+    x, idx, weights, out = (t.to(on) for t in (mine.x, mine.topk_idx, mine.topk_weights, mine.experts_out))
+    packed = communicator.dispatch(x, idx)
+    attempts = [
+        lambda: communicator.dispatch(x.float(), idx),
+        lambda: communicator.dispatch(x[:, :64], idx),
+        lambda: communicator.dispatch(x.repeat(2, 1), idx.repeat(2, 1)),
+        lambda: communicator.dispatch(x, idx[:3]),
+        lambda: communicator.dispatch(x, idx.repeat(1, 20)),
+        lambda: communicator.dispatch(x, idx, scale_format="int8"),  # type: ignore[arg-type]
+        lambda: communicator.dispatch(x, idx, received=torch.zeros(3, device=on)),
+        lambda: communicator.combine(out[:1], idx, weights, packed.handle),
+        lambda: communicator.combine(out, idx, weights.double(), packed.handle),
+        lambda: communicator.mask_rank(rank),
+    ]
+    for attempt in attempts:
+        try:
+            attempt()
+            messages.append("no error")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+@pytest.mark.parametrize(("kind", "device"), LOW_LATENCY_COMMUNICATORS)
+def test_bad_arguments_are_named(kind: str, device: str) -> None:
+    expected = [
+        "x: expected torch.bfloat16 [any, 128]",
+        "x: expected torch.bfloat16 [any, 128]",
+        "x: 16 tokens exceed phases.decode.max_tokens_per_rank (8)",
+        "topk_idx: expected torch.int64 [8, any]",
+        "topk_idx: expected a top_k of 1 to 32 (moe.top_k), got 40",
+        "scale_format: expected one of none, fp32, ue8m0, got 'int8'",
+        "received: expected torch.int32 [2]",
+        "rows: expected torch.bfloat16 [2, 16, 128]",
+        "topk_weights: expected torch.float32 [8, 2]",
+        "rank: expected another rank of the group of 2",
+    ]
+    for answers in run_ranks(2, _messages, kind, device):
+        for answer, want in zip(answers, expected, strict=True):
+            assert want in answer
+
+
+def _masked(rank: int, world: int, kind: str, device: str) -> bool:
+    on, case = rank_device(device, rank), replace(BASE, tokens=(8, 8))
+    communicator, mine = build(kind, case, rank), make_inputs(case, rank)
+    x, idx, weights = (t.to(on) for t in (mine.x, mine.topk_idx, mine.topk_weights))
+    communicator.mask_rank(1 - rank)
+    packed = communicator.dispatch(x, idx)
+    out = communicator.combine(packed.rows, idx, weights, packed.handle)
+    mine_alone = ((mine.topk_idx // case.local_experts == rank) & (mine.topk_idx >= 0)) * mine.topk_weights
+    exact = mine.x.double() * mine_alone.double().sum(1, keepdim=True)
+    close = ((out.cpu().double() - exact).abs() <= 2**-7 * exact.abs() + 1e-30).all()
+    rows = sum(len({token for source, token in rows if source == rank}) for rows in expected_rows(case, rank))
+    counted = int(packed.counts.sum()) == rows
+    dist.barrier()
+    communicator.mask_rank(1 - rank, failed=False)
+    dist.barrier()
+    again = communicator.dispatch(x, idx)
+    return bool(close) and counted and not check_packed(case, rank, again)
+
+
+@pytest.mark.parametrize(("kind", "device"), LOW_LATENCY_COMMUNICATORS)
+def test_masked_ranks_contribute_nothing(kind: str, device: str) -> None:
+    assert run_ranks(2, _masked, kind, device) == [True, True]
