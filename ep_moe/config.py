@@ -152,6 +152,12 @@ class MoEConfig(Section):
         "'auto' takes nvlink where it runs.",
     )
     comm_timeout_s: float = key(30.0, "Seconds an nvlink kernel waits for a peer before PeerTimeoutError.", low=0.1)
+    capacity_rows: int | None = key(
+        None,
+        "Rows that normal mode makes room for on each rank, so that the host waits for nothing (CUDA graphs); more "
+        "are an error. null makes exactly the room there must be.",
+        low=1,
+    )
     router: RouterConfig = key(RouterConfig, "Routing.")
     experts: ExpertsConfig = key(ExpertsConfig, "Routed experts.")
     shared_experts: SharedExpertsConfig = key(SharedExpertsConfig, "Shared experts.")
@@ -347,11 +353,15 @@ class Config(Section):
 
     def _check_rules(self) -> None:
         for name in PHASES:
+            phase: PhaseConfig = getattr(self.phases, name)
+            whole_blocks = self.model.hidden_size % 128 == 0
+            allowed = f"needs model.hidden_size ({self.model.hidden_size}) to be a multiple of 128"
+            require(phase.mode == "normal" or whole_blocks, f"phases.{name}.mode", phase.mode, allowed)
             require(
-                getattr(self.phases, name).dispatch_dtype == "input" or self.model.hidden_size % 128 == 0,
+                phase.dispatch_dtype == "input" or whole_blocks,
                 f"phases.{name}.dispatch_dtype",
-                "fp8",
-                f"needs model.hidden_size ({self.model.hidden_size}) to be a multiple of 128, the scale block",
+                phase.dispatch_dtype,
+                f"{allowed}, the scale block",
             )
 
 

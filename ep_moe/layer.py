@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ep_moe.comm import communicator_factory
 from ep_moe.config import Config, ConfigError, check_ep_size
+from ep_moe.dispatcher import ExchangeShape
 from ep_moe.experts import GroupedExperts, SharedExperts
 from ep_moe.overlap import Stages
 from ep_moe.phases import PhaseSelector, most_tokens
@@ -98,7 +99,8 @@ class EPMoELayer(nn.Module):
         )
         for parameter in self.experts.parameters():
             parameter.allreduce = ep_size == 1  # type: ignore[attr-defined]
-        self._phases = PhaseSelector(config.phases, moe.num_experts, communicators, self.experts.alignment)
+        shape = ExchangeShape(moe.num_experts, hidden, self.experts.alignment, moe.capacity_rows)
+        self._phases = PhaseSelector(config.phases, communicators, shape)
 
     def phase(self, name: str | None) -> contextlib.AbstractContextManager[None]:
         """Use the settings of phase ``name`` from now on, or until the end of a ``with`` block.
@@ -110,7 +112,6 @@ class EPMoELayer(nn.Module):
 
         Raises:
             ValueError: for an unknown name.
-            ConfigError: if this machine cannot run the phase's mode.
         """
         return self._phases.set(name)
 

@@ -10,29 +10,24 @@ import torch.distributed as dist
 
 from ep_moe.comm import CommunicatorFactory
 from ep_moe.config import PHASES, PhaseConfig, PhasesConfig
-from ep_moe.dispatcher import TokenDispatcher, build_dispatcher, check_mode
+from ep_moe.dispatcher import ExchangeShape, TokenDispatcher, build_dispatcher
 from ep_moe.overlap import OverlapScheduler
 
 
 class PhaseSelector:
     """Which phase applies, and its dispatcher and scheduler, built when first used."""
 
-    def __init__(
-        self, phases: PhasesConfig, num_experts: int, communicators: CommunicatorFactory, alignment: int
-    ) -> None:
+    def __init__(self, phases: PhasesConfig, communicators: CommunicatorFactory, shape: ExchangeShape) -> None:
         self._phases = phases
-        self._num_experts = num_experts
         self._communicators = communicators
-        self._alignment = alignment
+        self._shape = shape
         self._explicit: str | None = None
         self._built: dict[tuple[str, torch.device], tuple[TokenDispatcher, OverlapScheduler]] = {}
 
     def set(self, name: str | None) -> contextlib.AbstractContextManager[None]:
         """Fix the phase (``None``: choose automatically); the returned context restores the previous choice."""
-        if name is not None:
-            if name not in PHASES:
-                raise ValueError(f"phase: expected one of {', '.join(PHASES)} or None, got {name!r}")
-            check_mode(name, self._settings(name))
+        if name is not None and name not in PHASES:
+            raise ValueError(f"phase: expected one of {', '.join(PHASES)} or None, got {name!r}")
         previous, self._explicit = self._explicit, name
         return self._restore(previous)
 
@@ -60,9 +55,7 @@ class PhaseSelector:
     def _get(self, name: str, device: torch.device) -> tuple[TokenDispatcher, OverlapScheduler]:
         if (name, device) not in self._built:
             settings = self._settings(name)
-            dispatcher = build_dispatcher(
-                name, settings, self._communicators.build(device), self._num_experts, self._alignment
-            )
+            dispatcher = build_dispatcher(settings, self._communicators, self._shape, device)
             self._built[name, device] = dispatcher, OverlapScheduler(settings.overlap)
         return self._built[name, device]
 

@@ -12,8 +12,7 @@ from ranks import run_ranks
 from routing_cases import PATTERNS, Case, make_inputs
 from torch import Tensor
 
-from ep_moe.config import ConfigError, PhaseConfig
-from ep_moe.dispatcher import NormalDispatcher, build_dispatcher
+from ep_moe.dispatcher import NormalDispatcher
 
 CASE = Case(tokens=(6, 0, 5, 9), num_experts=8, top_k=3, hidden=128, dtype=torch.float64)
 
@@ -119,17 +118,3 @@ def _two_exchanges(rank: int, world: int) -> bool:
 
 def test_two_live_handles() -> None:
     assert all(run_ranks(4, _two_exchanges))
-
-
-def _refused(rank: int, world: int) -> str:
-    phase = PhaseConfig(mode="low_latency", max_tokens_per_rank=128)
-    try:
-        build_dispatcher("decode", phase, make_communicator("portable", dist.group.WORLD), 8, 1)
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
-def test_a_mode_that_cannot_run_is_refused_in_a_sentence() -> None:
-    (message,) = run_ranks(1, _refused)
-    assert message.startswith("phases.decode.mode = low_latency: ") and "set phases.decode.mode: normal" in message

@@ -240,12 +240,11 @@ def test_phase_choice() -> None:
 
 
 def _errors(rank: int, world: int) -> list[str]:
-    config = make_config(SOFTMAX, PhasesConfig(decode=PhaseConfig(mode="low_latency", max_tokens_per_rank=8)))
+    config = make_config(SOFTMAX)
     layer = EPMoELayer(config, dist.group.WORLD)
     attempts = [
         lambda: layer(torch.zeros(3, HIDDEN + 1)),
         lambda: layer.phase("decoding"),
-        lambda: layer.phase("decode"),
         lambda: EPMoELayer(replace(config, moe=replace(SOFTMAX, num_experts=7)), dist.group.WORLD),
         lambda: EPMoELayer(replace(config, moe=replace(SOFTMAX, ep_size=4)), dist.group.WORLD),
     ]
@@ -260,10 +259,9 @@ def _errors(rank: int, world: int) -> list[str]:
 
 
 def test_errors_name_what_was_given_and_what_is_allowed() -> None:
-    shape, name, mode, divide, ep_size = run_ranks(2, _errors)[0]
+    shape, name, divide, ep_size = run_ranks(2, _errors)[0]
     assert "(model.hidden_size), got [3, 33]" in shape
     assert name == "phase: expected one of train, prefill, decode or None, got 'decoding'"
-    assert mode.startswith("phases.decode.mode = low_latency:")
     assert divide == "moe.num_experts = 7: must be divisible by the expert-parallel size (2, key moe.ep_size)"
     assert ep_size == "moe.ep_size = 4: must equal the size of the expert-parallel group (2)"
 

@@ -12,9 +12,12 @@ import torch
 import torch.distributed as dist
 
 from ep_moe.comm.communicator import Communicator
+from ep_moe.comm.low_latency import LowLatencyCommunicator
 from ep_moe.comm.nvlink import NvlinkCommunicator
 from ep_moe.comm.nvlink_args import MAX_RANKS
+from ep_moe.comm.nvlink_low_latency import NvlinkLowLatencyCommunicator
 from ep_moe.comm.portable import PortableCommunicator
+from ep_moe.comm.portable_low_latency import PortableLowLatencyCommunicator
 from ep_moe.config import ConfigError
 from ep_moe.native import NativeLibraryError, load_library
 
@@ -22,6 +25,9 @@ _OVERLAP_VARIABLE = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"  # PyTorch reads 
 
 # Symmetric buffers are large: layers over one group and device share them as long as one of the layers lives.
 _shared: weakref.WeakValueDictionary[tuple[str, torch.device], NvlinkCommunicator] = weakref.WeakValueDictionary()
+_shared_low_latency: weakref.WeakValueDictionary[tuple[object, ...], LowLatencyCommunicator] = (
+    weakref.WeakValueDictionary()
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,30 @@ class CommunicatorFactory:
             communicator = NvlinkCommunicator(self.group, device, max_tokens=self.max_tokens, timeout_s=self.timeout_s)
             _shared[key] = communicator
         return _shared[key]
+
+    def build_low_latency(
+        self, device: torch.device, max_tokens: int, hidden: int, num_experts: int
+    ) -> LowLatencyCommunicator:
+        """The low-latency communicator of these sizes for tokens on ``device``; collective over the group.
+
+        Raises:
+            ConfigError: if ``moe.comm`` asks for one that cannot run here; the message says why.
+            ValueError: if low-latency mode does not take the sizes.
+        """
+        sizes = (max_tokens, hidden, num_experts)
+        key = (self.group.group_name, device, *sizes)
+        if key not in _shared_low_latency:
+            obstacle = None if self.comm == "portable" else self._nvlink_obstacle(device)
+            if obstacle is not None and self.comm == "nvlink":
+                raise ConfigError(f"moe.comm = nvlink: {obstacle}")
+            communicator: LowLatencyCommunicator
+            named = {"max_tokens": max_tokens, "hidden": hidden, "num_experts": num_experts}
+            if self.comm == "portable" or obstacle is not None:
+                communicator = PortableLowLatencyCommunicator(self.group, **named)
+            else:
+                communicator = NvlinkLowLatencyCommunicator(self.group, device, timeout_s=self.timeout_s, **named)
+            _shared_low_latency[key] = communicator
+        return _shared_low_latency[key]
 
     def _nvlink_obstacle(self, device: torch.device) -> str | None:
         """Why the ranks cannot exchange through symmetric memory, or ``None``; the same answer on all of them."""

@@ -16,13 +16,13 @@ class DispatchedTokens:
 
     Attributes:
         rows: ``[segments.num_rows, hidden]`` in the dtype of the tokens; expert-major, padding rows zero.
-        weights: ``[segments.num_rows]`` routing weight of each row, 0 for padding.
+        weights: ``[segments.num_rows]`` routing weight of each row, 0 for padding; ``None`` if combine applies them.
         segments: which rows belong to which local expert.
         handle: names this exchange in ``combine`` and in cached dispatches; valid until the backward pass is done.
     """
 
     rows: Tensor
-    weights: Tensor
+    weights: Tensor | None
     segments: ExpertSegments
     handle: Any
 

@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
-from ep_moe.comm import Communicator
-from ep_moe.config import ConfigError, PhaseConfig
+from dataclasses import dataclass
+
+import torch
+
+from ep_moe.comm import CommunicatorFactory
+from ep_moe.config import PhaseConfig
 from ep_moe.dispatcher.dispatcher import TokenDispatcher
+from ep_moe.dispatcher.low_latency import LowLatencyDispatcher
 from ep_moe.dispatcher.normal import NormalDispatcher
 
 
-def check_mode(name: str, phase: PhaseConfig) -> None:
-    """Raise :class:`ConfigError` if this version cannot run the mode of phase ``name``."""
-    if phase.mode == "low_latency":
-        raise ConfigError(
-            f"phases.{name}.mode = low_latency: this version of ep_moe has no low-latency kernels; "
-            f"set phases.{name}.mode: normal"
-        )
+@dataclass(frozen=True)
+class ExchangeShape:
+    """What does not depend on the phase.
+
+    Attributes:
+        num_experts: over all ranks.
+        hidden_size: channels of a token.
+        alignment: rows per expert are padded to a multiple of this.
+        max_rows: rows to make room for in normal mode, or ``None`` for those that arrive.
+    """
+
+    num_experts: int
+    hidden_size: int
+    alignment: int
+    max_rows: int | None
 
 
 def build_dispatcher(
-    name: str, phase: PhaseConfig, communicator: Communicator, num_experts: int, alignment: int
+    phase: PhaseConfig, communicators: CommunicatorFactory, shape: ExchangeShape, device: torch.device
 ) -> TokenDispatcher:
-    """Build the dispatcher of phase ``name``.
-
-    Args:
-        name: the phase, for messages.
-        phase: its configuration.
-        communicator: what moves the rows.
-        num_experts: experts over all ranks.
-        alignment: rows per expert are padded to a multiple of this.
+    """The dispatcher of a phase for tokens on ``device``; collective over the group of the communicators.
 
     Raises:
-        ConfigError: if this machine or version cannot run the phase's mode.
+        ConfigError: if this machine cannot run what ``moe.comm`` asks for.
+        ValueError: if low-latency mode does not take these sizes.
     """
-    check_mode(name, phase)
+    if phase.mode == "low_latency":
+        assert phase.max_tokens_per_rank is not None  # which the configuration checks
+        communicator = communicators.build_low_latency(
+            device, phase.max_tokens_per_rank, shape.hidden_size, shape.num_experts
+        )
+        return LowLatencyDispatcher(communicator, fp8=phase.dispatch_dtype == "fp8")
     return NormalDispatcher(
-        communicator,
-        num_experts,
+        communicators.build(device),
+        shape.num_experts,
         fp8=phase.dispatch_dtype == "fp8",
-        alignment=alignment,
+        alignment=shape.alignment,
+        max_rows=shape.max_rows,
         num_sms=phase.num_sms,
     )

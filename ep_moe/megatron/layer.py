@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ep_moe.comm import communicator_factory
 from ep_moe.config import PhasesConfig
-from ep_moe.dispatcher import TokenDispatcher
+from ep_moe.dispatcher import ExchangeShape, TokenDispatcher
 from ep_moe.layer import to_compute_dtype
 from ep_moe.megatron.experts import MegatronExperts
 from ep_moe.megatron.router import MegatronRouter
@@ -104,7 +104,8 @@ class MegatronEPMoELayer(MoELayer):
                 pg_collection=groups,
                 gate=config.moe_shared_expert_gate,
             )
-        self._phases = PhaseSelector(phases, moe.num_experts, communicators, self.experts.alignment)
+        shape = ExchangeShape(moe.num_experts, config.hidden_size, self.experts.alignment, moe.capacity_rows)
+        self._phases = PhaseSelector(phases, communicators, shape)
         self._shape = torch.Size()
         self._topk_idx: Tensor | None = None
         self._routes: Any = None
@@ -133,14 +134,14 @@ class MegatronEPMoELayer(MoELayer):
         self.token_dispatcher, _ = self._phases.select(self.training, x.shape[0], x.device)
         return x, probs
 
-    def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+    def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Bring tokens and routing weights to their experts: expert-major rows and the weight of each row."""
         assert self._topk_idx is not None
         arrived = self.token_dispatcher.dispatch(hidden_states, self._topk_idx, probs)
         self._routes = arrived.handle
         return arrived.rows, arrived.weights
 
-    def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+    def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor | None) -> tuple[Tensor, None]:
         """Apply the experts to their rows."""
         return self.experts(hidden_states, probs, self._routes.segments), None
 

@@ -1,0 +1,98 @@
+"""Low-latency mode: fixed shapes and no wait of the host, for inference.
+
+Tokens travel to packed buffers in which every expert has room for all tokens of all ranks. Grouped GEMMs want the real
+rows side by side instead; there are at most ``top_k`` a token, so gathering them is cheap, and the experts cost what
+real rows cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ep_moe.comm import ExpertSegments
+from ep_moe.comm.fp8 import dequantize_e4m3
+from ep_moe.comm.low_latency import LowLatencyCommunicator
+from ep_moe.dispatcher.dispatcher import DispatchedTokens
+
+
+@dataclass(frozen=True)
+class LowLatencyHandle:
+    """One exchange.
+
+    Attributes:
+        packed: the communicator's handle.
+        places: int64 ``[segments.num_rows]``, the packed row of each expert-major row; behind the last real row, the
+            number of packed rows.
+        topk_idx: as dispatched.
+        topk_weights: fp32 routing weights, which combine applies.
+        segments: of the expert-major rows.
+        dtype: of the tokens.
+    """
+
+    packed: Any
+    places: Tensor
+    topk_idx: Tensor
+    topk_weights: Tensor
+    segments: ExpertSegments
+    dtype: torch.dtype
+
+
+class LowLatencyDispatcher:
+    """A :class:`~ep_moe.dispatcher.dispatcher.TokenDispatcher` for decode; everything can be captured in a CUDA graph.
+
+    Rows travel as bf16 whatever the dtype of the tokens, or as e4m3. Routing weights are applied by ``combine``.
+    """
+
+    def __init__(self, communicator: LowLatencyCommunicator, *, fp8: bool = False) -> None:
+        """Dispatch over ``communicator``; ``fp8``: as e4m3 with a scale per 128 channels."""
+        self.communicator = communicator
+        self.fp8 = fp8
+
+    def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: Any = None) -> DispatchedTokens:
+        """See :meth:`ep_moe.dispatcher.dispatcher.TokenDispatcher.dispatch`.
+
+        Returns:
+            Rows without weights, in segments whose sizes only the device knows.
+
+        Raises:
+            RuntimeError: if a gradient would be needed: there is none.
+        """
+        if torch.is_grad_enabled() and (x.requires_grad or topk_weights.requires_grad):
+            raise RuntimeError(
+                "low_latency mode computes no gradients: wrap the call in torch.no_grad(), or use mode: normal"
+            )
+        if handle is not None:
+            raise ValueError("handle: low_latency mode has no cached dispatch")
+        packed = self.communicator.dispatch(x.to(torch.bfloat16), topk_idx, scale_format="fp32" if self.fp8 else "none")
+        local_experts, room, hidden = packed.rows.shape
+        ends = packed.counts.cumsum(0, dtype=torch.int32)
+        capacity = min(local_experts, topk_idx.shape[1]) * room
+        slots = torch.arange(capacity, dtype=torch.int32, device=x.device)
+        expert = torch.searchsorted(ends, slots, right=True)
+        inside = slots - (ends - packed.counts)[expert.clamp(max=local_experts - 1)]
+        places = torch.where(expert < local_experts, expert * room + inside, local_experts * room)
+        readable = places.clamp(max=local_experts * room - 1)
+        if packed.scales is None:
+            rows = packed.rows.view(-1, hidden)[readable].to(x.dtype)
+        else:
+            # FP8 dtypes lack indexing; as bytes they move like any other.
+            values = packed.rows.view(torch.uint8).view(-1, hidden)[readable].view(torch.float8_e4m3fn)
+            rows = dequantize_e4m3(values, packed.scales.flatten(0, 1)[readable], x.dtype)
+        segments = ExpertSegments(packed.counts.to(torch.int64), ends, None, capacity)
+        handle = LowLatencyHandle(packed.handle, places, topk_idx, topk_weights.float(), segments, x.dtype)
+        return DispatchedTokens(rows, None, segments, handle)
+
+    def combine(self, rows: Tensor, handle: LowLatencyHandle) -> Tensor:
+        """See :meth:`ep_moe.dispatcher.dispatcher.TokenDispatcher.combine`; weighted, rounded to bf16."""
+        local_experts, room = handle.packed.source_token.shape
+        # One row more, for what lies behind the last real row.
+        packed = torch.empty(local_experts * room + 1, rows.shape[1], dtype=torch.bfloat16, device=rows.device)
+        packed[handle.places] = rows.to(torch.bfloat16)
+        out = self.communicator.combine(
+            packed[:-1].view(local_experts, room, -1), handle.topk_idx, handle.topk_weights, handle.packed
+        )
+        return out.to(handle.dtype)
