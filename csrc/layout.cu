@@ -30,8 +30,8 @@ struct LayoutArgs {
   int32_t* row_of_slot;           // out [max_rows]: the row that fills each slot, or -1 in padding
   uint8_t* owners;                // out [tokens]: bit r says that rank r has an expert of this token
   float* slot_weights;            // out [max_rows], 0 in padding; or nullptr
-  int64_t* counts;                // out [local_experts]: real slots
-  int32_t* ends;                  // out [local_experts]: end of each segment, padding included
+  int64_t* counts;                // out [local_experts]: real slots there is room for
+  int32_t* ends;                  // out [local_experts]: end of each segment, padding included, at most max_rows
   int32_t* histogram;             // scratch [ranks * blocks][bins]
   volatile int32_t* host_counts;  // out, host memory [2 + bins]: 1 once the rest is there, most tokens of a rank, then
                                   // the entries of each bin; or nullptr
@@ -279,9 +279,10 @@ __device__ int place_segments(const LayoutArgs& args, const Tables& tables, int 
 __device__ void publish_sizes(const LayoutArgs& args, const Tables& tables, int slots, uint32_t round, int lane) {
   const Communicator& comm = args.comm;
   const int local_experts = tables.bins - 1;
-  for (int expert = lane; expert < local_experts; expert += 32) {
-    args.counts[expert] = tables.total[expert];
-    args.ends[expert] = tables.bin_start[expert] + padded(tables.total[expert], args.alignment);
+  for (int expert = lane; expert < local_experts; expert += 32) {  // what lies beyond max_rows is not there
+    const int start = min(tables.bin_start[expert], args.max_rows), room = args.max_rows - start;
+    args.counts[expert] = min(tables.total[expert], room);
+    args.ends[expert] = start + min(padded(tables.total[expert], args.alignment), room);
   }
   int most_tokens = 0;
   for (int rank = 0; rank < tables.ranks; ++rank) most_tokens = max(most_tokens, tables.rank_tokens[rank]);

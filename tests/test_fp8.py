@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ep_moe.comm.fp8 import dequantize_e4m3, quantize_e4m3
+from ep_moe.comm.fp8 import dequantize_e4m3, quantize_e4m3, quantize_e4m3_ue8m0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -58,3 +58,21 @@ def test_gpu_and_cpu_give_the_same_bits() -> None:
     x = torch.randn(200, 512)
     for cpu, gpu in zip(quantize_e4m3(x), quantize_e4m3(x.cuda()), strict=True):
         assert torch.equal(cpu.view(torch.uint8), gpu.cpu().view(torch.uint8))
+
+
+def test_power_of_two_scales() -> None:
+    x = torch.randn(6, 640, dtype=torch.float64).float() * torch.tensor([1e-6, 1e-3, 1.0, 300.0, 1e20, 1.0])[:, None]
+    x[5, 0], x[5, 200], x[5, 300] = float("nan"), float("inf"), 448.0
+    values, packed = quantize_e4m3_ue8m0(x)
+    assert values.dtype == torch.float8_e4m3fn and packed.dtype == torch.int32 and packed.shape == (6, 2)
+    exponents = packed.view(torch.uint8)
+    assert (exponents[:, 5:] == 0).all()  # behind the last of 5 blocks
+    assert exponents[5, :2].tolist() == [255, 255]  # NaN
+    exact = quantize_e4m3(x)[1]
+    scales = torch.pow(2.0, exponents[:, :5].double() - 127)
+    finite = exact.isfinite()
+    assert ((scales >= exact) & (scales < 2 * exact.double()))[finite].all()
+    assert scales[5, 2] == 1.0  # 448 / 448 needs no rounding
+    blocks = values.float().view(6, 5, 128).double() * scales[:, :, None]
+    error = (blocks - x.view(6, 5, 128).double()).abs()
+    assert (error <= x.view(6, 5, 128).abs().double() * 2**-4 + scales[:, :, None] * 2**-9)[finite].all()

@@ -46,8 +46,9 @@ def quantize_e4m3_ue8m0(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows, hidden = x.shape
     scales = quantize_e4m3(x)[1]
-    exponents = ((scales.view(torch.int32) + 0x7FFFFF) >> 23).clamp(max=255)  # the exponent of the next power of two
-    powers = (exponents << 23).view(torch.float32)
+    # The exponent of the next power of two; infinity and NaN give 255, which is NaN in UE8M0.
+    exponents = ((scales.abs().view(torch.int32).to(torch.int64) + 0x7FFFFF) >> 23).clamp(max=255)
+    powers = (exponents << 23).to(torch.int32).view(torch.float32)
     blocks = x.to(torch.float32).view(rows, hidden // BLOCK, BLOCK)
     factors = powers.new_ones(()) / powers.unsqueeze(-1)
     values = (blocks * factors).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(rows, hidden)
