@@ -21,6 +21,8 @@ from ep_moe.config_loading import config_to_dict
 
 State = dict[str, Any]
 
+_NOT_THE_MODEL = ("ep_size", "comm", "comm_timeout_s", "capacity_rows")  # keys of moe that say how it is run
+
 
 def save_checkpoint(
     config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, corpus_digest: str
@@ -60,8 +62,27 @@ def load_checkpoint(
     Raises:
         ConfigError: if the checkpoint is of another model or another text.
     """
+    saved = _restore(folder, config, model, optimizer)
+    if saved["header"]["corpus"] != corpus_digest:
+        raise ConfigError(
+            f"data.path = {config.data.path}: the text is not the one the checkpoint {folder} was trained on"
+        )
+    return saved["header"]["step"]
+
+
+def load_weights(folder: Path, config: Config, model: nn.Module) -> None:
+    """Restore the model alone.
+
+    Raises:
+        ConfigError: if the checkpoint is of another model.
+    """
+    _restore(folder, config, model, None)
+
+
+def _restore(folder: Path, config: Config, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> State:
+    """Fill the model, and the optimizer if there is one; returns what ``shared.pt`` holds."""
     saved = torch.load(folder / "shared.pt", map_location="cpu", weights_only=True)
-    _check_header(folder, saved["header"], config, corpus_digest)
+    _check_model(folder, saved["header"], config)
     files = [folder / f"experts_{i}.pt" for i in range(len(list(folder.glob("experts_*.pt"))))]
     parts = [torch.load(file, map_location="cpu", weights_only=True) for file in files]
     for name, parameter in model.named_parameters():
@@ -71,11 +92,12 @@ def load_checkpoint(
             state = saved["state"][name]
         with torch.no_grad():
             parameter.copy_(state.pop("value"))
-        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+        if optimizer is not None:
+            optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
     buffers = dict(model.named_buffers())
     for name, value in saved["buffers"].items():
         buffers[name].copy_(value)
-    return saved["header"]["step"]
+    return saved
 
 
 def _states(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
@@ -97,18 +119,14 @@ def _my_experts(pieces: list[Any], parameter: nn.Parameter) -> Any:
     return whole[first : first + parameter.shape[0]]
 
 
-def _check_header(folder: Path, header: dict[str, Any], config: Config, corpus_digest: str) -> None:
+def _check_model(folder: Path, header: dict[str, Any], config: Config) -> None:
     ours, theirs = config_to_dict(config), header["config"]
     for section in ("model", "moe"):
         for key in ours[section]:
-            if key not in ("ep_size", "comm") and ours[section][key] != theirs[section][key]:
+            if key not in _NOT_THE_MODEL and ours[section][key] != theirs[section].get(key):
                 raise ConfigError(
-                    f"{section}.{key} = {ours[section][key]}: the checkpoint {folder} has {theirs[section][key]}"
+                    f"{section}.{key} = {ours[section][key]}: the checkpoint {folder} has {theirs[section].get(key)}"
                 )
-    if header["corpus"] != corpus_digest:
-        raise ConfigError(
-            f"data.path = {config.data.path}: the text is not the one the checkpoint {folder} was trained on"
-        )
 
 
 def _folder(config: Config, step: int) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,17 +29,35 @@ _ACTIVATIONS = {
 }
 
 
+class Cache(Protocol):
+    """Remembers keys and values; see ``decoding.KeyValueCache``."""
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All keys and values, and which of them each new token may look at."""
+        ...
+
+
 class CausalAttention(nn.Module):
-    """Core attention over PyTorch's SDPA, which runs everywhere; Megatron's own module needs a GPU."""
+    """Core attention over PyTorch's SDPA, which runs everywhere; Megatron's own module needs a GPU.
+
+    Attributes:
+        cache: what came before, while decoding.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
+        self.cache: Cache | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[sequence, batch, heads, head_dim]`` each to ``[sequence, batch, heads * head_dim]``."""
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         grouped = query.shape[1] != key.shape[1]
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        mask = None
+        if self.cache is not None:
+            key, value, mask = self.cache.append(key, value)
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+        )
         return out.permute(2, 0, 1, 3).flatten(2)
 
 

@@ -1,0 +1,109 @@
+"""Generate text from a checkpoint of ``train_moe.py``: prefill in normal mode, decode in low-latency mode.
+
+    torchrun --nproc-per-node=2 examples/generate.py --config configs/quickstart.yaml --prompt "def main(" --steps 80
+
+Any number of processes may share the experts, whatever number trained them. Each process continues all prompts with
+random numbers of its own; the first prints its text and the rates of all together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from ep_moe.config import Config, ConfigError
+from ep_moe.config_loading import load_config
+
+# Megatron warns of every optional package that it does without, and of layers that are not its own.
+warnings.filterwarnings("ignore", module=r"megatron\.")
+logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
+
+from moe_gpt.checkpoint import last_checkpoint, load_weights  # noqa: E402
+from moe_gpt.decoding import generate  # noqa: E402
+from moe_gpt.model import build_model  # noqa: E402
+from moe_gpt.processes import World, end_all_on_failure, join_processes  # noqa: E402
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; the model is that of the configuration."""
+    parser = argparse.ArgumentParser(description="Generate bytes with a trained Mixture-of-Experts GPT.")
+    parser.add_argument("--config", required=True, help="YAML file that the model was trained with")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, repeatable")
+    parser.add_argument("--checkpoint", type=Path, help="folder; the last one in training.output_dir if not given")
+    parser.add_argument("--prompt", action="append", help="text to continue, repeatable; cut to one length")
+    parser.add_argument("--steps", type=int, default=64, help="bytes to generate")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest byte")
+    return parser.parse_args()
+
+
+def with_decode_mode(arguments: argparse.Namespace, sequences: int) -> Config:
+    """The configuration, with low-latency decoding unless it sets a decode phase itself."""
+    config = load_config(arguments.config, arguments.set)
+    if any(override.startswith("phases.decode") for override in arguments.set):
+        return config
+    decode = ["phases.decode.mode=low_latency", f"phases.decode.max_tokens_per_rank={sequences}"]
+    return load_config(arguments.config, arguments.set + decode)
+
+
+def read_prompts(arguments: argparse.Namespace) -> torch.Tensor:
+    """Prompts as bytes, ``[prompts, length]``."""
+    prompts = [text.encode() for text in arguments.prompt or ["def "]]
+    length = min(len(prompt) for prompt in prompts)
+    if length == 0:
+        raise ConfigError("--prompt: must not be empty")
+    return torch.tensor([list(prompt[:length]) for prompt in prompts])
+
+
+def run(arguments: argparse.Namespace, config: Config, world: World, prompts: torch.Tensor) -> None:
+    """Load, generate, print."""
+    length = prompts.shape[1] + arguments.steps
+    if length > config.data.sequence_length:
+        raise ConfigError(
+            f"--steps = {arguments.steps}: prompt and text have {length} bytes, the model takes "
+            f"{config.data.sequence_length} (data.sequence_length)"
+        )
+    folder = arguments.checkpoint or last_checkpoint(config)
+    if folder is None:
+        raise ConfigError(f"training.output_dir = {config.training.output_dir}: holds no checkpoint; train first")
+    model = build_model(config, world.device)
+    load_weights(folder, config, model)
+    generator = torch.Generator().manual_seed(config.training.seed + world.rank)
+    result = generate(model, world, prompts, arguments.steps, temperature=arguments.temperature, generator=generator)
+    if world.is_main:
+        for text in result.tokens.tolist():
+            print(bytes(text).decode(errors="replace"), end="\n---\n")
+        sequences = world.size * len(prompts)
+        decode = config.phases.decode
+        print(
+            f"{folder}: prefill {sequences * prompts.shape[1] / result.prefill_s:.0f} tokens/s, decode ({decode.mode}) "
+            f"{sequences * result.steps / result.decode_s:.0f} tokens/s, {1e3 * result.decode_s / result.steps:.2f} ms "
+            f"a step of {sequences} sequences on {world.size} x {world.device.type}",
+            flush=True,
+        )
+
+
+@record
+def main() -> None:
+    """Read the command line and generate; one process of several."""
+    arguments = parse_arguments()
+    try:
+        prompts = read_prompts(arguments)
+        config = with_decode_mode(arguments, len(prompts))
+        with join_processes(config) as world:
+            run(arguments, config, world, prompts)
+    except (Exception, KeyboardInterrupt):
+        end_all_on_failure(0, str(arguments.checkpoint or "none"))
+    # Skips the interpreter's teardown, in which the threads of communication libraries can outlive their state.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
