@@ -2,9 +2,12 @@
 
 from ep_moe.comm.communicator import CapacityError, Communicator, Dispatched, ExpertSegments, RowLayout
 from ep_moe.comm.factory import CommunicatorFactory, communicator_factory
+from ep_moe.comm.low_latency import LowLatencyCommunicator, PackedRows
 from ep_moe.comm.nvlink import NvlinkCommunicator
 from ep_moe.comm.nvlink_faults import PeerTimeoutError
+from ep_moe.comm.nvlink_low_latency import NvlinkLowLatencyCommunicator
 from ep_moe.comm.portable import PortableCommunicator
+from ep_moe.comm.portable_low_latency import PortableLowLatencyCommunicator
 
 __all__ = [
     "CapacityError",
@@ -12,9 +15,13 @@ __all__ = [
     "CommunicatorFactory",
     "Dispatched",
     "ExpertSegments",
+    "LowLatencyCommunicator",
     "NvlinkCommunicator",
+    "NvlinkLowLatencyCommunicator",
+    "PackedRows",
     "PeerTimeoutError",
     "PortableCommunicator",
+    "PortableLowLatencyCommunicator",
     "RowLayout",
     "communicator_factory",
 ]
