@@ -57,36 +57,6 @@ def quantize_e4m3_ue8m0(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, packed.view(torch.int32)
 
 
-def quantize_e4m3_ue8m0(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise rows to e4m3 with scales that are powers of two, as exponents (UE8M0, OCP MX specification).
-
-    A scale is that of :func:`quantize_e4m3`, rounded up to a power of two, so that no value is cut off.
-
-    Args:
-        x: floating point ``[rows, hidden]``, ``hidden`` a multiple of 128.
-
-    Returns:
-        ``float8_e4m3fn [rows, hidden]`` and int32 ``[rows, hidden / 512 rounded up]``: the biased exponents of four
-        blocks, lowest byte first, 0 behind the last block. A block that holds NaN or infinity has exponent 255: NaN.
-
-    Raises:
-        ValueError: if ``hidden`` is not a multiple of 128.
-    """
-    rows, hidden = x.shape
-    if hidden % BLOCK:
-        raise ValueError(f"x: expected a hidden size that is a multiple of {BLOCK} for fp8, got {hidden}")
-    blocks = x.to(torch.float32).view(rows, hidden // BLOCK, BLOCK)
-    amax = blocks.abs().amax(dim=-1, keepdim=True).clamp(min=MIN_AMAX)
-    scale = amax / amax.new_full((1,), E4M3_MAX)
-    # Any bit of the mantissa carries into the exponent.
-    exponent = ((scale.view(torch.int32).to(torch.int64) + 0x7FFFFF) >> 23).clamp(max=255)
-    power = (exponent << 23).to(torch.int32).view(torch.float32)
-    values = (blocks / power).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    packed = exponent.new_zeros((rows, -(-hidden // (4 * BLOCK)) * 4), dtype=torch.uint8)
-    packed[:, : hidden // BLOCK] = exponent.squeeze(-1).to(torch.uint8)
-    return values.view(rows, hidden), packed.view(torch.int32)
-
-
 def dequantize_e4m3(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Undo :func:`quantize_e4m3`: ``[rows, hidden]`` of ``dtype`` from e4m3 values and their scales."""
     rows, hidden = values.shape

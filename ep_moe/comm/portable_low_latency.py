@@ -1,18 +1,11 @@
-"""Low-latency mode over ``torch.distributed`` alone: gloo on CPUs, NCCL on GPUs.
+"""The low-latency contract over ``torch.distributed`` alone: the oracle of the kernels, and what CPUs decode with.
 
-The plainest correct implementation of the :class:`~ep_moe.comm.low_latency.LowLatencyCommunicator` contract and the
-oracle for the faster ones. Every rank sends all its tokens and their routing to every other rank, in packets of one
-size; what a rank has no expert for it drops. So shapes are fixed and the host learns no sizes, at the price of bytes.
-
-What a faster implementation may leave undefined is poison here (NaN, or -1): rows behind the counts, and results whose
-hook has not been called.
+Tokens, routing and weights go to all ranks, and every rank computes what it needs. Nothing is fast here. Results stay
+NaN, and counts negative, until they are received, so that what reads them too early is found out.
 """
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,69 +13,73 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_moe.comm.communicator import check_expert_range
-from ep_moe.comm.fp8 import BLOCK, quantize_e4m3, quantize_e4m3_ue8m0
-from ep_moe.comm.low_latency import Hook, PackedRows, ScaleFormat, check_combine, check_dispatch, check_sizes
-
-_IN_FLIGHT = 2
-_E4M3_NAN = 0x7F
+from ep_moe.comm.fp8 import quantize_e4m3, quantize_e4m3_ue8m0
+from ep_moe.comm.low_latency import (
+    IN_FLIGHT,
+    Hook,
+    PackedRows,
+    ScaleFormat,
+    check_combine,
+    check_dispatch,
+    check_other_rank,
+    check_sizes,
+)
 
 
 @dataclass(frozen=True)
 class PortableLowLatencyHandle:
-    """The routes of one dispatch; filled when it is received.
+    """The routes of one dispatch.
 
     Attributes:
-        source_token: int32 ``[local_experts, ranks * max_tokens]``, the token of each row at its rank; -1 behind them.
+        source_token: int32 ``[local_experts, ranks * max_tokens]``, the token of each row at its rank.
         ranges: int64 ``[local_experts, ranks]``, begin << 32 | count of each rank's rows.
-        slots: int64 ``[ranks * max_tokens, top_k]``, the row of each entry that came here, or -1.
-        tokens: dispatched at this rank.
+        slots: int64 ``[ranks, max_tokens, top_k]``, the row of each arrived entry among all local ones, or -1.
+        topk_idx: int64 ``[tokens, top_k]``, as dispatched.
     """
 
     source_token: Tensor
     ranges: Tensor
     slots: Tensor
-    tokens: int
+    topk_idx: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Dispatched at this rank."""
+        return self.topk_idx.shape[0]
 
     @property
     def top_k(self) -> int:
         """Experts per token."""
-        return self.slots.shape[1]
+        return self.topk_idx.shape[1]
 
 
 class PortableLowLatencyCommunicator:
-    """A :class:`~ep_moe.comm.low_latency.LowLatencyCommunicator` over messages between the ranks of a process group.
-
-    All ranks make the same calls in the same order. A combine's send waits for the peers' routing weights, so for their
-    send. A rank that does not come makes the receive fail with the error of the process group, after its timeout.
-    """
+    """A :class:`~ep_moe.comm.low_latency.LowLatencyCommunicator` over collectives of a process group."""
 
     def __init__(self, group: dist.ProcessGroup, *, max_tokens: int, hidden: int, num_experts: int) -> None:
-        """Prepare; arguments as the attributes of the protocol.
+        """Prepare; arguments as the attributes of the contract.
 
         Raises:
-            ValueError: for sizes that no communicator can have.
+            ValueError: for sizes that the contract does not allow.
         """
         self.group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         check_sizes(max_tokens, hidden, num_experts, self.size)
         self.max_tokens, self.hidden, self.num_experts = max_tokens, hidden, num_experts
-        self._local_experts = num_experts // self.size
-        self._places = self.size * max_tokens
-        self._masked = [False] * self.size
-        self._messages = _Messages(group)
-        self._dispatches, self._combines = _Rounds("dispatch"), _Rounds("combine")
-
-    @property
-    def masked(self) -> Tensor:
-        """Bool ``[ranks]``, on the CPU: ranks that take no part any more."""
-        return torch.tensor(self._masked)
+        self.masked = torch.zeros(self.size, dtype=torch.bool)
+        self._waiting: dict[str, list[int]] = {"dispatch": [], "combine": []}
+        self._sent = {"dispatch": 0, "combine": 0}
 
     def mask_rank(self, rank: int, failed: bool = True) -> None:
-        """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.mask_rank`."""
-        if not 0 <= rank < self.size or rank == self.rank:
-            raise ValueError(f"rank: expected another rank of the group of {self.size}, got {rank}")
-        self._masked[rank] = failed
+        """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.mask_rank`; the rank must still call."""
+        check_other_rank(self, rank)
+        self.masked[rank] = failed
+
+    def combine_buffer(self, handle: PortableLowLatencyHandle) -> Tensor:
+        """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.combine_buffer`."""
+        shape = (*handle.source_token.shape, self.hidden)
+        return torch.empty(shape, dtype=torch.bfloat16, device=handle.source_token.device)
 
     def dispatch(
         self,
@@ -93,7 +90,7 @@ class PortableLowLatencyCommunicator:
         received: Tensor | None = None,
         wait_ns: Tensor | None = None,
     ) -> PackedRows:
-        """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.dispatch`."""
+        """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.dispatch`; collectives do not say how long."""
         packed, hook = self.dispatch_send(x, topk_idx, scale_format=scale_format, received=received, wait_ns=wait_ns)
         hook()
         return packed
@@ -109,29 +106,49 @@ class PortableLowLatencyCommunicator:
     ) -> tuple[PackedRows, Hook]:
         """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.dispatch_send`."""
         check_dispatch(self, x, topk_idx, scale_format, received, wait_ns)
-        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):  # reading values waits for the device
-            check_expert_range(topk_idx, self.num_experts)
-        finish = self._dispatches.begin()
-        tokens, top_k = topk_idx.shape
-        routing = topk_idx.new_full((self.max_tokens, top_k), -1)
-        routing[:tokens] = topk_idx
-        values = x.new_zeros((self.max_tokens, self.hidden))
-        values[:tokens] = x
-        packet = torch.cat([_bytes_of(routing), _bytes_of(values)])
-        # All bits set is a routing of -1: no token comes from a rank that is masked.
-        arrive = self._messages.exchange(packet.expand(self.size, -1), 0xFF, self._masked, wait_ns)
-        packed = self._poisoned(scale_format, tokens, top_k, x.device)
+        check_expert_range(topk_idx, self.num_experts)
+        begin = self._begin("dispatch")
+        everyone = self._gather(x, 0.0)
+        experts = self._gather(topk_idx, -1)
+        experts[self.masked.to(experts.device)] = -1
+        local_experts, places = self.num_experts // self.size, self.size * self.max_tokens
+        first = self.rank * local_experts
+        # [local experts, ranks * max_tokens]: whether a token has the expert, and how many before it have.
+        numbers = torch.arange(first, first + local_experts, device=x.device)
+        wanted = (experts.flatten(0, 1)[None] == numbers[:, None, None]).any(2)
+        order = wanted.cumsum(1) - 1
+        rows = [*_quantize(everyone.flatten(0, 1), scale_format)]
+        counts = wanted.sum(1).to(torch.int32)
+        by_rank = wanted.view(local_experts, self.size, self.max_tokens).sum(2)
+        handle = PortableLowLatencyHandle(
+            source_token=torch.full((local_experts, places), -1, dtype=torch.int32, device=x.device),
+            ranges=(by_rank.cumsum(1) - by_rank) << 32 | by_rank,
+            slots=torch.full_like(experts, -1),
+            topk_idx=topk_idx,
+        )
+        expert, place = wanted.nonzero(as_tuple=True)
+        target = expert * places + order[expert, place]
+        handle.source_token.view(-1)[target] = (place % self.max_tokens).to(torch.int32)
+        local = experts - first
+        mine = (local >= 0) & (local < local_experts)
+        number = torch.arange(places, device=x.device).view(self.size, self.max_tokens, 1)
+        slots = local * places + order[local.clamp(0, local_experts - 1), number.expand_as(local)]
+        handle.slots[mine] = slots[mine]
+        packed = [t.new_full((local_experts * places, t.shape[1]), 0xFF) for t in rows]  # NaN in all formats
+        out_counts = torch.full_like(counts, -1)
 
-        def receive() -> None:
-            arrived = arrive()
-            split = routing.numel() * routing.itemsize
-            everyone = arrived[:, :split].contiguous().view(torch.int64).view(self._places, top_k)
-            rows = arrived[:, split:].contiguous().view(torch.bfloat16).view(self._places, self.hidden)
-            self._place(everyone, rows, scale_format, packed)
+        def hook() -> None:
+            self._end("dispatch", begin)
+            for out, values in zip(packed, rows, strict=True):
+                out[target] = values[place]
+            out_counts.copy_(counts)
             if received is not None:
-                received.add_(packed.counts)
+                received.add_(counts)
 
-        return packed, finish(receive)
+        dtypes = [torch.bfloat16 if scale_format == "none" else torch.float8_e4m3fn]
+        dtypes += {"none": [], "fp32": [torch.float32], "ue8m0": [torch.int32]}[scale_format]
+        shaped = [t.view(dtype).view(local_experts, places, -1) for t, dtype in zip(packed, dtypes, strict=True)]
+        return PackedRows(shaped[0], shaped[1] if len(shaped) > 1 else None, out_counts, handle), hook
 
     def combine(
         self,
@@ -160,194 +177,73 @@ class PortableLowLatencyCommunicator:
     ) -> tuple[Tensor, Hook]:
         """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.combine_send`."""
         check_combine(self, rows, topk_idx, topk_weights, handle, out, wait_ns)
-        finish = self._combines.begin()
-        tokens, top_k = topk_weights.shape
-        weights = topk_weights.new_zeros((self.max_tokens, top_k))
-        weights[:tokens] = topk_weights
-        everyone = self._messages.exchange(_bytes_of(weights).expand(self.size, -1), 0, self._masked, None)()
-        sums = self._weighted_sums(rows, everyone.view(torch.float32).view(self._places, top_k), handle.slots)
-        arrive = self._messages.exchange(_bytes_of(sums).view(self.size, -1), 0, self._masked, wait_ns)
-        result = rows.new_full((tokens, self.hidden), float("nan")) if out is None else out
+        begin = self._begin("combine")
+        weights = self._gather(topk_weights, 0.0)
+        flat = rows.reshape(-1, self.hidden)
+        partial = torch.zeros(self.size, self.max_tokens, self.hidden, dtype=torch.float32, device=rows.device)
+        for k in range(handle.top_k):
+            slots = handle.slots[..., k]
+            there = slots >= 0
+            partial[there] += weights[..., k][there][:, None] * flat[slots[there]].float()
+        summed = torch.empty_like(partial, dtype=torch.bfloat16)
+        self._all_to_all(summed, partial.to(torch.bfloat16))
+        owners = torch.where(topk_idx < 0, -1, topk_idx // (self.num_experts // self.size))
+        total = torch.zeros(handle.tokens, self.hidden, dtype=torch.float32, device=rows.device)
+        for rank in range(self.size):
+            if self.masked[rank]:
+                continue
+            there = (owners == rank).any(1)
+            total[there] += summed[rank, : handle.tokens][there].float()
+        if out is None:
+            out = torch.empty(handle.tokens, self.hidden, dtype=torch.bfloat16, device=rows.device)
+        result = out.fill_(float("nan"))
 
-        def receive() -> None:
-            partial = arrive().view(torch.bfloat16).view(self.size, self.max_tokens, self.hidden)[:, :tokens]
-            total = torch.zeros_like(result, dtype=torch.float32)
-            for of_rank in partial.unbind(0):
-                total += of_rank.to(torch.float32)
+        def hook() -> None:
+            self._end("combine", begin)
             result.copy_(total)
 
-        return result, finish(receive)
+        return result, hook
 
-    def combine_buffer(self, handle: PortableLowLatencyHandle) -> Tensor:
-        """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.combine_buffer`; an ordinary tensor."""
-        shape = (*handle.source_token.shape, self.hidden)
-        return torch.full(shape, float("nan"), dtype=torch.bfloat16, device=handle.source_token.device)
+    def _begin(self, what: str) -> int:
+        self._sent[what] += 1
+        number = self._sent[what]
+        if any(other <= number - IN_FLIGHT for other in self._waiting[what]):
+            self._sent[what] -= 1
+            raise RuntimeError(
+                f"{what}s: at most {IN_FLIGHT} may be under way; call the hook of the one before last first"
+            )
+        self._waiting[what].append(number)
+        return number
 
-    def _poisoned(self, scale_format: ScaleFormat, tokens: int, top_k: int, device: torch.device) -> PackedRows:
-        """The result of a dispatch before anything has arrived."""
+    def _end(self, what: str, number: int) -> None:
+        if number not in self._waiting[what]:
+            raise RuntimeError(f"the hook of a {what} was called twice")
+        self._waiting[what].remove(number)
 
-        def full(*shape: int, value: float = -1, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.full(shape, value, dtype=dtype, device=device)
+    def _gather(self, x: Tensor, padding: float) -> Tensor:
+        """``[ranks, max_tokens, ...]`` of every rank's ``[tokens, ...]``."""
+        on = self._staging(x)
+        padded = torch.full((self.max_tokens, *x.shape[1:]), padding, dtype=x.dtype, device=on)
+        padded[: x.shape[0]] = x
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather([part.view(torch.uint8) for part in parts], padded.view(torch.uint8), group=self.group)
+        return torch.stack(parts).to(x.device)
 
-        experts, places, blocks = self._local_experts, self._places, self.hidden // BLOCK
-        scales = None
-        if scale_format == "none":
-            rows = full(experts, places, self.hidden, value=float("nan"), dtype=torch.bfloat16)
-        else:
-            rows = full(experts, places, self.hidden, value=_E4M3_NAN, dtype=torch.uint8).view(torch.float8_e4m3fn)
-        if scale_format == "fp32":
-            scales = full(experts, places, blocks, value=float("nan"), dtype=torch.float32)
-        elif scale_format == "ue8m0":
-            scales = full(experts, places, -(-blocks // 4))
-        handle = PortableLowLatencyHandle(
-            source_token=full(experts, places),
-            ranges=full(experts, self.size, dtype=torch.int64),
-            slots=full(places, top_k, dtype=torch.int64),
-            tokens=tokens,
-        )
-        return PackedRows(rows, scales, full(experts), handle)
+    def _all_to_all(self, out: Tensor, x: Tensor) -> None:
+        """Part ``r`` of ``x`` to rank ``r``."""
+        on = self._staging(x)
+        arrived = torch.empty_like(x, device=on)
+        dist.all_to_all_single(arrived.view(torch.uint8), x.to(on).view(torch.uint8), group=self.group)
+        out.copy_(arrived)
 
-    def _place(self, topk_idx: Tensor, x: Tensor, scale_format: ScaleFormat, packed: PackedRows) -> None:
-        """Fill ``packed`` from the tokens of all ranks (``[places, hidden]``) and their routing (``[places, top_k]``).
-
-        Only operations of fixed shape: the host learns nothing of the routing.
-        """
-        experts, places = self._local_experts, self._places
-        local = topk_idx - self.rank * experts
-        here = (local >= 0) & (local < experts)
-        local = torch.where(here, local, experts)
-        wants = torch.zeros(places, experts + 1, dtype=torch.int64, device=x.device).scatter_(1, local, 1)
-        # The row of a place within an expert is the number of places before it that want the expert too.
-        before = wants.cumsum(0) - wants
-        slots = torch.where(here, local * places + before.gather(1, local), -1)
-        of_rank = wants[:, :experts].view(self.size, self.max_tokens, experts).sum(1)
-        begin = of_rank.cumsum(0) - of_rank
-        packed.counts.copy_(of_rank.sum(0))
-        packed.handle.ranges.copy_((begin << 32 | of_rank).t())
-        packed.handle.slots.copy_(slots)
-        tokens = torch.arange(places, device=x.device, dtype=torch.int32) % self.max_tokens
-        _scatter_rows(packed.handle.source_token, tokens[:, None], slots)
-        if scale_format == "none":
-            _scatter_rows(packed.rows, x, slots)
-            return
-        assert packed.scales is not None
-        values, scales = (quantize_e4m3 if scale_format == "fp32" else quantize_e4m3_ue8m0)(x)
-        _scatter_rows(packed.rows.view(torch.uint8), values.view(torch.uint8), slots)
-        _scatter_rows(packed.scales, scales, slots)
-
-    def _weighted_sums(self, rows: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
-        """What this rank adds to each token of each rank, rounded once: bf16 ``[places, hidden]``."""
-        sums = torch.zeros(self._places, self.hidden, dtype=torch.float32, device=rows.device)
-        flat = rows.reshape(-1, self.hidden)
-        for slot, weight in zip(slots.unbind(1), weights.unbind(1), strict=True):
-            # `where`, not a product: rows that are not this token's may hold NaN.
-            product = flat[slot.clamp(min=0)].to(torch.float32) * weight[:, None]
-            sums = torch.where((slot >= 0)[:, None], sums + product, sums)
-        return sums.to(torch.bfloat16)
+    def _staging(self, x: Tensor) -> torch.device:
+        # gloo takes CPU tensors; several processes that share one GPU need it too.
+        return torch.device("cpu") if dist.get_backend(self.group) == "gloo" else x.device
 
 
-class _Rounds:
-    """Counts the rounds of one direction, and refuses a third one while the first has not been received."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._sent = 0
-        self._waiting: set[int] = set()
-        self._lock = threading.Lock()  # hooks may be called by other threads
-
-    def begin(self) -> Callable[[Callable[[], None]], Hook]:
-        """Begin a round; returns what turns its receive into its hook.
-
-        Raises:
-            RuntimeError: if the round before the last has not been received.
-        """
-        with self._lock:
-            if any(number <= self._sent + 1 - _IN_FLIGHT for number in self._waiting):
-                raise RuntimeError(
-                    f"{self._what}: at most {_IN_FLIGHT} may be under way; call the hook of the one before last first"
-                )
-            self._sent += 1
-            number = self._sent
-            self._waiting.add(number)
-
-        def hook_of(receive: Callable[[], None]) -> Hook:
-            called = False
-
-            def hook() -> None:
-                nonlocal called
-                with self._lock:
-                    if called:
-                        raise RuntimeError(f"the hook of a {self._what} was called twice")
-                    called = True
-                receive()
-                with self._lock:
-                    self._waiting.discard(number)
-
-            return hook
-
-        return hook_of
-
-
-class _Messages:
-    """One message from every rank to every other, begun at once and waited for later."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
-        self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
-        self._gloo = dist.get_backend(group) == "gloo"
-        self._begun = 0
-
-    def exchange(
-        self, packets: Tensor, absent: int, masked: list[bool], wait_ns: Tensor | None
-    ) -> Callable[[], Tensor]:
-        """Begin to send row ``r`` of ``packets`` (uint8 ``[ranks, bytes]``) to rank ``r``.
-
-        Args:
-            packets: of one length on all ranks.
-            absent: every byte of the message of a rank that is masked.
-            masked: ranks that nothing is sent to or expected from.
-            wait_ns: int64 ``[ranks]``, to add the time waited for each rank to, or ``None``.
-
-        Returns:
-            What waits for the messages and returns them, uint8 ``[ranks, bytes]``.
-        """
-        staging = torch.device("cpu") if self._gloo else packets.device  # gloo sends from CPU memory only
-        outgoing = packets.to(staging).contiguous()
-        incoming = torch.full(outgoing.shape, absent, dtype=torch.uint8, device=staging)
-        incoming[self._rank] = outgoing[self._rank]
-        self._begun += 1  # the tag: equal on all ranks, which make the same calls
-        peers = [rank for rank in range(self._size) if rank != self._rank and not masked[rank]]
-        operations = [
-            dist.P2POp(operation, tensor[peer], dist.get_global_rank(self._group, peer), self._group, self._begun)
-            for operation, tensor in ((dist.irecv, incoming), (dist.isend, outgoing))
-            for peer in peers
-        ]
-        works = dist.batch_isend_irecv(operations) if operations else []
-
-        def arrive() -> Tensor:
-            start = time.monotonic_ns()
-            for i, work in enumerate(works):
-                work.wait()
-                # NCCL returns one piece of work for all, and has the stream wait for it, not the host.
-                if wait_ns is not None and i < len(peers) and self._gloo:
-                    wait_ns[peers[i]] += time.monotonic_ns() - start
-            return incoming.to(packets.device)
-
-        return arrive
-
-
-def _scatter_rows(out: Tensor, values: Tensor, slots: Tensor) -> None:
-    """Write row ``p`` of ``values`` to the rows ``slots[p, :]`` of ``out`` (``[experts, places, ...]``), if any."""
-    width = values.shape[1]
-    flat = out.view(-1, width)
-    # The row of each slot, the last one standing for none: slots of a token that repeats an expert are equal.
-    source = torch.full((flat.shape[0] + 1,), -1, dtype=torch.int64, device=out.device)
-    places = torch.arange(values.shape[0], device=out.device)[:, None].expand_as(slots)
-    source.scatter_(0, torch.where(slots >= 0, slots, flat.shape[0]).flatten(), places.flatten())
-    source = source[:-1, None]
-    flat.copy_(torch.where(source >= 0, values[source.squeeze(1).clamp(min=0)], flat))
-
-
-def _bytes_of(x: Tensor) -> Tensor:
-    """The memory of a tensor, uint8 ``[bytes]``."""
-    return x.contiguous().flatten().view(torch.uint8)
+def _quantize(x: Tensor, scale_format: ScaleFormat) -> tuple[Tensor, ...]:
+    """Rows, and scales if they have any, as bytes ``[rows, ...]``."""
+    if scale_format == "none":
+        return (x.view(torch.uint8),)
+    values, scales = quantize_e4m3(x) if scale_format == "fp32" else quantize_e4m3_ue8m0(x)
+    return values.view(torch.uint8), scales.view(torch.uint8)
