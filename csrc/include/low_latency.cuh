@@ -153,7 +153,8 @@ __device__ __forceinline__ uint32_t present_ranks(const LowLatency& ll) {
 
 // Whether a wait for `rank` that began at `start` (0 at first) is to end; reports that. Kept out of the way of code
 // that is in a hurry.
-__device__ __noinline__ inline bool is_over(const LowLatency& ll, Step step, int rank, uint32_t round, uint64_t& start) {
+__device__ __noinline__ inline bool is_over(const LowLatency& ll, Step step, int rank, uint32_t round,
+                                            uint64_t& start) {
   if (ld_volatile(&ll.workspace->failed) >> rank & 1) return true;
   const uint64_t now = global_timer_ns();
   if (start == 0) start = now;
