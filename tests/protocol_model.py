@@ -63,7 +63,8 @@ Without, these orders are left out (the tests check that both find the same):
    anyway by letting them be slow: they wait for words, and never act on the absence of one.
 2. *Some steps are taken as soon as they can be, and no other is tried first*: writing to a free word, and taking a word
    of a row. They commute with all that others can do: the word has one writer and one reader, and neither step makes a
-   word free. Reading a table whose clearing is ordered behind the whole receive is of this kind as well.
+   word free. Two more are of this kind: reading a table whose clearing is ordered behind the whole receive, and
+   launching a receive when nothing of the rank runs and nothing else can be launched.
 3. *Clears come last, and together*: emptying words delays nobody, and makes the words free; so a violation that exists
    when some are cleared early exists when they are not. The clears by which a block may destroy what another has not
    read are taken at any time, but still together: those before the offending one can be put off until it. The same goes
@@ -83,7 +84,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal, NamedTuple
@@ -294,10 +294,10 @@ class Result:
 class Violation(Exception):
     """The protocol failed; ``what`` has a place for each of ``rounds``."""
 
-    def __init__(self, what: str, *rounds: int) -> None:
+    def __init__(self, events: list[Event], what: str, *rounds: int) -> None:
         super().__init__(what)
         self.what, self.rounds = what, rounds
-        self.events: tuple[Event, ...] = ()
+        self.events = tuple(events)  # since the last state
 
 
 Step = tuple[tuple[Event, ...], State]
@@ -493,15 +493,20 @@ class Model:
         setup, rank = self.setup, state.ranks[at]
         if rank.dead or not self._may_launch(rank):
             return
-        number = rank.sent + 1
-        if (setup.rounds is None or number <= setup.rounds) and self._may_send(rank, number):
+        if self._may_send(rank):
+            number = rank.sent + 1
             for targets in setup.targets[at] if setup.kind == "dispatch" else [self._targets(at, number)]:
                 yield self._launch(state, at, "SR" if setup.fused else "S", number, targets)
-        if not setup.fused:
-            for n in rank.unreceived if setup.any_order else rank.unreceived[:1]:
-                running = [k for k in rank.kernels if k.phases == "S" and k.round == n]
-                if setup.order != "events" or not running:
-                    yield self._launch(state, at, "R", n, frozenset())
+        for number in self._receivable(rank):
+            yield self._launch(state, at, "R", number, frozenset())
+
+    def _receivable(self, rank: Rank) -> tuple[int, ...]:
+        """Rounds that the host may receive next."""
+        rounds = rank.unreceived
+        if self.setup.order == "events":
+            sending = [kernel.round for kernel in rank.kernels if kernel.phases == "S"]
+            rounds = tuple(n for n in rounds if n not in sending)
+        return rounds if self.setup.any_order else rounds[:1]
 
     def _may_launch(self, rank: Rank) -> bool:
         order, kernels = self.setup.order, rank.kernels
@@ -515,17 +520,15 @@ class Model:
             return any(not block.stages for block in kernels[-1].blocks)
         return all(block.started for block in kernels[-1].blocks)
 
-    def _may_send(self, rank: Rank, number: int) -> bool:
-        setup = self.setup
-        if setup.fused and rank.unreceived:
+    def _may_send(self, rank: Rank) -> bool:
+        setup, oldest = self.setup, rank.sent + 1 - self.setup.in_flight
+        if rank.sent == setup.rounds:
             return False
-        if setup.order == "events" and any(
-            k.phases == "S" or (k.phases == "R" and k.round <= number - setup.in_flight) for k in rank.kernels
-        ):
+        if setup.order == "events" and any(k.phases == "S" or k.round <= oldest for k in rank.kernels):
             return False
         if setup.limit == "count":
             return len(rank.unreceived) < setup.in_flight
-        return all(n > number - setup.in_flight for n in rank.unreceived)
+        return all(n > oldest for n in rank.unreceived)
 
     def _launch(self, state: State, at: int, phases: str, number: int, targets: Targets) -> Step:
         setup, rank = self.setup, state.ranks[at]
@@ -634,7 +637,7 @@ class Model:
         if cell is None or (cell.round < number and self.tagged and action.verb == "hear"):
             return False
         if cell.round != number:
-            raise Violation("a read of round {} finds data of round {}", number, cell.round)
+            raise Violation([], "a read of round {} finds data of round {}", number, cell.round)
         return True
 
     def _unread(self, state: State, word: Word, number: int) -> bool:
@@ -660,26 +663,25 @@ class Model:
             n = kernel.round - lag
             events.append(Event(at, number, kernel.phases, kernel.round, verb, word, n))
             first -= {action}
-            with _after(*events):
-                if verb == "put":
-                    cell = Cell(word, n, rows)
-                    if self.every_step:
-                        flying |= {cell}
-                    else:
-                        memory = self._written(memory, cell)
-                elif verb == "hear":
-                    heard.append(action)
-                    learns = self.setup.kind == "dispatch" and self._sender_of_row(number) == word.place
-                    if learns and Cell(word, n, True) in memory:
-                        rest[0] |= {Action("take", Word(at, "row", word.writer, number))}
-                elif verb == "take":
-                    first |= {Action("wipe", word)}
+            if verb == "put":
+                cell = Cell(word, n, rows)
+                if self.every_step:
+                    flying |= {cell}
                 else:
-                    cell = self._cleared(state, action, n)
-                    if self.setup.lazy_clears:
-                        unperformed |= {cell}
-                    else:
-                        memory -= {cell}
+                    memory = self._written(memory, cell, events)
+            elif verb == "hear":
+                heard.append(action)
+                learns = self.setup.kind == "dispatch" and self._sender_of_row(number) == word.place
+                if learns and Cell(word, n, True) in memory:
+                    rest[0] |= {Action("take", Word(at, "row", word.writer, number))}
+            elif verb == "take":
+                first |= {Action("wipe", word)}
+            else:
+                cell = self._cleared(state, action, n, events)
+                if self.setup.lazy_clears:
+                    unperformed |= {cell}
+                else:
+                    memory -= {cell}
         state = State(state.ranks, memory, flying)
         state = self._with_block(state, at, position, number, Block(True, (first, *rest)), unperformed)
         if self.tagged:
@@ -688,11 +690,12 @@ class Model:
             state = state._replace(memory=state.memory - gone)
         return tuple(events), state
 
-    def _written(self, memory: frozenset[Cell], cell: Cell) -> frozenset[Cell]:
+    def _written(self, memory: frozenset[Cell], cell: Cell, events: list[Event]) -> frozenset[Cell]:
         before = self._in_buffer(memory, cell.word, cell.round)
         if before is not None:
             part, writer, reader = cell.word.part, cell.word.writer, cell.word.owner
             raise Violation(
+                events,
                 f"the {part} of round {{}} from rank {writer} meets the one of round {{}}, of which rank {reader} is "
                 "not done",
                 cell.round,
@@ -700,15 +703,15 @@ class Model:
             )
         return memory | {cell}
 
-    def _cleared(self, state: State, action: Action, number: int) -> Cell:
+    def _cleared(self, state: State, action: Action, number: int, events: list[Event]) -> Cell:
         word = action.word
         cell = self._in_buffer(state.memory, word, number)
         if action.verb == "clear" and self._unread(state, word, number):
             raise Violation(
-                f"rank {word.owner} clears a packet of round {{}} that one of its blocks still reads", number
+                events, f"rank {word.owner} clears a packet of round {{}} that one of its blocks still reads", number
             )
         if cell is None or cell.round != number:
-            raise Violation(f"rank {word.owner} clears a word of round {{}} that does not hold it", number)
+            raise Violation(events, f"rank {word.owner} clears a word of round {{}} that does not hold it", number)
         return cell
 
     # Steps.
@@ -733,8 +736,7 @@ class Model:
                 yield (Event(at, 0, "", 0, "die"),), self._with_rank(state, at, rank._replace(dead=True))
         for cell in state.flying:
             event = Event(cell.word.writer, 0, "", 0, "arrive", cell.word, cell.round)
-            with _after(event):
-                memory = self._written(state.memory, cell)
+            memory = self._written(state.memory, cell, [event])
             yield (event,), State(state.ranks, memory, state.flying - {cell})
 
     def _groups(self, state: State, at: int, kernel: Kernel, stage: Stage) -> Iterator[list[Action]]:
@@ -773,22 +775,27 @@ class Model:
     def _settled(self, before: tuple[Event, ...], state: State) -> Step:
         """The state once all that is taken as soon as it can be has been taken; and the events of that."""
         events: tuple[Event, ...] = ()
-        while True:
-            with _after(*before, *events):
-                found = self._next_harmless(state)
-                if found is None:
-                    return events, state
-                more, state = self._act(state, *found)
-            events += more
+        try:
+            while (following := self._next_harmless(state)) is not None:
+                more, state = following
+                events += more
+        except Violation as violation:
+            violation.events = before + events + violation.events
+            raise
+        return events, state
 
-    def _next_harmless(self, state: State) -> tuple[int, int, int, list[Action]] | None:
-        for at in range(self.setup.ranks):
+    def _next_harmless(self, state: State) -> Step | None:
+        for at, rank in enumerate(state.ranks):
             if at == self.setup.mortal:  # it may die between any two
                 continue
             for position, number, kernel, stage in self._running(state, at):
                 actions = [action for action in stage if self._is_harmless(state, action, kernel.round)]
                 if actions:
-                    return at, position, number, sorted(actions)
+                    return self._act(state, at, position, number, sorted(actions))
+            if self.setup.order == "stream" and not rank.kernels and not self._may_send(rank):
+                receivable = self._receivable(rank)
+                if len(receivable) == 1:
+                    return self._launch(state, at, "R", receivable[0], frozenset())
         return None
 
     def _is_harmless(self, state: State, action: Action, number: int) -> bool:
@@ -816,18 +823,8 @@ class Model:
         )
         if not finished:
             waits = "; ".join(f"rank {s.rank} waits for {sorted(s.peers)} in round {{}}" for s in sorted(stuck))
-            raise Violation(f"nobody can go on: {waits}", *(s.round for s in sorted(stuck)))
+            raise Violation([], f"nobody can go on: {waits}", *(s.round for s in sorted(stuck)))
         return set()
-
-
-@contextmanager
-def _after(*events: Event) -> Iterator[None]:
-    """A violation in here comes after these events."""
-    try:
-        yield
-    except Violation as violation:
-        violation.events = events + violation.events
-        raise
 
 
 def _trimmed(block: Block) -> Block:
