@@ -23,7 +23,8 @@ from torch import Tensor
 from ep_moe import EPMoELayer
 from ep_moe.comm import ExpertSegments
 from ep_moe.config import Config, ExpertsConfig, ModelConfig, MoEConfig, PhaseConfig, PhasesConfig
-from ep_moe.experts.backends import GroupedLinear, select_backend
+from ep_moe.experts.backends import select_backend
+from ep_moe.experts.gemm import grouped_linear
 
 REPEATS, WARM_UP = 20, 5
 
@@ -117,7 +118,7 @@ def time_gemms(layer: EPMoELayer, shape: Shape, rows: int, backend: str, device:
     """The two projections of the experts on random rows, with what backward computes of them."""
     counts = torch.bincount(torch.randint(shape.local_experts, (rows,)), minlength=shape.local_experts)
     segments = ExpertSegments(counts.to(device), counts.cumsum(0).int().to(device), tuple(counts.tolist()))
-    linear: GroupedLinear = select_backend(
+    gemm = select_backend(
         backend, dtype=torch.bfloat16, device=device, hidden_size=shape.hidden, ffn_hidden_size=shape.ffn
     )
     first = torch.randn(rows, shape.hidden, device=device).bfloat16().requires_grad_()
@@ -127,7 +128,7 @@ def time_gemms(layer: EPMoELayer, shape: Shape, rows: int, backend: str, device:
     grad2 = torch.randn(rows, shape.hidden, device=device).bfloat16()
 
     def forward() -> tuple[Tensor, Tensor]:
-        return linear(first, fc1, segments), linear(second, fc2, segments)
+        return grouped_linear(first, fc1, segments, gemm), grouped_linear(second, fc2, segments, gemm)
 
     def both() -> None:
         torch.autograd.backward(forward(), (grad1, grad2))

@@ -6,11 +6,12 @@ import importlib.util
 import math
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from ep_moe.comm import ExpertSegments
 from ep_moe.config import ConfigError, ExpertsConfig, SharedExpertsConfig
 from ep_moe.experts import GroupedExperts, SharedExperts, apply_activation, backends, fc1_width, initialize_experts
+from ep_moe.experts.gemm import GroupedGemm
+from ep_moe.experts.te import TE
 
 ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu", "squared_relu")
 HIDDEN, FFN = 16, 24
@@ -393,58 +396,113 @@ def test_missing_te_is_a_one_line_configuration_error() -> None:
     assert "\n" not in str(error.value)
 
 
-class StandInGroupedLinear(nn.Module):
-    """Has the constructor, parameter names and call of TransformerEngine's GroupedLinear, and a plain loop inside."""
-
-    def __init__(
-        self, num_gemms: int, in_features: int, out_features: int, *, bias: bool, params_dtype: torch.dtype, device: str
-    ) -> None:
-        super().__init__()
-        assert not bias and device == "meta"
-        for i in range(num_gemms):
-            weight = nn.Parameter(torch.empty(out_features, in_features, dtype=params_dtype, device=device))
-            self.register_parameter(f"weight{i}", weight)
-
-    def forward(self, inp: Tensor, m_splits: list[int]) -> Tensor:
-        chunks = inp.split(m_splits)
-        return torch.cat([chunk @ getattr(self, f"weight{i}").T for i, chunk in enumerate(chunks)])
+def stand_in_grouped_gemm(
+    a: list[Tensor],
+    b: list[Tensor],
+    out: list[Tensor],
+    quantization_params: list[None],
+    out_dtype: torch.dtype,
+    layout: str = "TN",
+    m_splits: list[int] | None = None,
+    grad: bool = False,
+    accumulate: bool = False,
+    single_output: bool = False,
+) -> None:
+    """Has the signature of TransformerEngine's function, as far as we use it, and a plain loop inside."""
+    assert m_splits is not None and quantization_params == [None] * len(a) and out_dtype == out[0].dtype
+    assert grad == (layout != "TN")
+    product = {"TN": lambda x, y: y @ x.T, "NN": lambda x, y: y @ x, "NT": lambda x, y: y.T @ x}[layout]
+    results = [product(x, y) for x, y in zip(a, b, strict=True)]
+    outputs = out[0].split(m_splits) if single_output else out
+    for output, result in zip(outputs, results, strict=True):
+        output.copy_(output + result if accumulate else result)
 
 
 @pytest.fixture
-def stand_in_te(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    class Autocast:
-        def __init__(self, *, enabled: bool) -> None:
-            assert not enabled
-
-        def __enter__(self) -> None: ...
-
-        def __exit__(self, *_: object) -> None: ...
-
-    package = types.ModuleType("transformer_engine")
-    module = types.ModuleType("transformer_engine.pytorch")
-    module.GroupedLinear = StandInGroupedLinear  # type: ignore[attr-defined]
-    module.autocast = Autocast  # type: ignore[attr-defined]
-    package.pytorch = module  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "transformer_engine", package)
-    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", module)
-    backends._te_module.cache_clear()
-    yield
-    backends._te_module.cache_clear()
+def stand_in_te(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("transformer_engine.pytorch.cpp_extensions")
+    module.general_grouped_gemm = stand_in_grouped_gemm  # type: ignore[attr-defined]
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 4], [0, 0, 0]])
-def test_te_receives_our_weights(stand_in_te: None, counts: list[int]) -> None:
-    """Our half of the binding only: which weights and splits TransformerEngine is given, and where gradients go."""
-    segments = make_segments(counts)
-    grads = []
-    for linear in (backends.te_linear, backends.loop_linear):
-        torch.manual_seed(0)
-        rows = torch.randn(segments.num_rows, 4, requires_grad=True)
-        weight = torch.randn(3, 6, 4, requires_grad=True)
-        out = linear(rows, weight, segments)
-        grads.append([out, *torch.autograd.grad(out.square().sum(), (rows, weight))])
-    for actual, expected in zip(*grads, strict=True):
-        torch.testing.assert_close(actual, expected)
+def test_te_receives_our_tensors(stand_in_te: None, counts: list[int]) -> None:
+    """Our half of the binding only: what TransformerEngine is given, and where results go."""
+    check_gemm(TE, torch.float32, counts, "cpu")
+
+
+def test_another_te_is_a_configuration_error(stand_in_te: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["transformer_engine.pytorch.cpp_extensions"]
+    monkeypatch.setattr(module, "general_grouped_gemm", lambda a, b, out, out_dtype, workspaces: None)
+    with pytest.raises(ConfigError, match=r"moe.experts.backend = te: .*has another general_grouped_gemm"):
+        make_experts(2, backend="te")
+
+
+def check_gemm(gemm: GroupedGemm, dtype: torch.dtype, counts: Sequence[int], device: str, capacity: int = 0) -> None:
+    """The three functions of a back end against sums over rows in fp64; a weight gradient in every way to store it."""
+    segments = make_segments(counts, device=device)
+    if capacity:
+        segments = ExpertSegments(segments.counts, segments.ends, None, capacity)
+    total, experts = sum(counts), len(counts)
+    rows, grad = (torch.randn(segments.num_rows, width, device=device, dtype=dtype) for width in (HIDDEN, FFN))
+    rows[total:], grad[total:] = math.nan, math.nan
+    weight = torch.randn(experts, FFN, HIDDEN, device=device, dtype=dtype)
+    expert_of = torch.repeat_interleave(torch.arange(experts), torch.tensor(counts)).to(device)
+    wide_rows, wide_grad, wide_weight = rows[:total].double(), grad[:total].double(), weight.double()
+
+    out = gemm.forward(rows, weight, segments)
+    assert out.shape == (segments.num_rows, FFN) and out.dtype == dtype
+    expected = torch.einsum("rh,rfh->rf", wide_rows, wide_weight[expert_of])
+    assert_close("forward", out[:total], expected.cpu(), TOLERANCE[dtype])
+    grad_rows = gemm.dgrad(grad, weight, segments)
+    assert grad_rows.shape == rows.shape and grad_rows.dtype == dtype
+    expected = torch.einsum("rf,rfh->rh", wide_grad, wide_weight[expert_of])
+    assert_close("dgrad", grad_rows[:total], expected.cpu(), TOLERANCE[dtype])
+
+    member = F.one_hot(expert_of, experts).double()
+    expected = torch.einsum("re,rf,rh->efh", member, wide_grad, wide_rows)
+    grad_weight = gemm.wgrad(grad, rows, segments)
+    assert grad_weight.dtype == dtype
+    assert_close("wgrad", grad_weight, expected.cpu(), TOLERANCE[dtype])
+    assert not grad_weight[torch.tensor(counts) == 0].any()
+    for out_dtype in {dtype, torch.promote_types(dtype, torch.float32)}:
+        start = torch.randn(weight.shape, device=device, dtype=out_dtype)
+        for accumulate in (False, True):
+            buffer = start.clone()
+            assert gemm.wgrad(grad, rows, segments, out=buffer, accumulate=accumulate) is buffer
+            total_gradient = expected + start.double() * accumulate
+            assert_close(f"wgrad, accumulate {accumulate}", buffer, total_gradient.cpu(), TOLERANCE[dtype])
+
+
+GEMMS = [
+    pytest.param(backends.LOOP, torch.float64, id="loop-fp64"),
+    pytest.param(backends.LOOP, torch.bfloat16, id="loop-bf16"),
+    pytest.param(backends.GROUPED_MM, torch.float32, id="grouped_mm-fp32"),
+    pytest.param(backends.GROUPED_MM, torch.bfloat16, id="grouped_mm-bf16"),
+]
+
+
+@pytest.mark.parametrize(("gemm", "dtype"), GEMMS)
+@pytest.mark.parametrize("counts", [[3, 0, 7, 1, 0], [0, 0], [5]])
+def test_gemms(gemm: GroupedGemm, dtype: torch.dtype, counts: list[int]) -> None:
+    check_gemm(gemm, dtype, counts, "cpu")
+    check_gemm(gemm, dtype, counts, "cpu", capacity=16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gemm", [backends.LOOP, backends.GROUPED_MM], ids=["loop", "grouped_mm"])
+@pytest.mark.parametrize("counts", [[3, 0, 7, 1, 0], [0, 0], [130, 0, 5]])
+def test_gpu_gemms(gemm: GroupedGemm, counts: list[int]) -> None:
+    check_gemm(gemm, torch.bfloat16, counts, "cuda")
+    check_gemm(gemm, torch.bfloat16, counts, "cuda", capacity=160)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_TE, reason="TransformerEngine is not installed")
+def test_te_gemms() -> None:
+    check_gemm(TE, torch.bfloat16, [16, 0, 48, 8], "cuda")
 
 
 @pytest.mark.gpu

@@ -1,20 +1,18 @@
-"""Grouped GEMM back ends: one linear layer per expert over the expert's segment of rows.
+"""Grouped GEMM back ends, and which of them runs.
 
 All of them accept ragged segments: none asks for segments padded to a multiple (see :data:`ALIGNMENT`).
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any, Protocol
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ep_moe.comm import ExpertSegments
 from ep_moe.config import ConfigError
+from ep_moe.experts.gemm import GroupedGemm, store_gradient
+from ep_moe.experts.te import TE, import_grouped_gemm
 
 ALIGNMENT = 1
 """Rows of a segment must be a multiple of this. grouped_mm addresses rows, whose strides it wants aligned to 16
@@ -24,79 +22,59 @@ _GROUPED_MM_ALIGNMENT_BYTES = 16
 _GROUPED_MM_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class GroupedLinear(Protocol):
-    """The operation every back end provides, differentiable in ``rows`` and ``weight``."""
-
-    def __call__(self, rows: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
-        """Multiply each expert's rows by its transposed weight.
-
-        Args:
-            rows: ``[segments.num_rows, in_features]``, expert-major.
-            weight: ``[local_experts, out_features, in_features]``, contiguous, same dtype and device as ``rows``.
-            segments: which rows belong to which expert.
-
-        Returns:
-            ``[segments.num_rows, out_features]`` in the dtype of ``rows``.
-        """
-        ...
+def loop_forward(rows: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
+    """One ordinary GEMM per expert, any dtype and device; see :class:`~ep_moe.experts.gemm.GroupedGemm`."""
+    return _times_each(rows, weight.transpose(1, 2), segments)
 
 
-def loop_linear(rows: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
-    """One ordinary linear layer per expert, any dtype and device (see :class:`GroupedLinear`)."""
+def loop_dgrad(grad: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
+    """One ordinary GEMM per expert; see :class:`~ep_moe.experts.gemm.GroupedGemm`."""
+    return _times_each(grad, weight, segments)
+
+
+def loop_wgrad(
+    grad: Tensor, rows: Tensor, segments: ExpertSegments, *, out: Tensor | None = None, accumulate: bool = False
+) -> Tensor:
+    """One ordinary GEMM per expert; see :class:`~ep_moe.experts.gemm.WeightGradient`."""
     sizes = segments.host_sizes()
-    chunks = rows[: sum(sizes)].split(sizes)
-    out = torch.cat([F.linear(chunk, matrix) for chunk, matrix in zip(chunks, weight.unbind(0), strict=True)])
-    return _to_capacity(out, rows.shape[0])
+    if out is None:
+        out = rows.new_empty(len(sizes), grad.shape[1], rows.shape[1])
+    chunks = zip(out.unbind(0), *(x[: sum(sizes)].split(sizes) for x in (grad, rows)), strict=True)
+    for expert_out, expert_grad, expert_rows in chunks:
+        store_gradient(expert_grad.t() @ expert_rows, expert_out, accumulate)
+    return out
 
 
-def grouped_mm_linear(rows: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
-    """``torch.nn.functional.grouped_mm`` (see :class:`GroupedLinear`); reads segment ends on the device only."""
+def grouped_mm_forward(rows: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
+    """``torch.nn.functional.grouped_mm``, which reads segment ends on the device only."""
     if segments.num_rows == 0:
-        return loop_linear(rows, weight, segments)  # grouped_mm takes the strides of some empty tensors for invalid
-    result: Tensor = _GroupedMM.apply(rows, weight, segments.ends)
-    return result
+        return loop_forward(rows, weight, segments)  # grouped_mm takes the strides of some empty tensors for invalid
+    return F.grouped_mm(rows, weight.transpose(1, 2), offs=segments.ends)
 
 
-def te_linear(rows: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
-    """``transformer_engine.pytorch.GroupedLinear`` run on our weights (see :class:`GroupedLinear`).
-
-    Raises:
-        ConfigError: if TransformerEngine is not installed.
-    """
-    te = import_transformer_engine()
+def grouped_mm_dgrad(grad: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
+    """``torch.nn.functional.grouped_mm``; see :class:`~ep_moe.experts.gemm.GroupedGemm`."""
     if segments.num_rows == 0:
-        return loop_linear(rows, weight, segments)
-    module = _te_module(weight.shape[0], weight.shape[2], weight.shape[1], weight.dtype, weight.device)
-    # One unbind for all experts: its backward is a single stack, where indexing would add up one full-size
-    # gradient per expert. The module's own parameters are meta placeholders that these replace for the call.
-    weights = {f"weight{i}": matrix for i, matrix in enumerate(weight.unbind(0))}
-    # The module is shared by layers of the same shape, so FP8 scaling state must never build up in it.
-    autocast = getattr(te, "autocast", None) or te.fp8_autocast
-    sizes = list(segments.host_sizes())
-    with autocast(enabled=False):
-        result: Tensor = torch.func.functional_call(module, weights, (rows[: sum(sizes)], sizes))
-    return _to_capacity(result, rows.shape[0])
+        return loop_dgrad(grad, weight, segments)
+    return F.grouped_mm(grad, weight, offs=segments.ends)
 
 
-def import_transformer_engine() -> Any:
-    """Import and return ``transformer_engine.pytorch``.
+def grouped_mm_wgrad(
+    grad: Tensor, rows: Tensor, segments: ExpertSegments, *, out: Tensor | None = None, accumulate: bool = False
+) -> Tensor:
+    """``torch.nn.functional.grouped_mm``; with ``out`` in a pass of its own, for it writes new tensors only."""
+    if segments.num_rows == 0:
+        return loop_wgrad(grad, rows, segments, out=out, accumulate=accumulate)
+    return store_gradient(F.grouped_mm(grad.t(), rows, offs=segments.ends), out, accumulate)
 
-    Raises:
-        ConfigError: if that fails, saying how to get it.
-    """
-    try:
-        import transformer_engine.pytorch as te
-    except (ImportError, OSError) as error:
-        raise ConfigError(
-            "moe.experts.backend = te: needs TransformerEngine (pip install --no-build-isolation "
-            f"'transformer-engine[pytorch]'), which cannot be imported here: {str(error).splitlines()[0]}"
-        ) from error
-    return te
+
+LOOP = GroupedGemm(loop_forward, loop_dgrad, loop_wgrad)
+GROUPED_MM = GroupedGemm(grouped_mm_forward, grouped_mm_dgrad, grouped_mm_wgrad)
 
 
 def select_backend(
     name: str, *, dtype: torch.dtype, device: torch.device, hidden_size: int, ffn_hidden_size: int
-) -> GroupedLinear:
+) -> GroupedGemm:
     """The back end for a computation in ``dtype`` on ``device``.
 
     Args:
@@ -110,20 +88,20 @@ def select_backend(
         ConfigError: (a ``ValueError``) if the back end cannot run this, naming the key and what is allowed.
     """
     if name == "loop":
-        return loop_linear
+        return LOOP
     if name == "te":
         if device.type != "cuda" or dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(
                 f"moe.experts.backend = te: needs bf16, fp16 or fp32 on a CUDA GPU, got {dtype} on {device}"
             )
-        import_transformer_engine()
-        return te_linear
+        import_grouped_gemm()
+        return TE
     obstacle = _grouped_mm_obstacle(dtype, device, hidden_size, ffn_hidden_size)
     if name == "auto":
-        return grouped_mm_linear if obstacle is None else loop_linear
+        return GROUPED_MM if obstacle is None else LOOP
     if obstacle is not None:
         raise ConfigError(obstacle)
-    return grouped_mm_linear
+    return GROUPED_MM
 
 
 def _grouped_mm_obstacle(
@@ -145,47 +123,13 @@ def _grouped_mm_obstacle(
     return None
 
 
-class _GroupedMM(torch.autograd.Function):
-    """Its own backward, because grouped_mm's rejects gradients with broadcast strides (``y.sum().backward()``)."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        rows, weight = _row_major(rows), _row_major(weight)
-        ctx.save_for_backward(rows, weight, ends)
-        return F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        rows, weight, ends = ctx.saved_tensors
-        grad = _row_major(grad)
-        grad_rows = F.grouped_mm(grad, weight, offs=ends) if ctx.needs_input_grad[0] else None
-        grad_weight = F.grouped_mm(grad.t(), rows, offs=ends) if ctx.needs_input_grad[1] else None
-        return grad_rows, grad_weight, None
-
-
-def _to_capacity(rows: Tensor, num_rows: int) -> Tensor:
-    """With zero rows behind, where the tensors have more rows than the segments."""
-    return rows if rows.shape[0] == num_rows else F.pad(rows, (0, 0, 0, num_rows - rows.shape[0]))
-
-
-def _row_major(x: Tensor) -> Tensor:
-    """A copy unless the strides are the usual ones; ``contiguous()`` lets any stride pass in dimensions of one."""
-    if x.is_contiguous() and x.stride()[-2:] == (x.shape[-1], 1):
-        return x
-    return x.new_empty(x.shape).copy_(x)
-
-
-@functools.lru_cache(maxsize=64)
-def _te_module(
-    num_experts: int, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device
-) -> torch.nn.Module:
-    """A GroupedLinear without memory of its own; cached because TransformerEngine's constructor is slow."""
-    te = import_transformer_engine()
-    module: torch.nn.Module = te.GroupedLinear(
-        num_experts, in_features, out_features, bias=False, params_dtype=dtype, device="meta"
-    )
-    for i in range(num_experts):
-        # unused without bias, but handed to the kernels' autograd function: keep meta tensors out of there
-        setattr(module, f"bias{i}", torch.empty(0, dtype=dtype, device=device))
-    return module
+def _times_each(x: Tensor, matrices: Tensor, segments: ExpertSegments) -> Tensor:
+    """Each expert's rows of ``x`` times its matrix; zero behind the last segment."""
+    sizes = segments.host_sizes()
+    out = x.new_empty(x.shape[0], matrices.shape[2])
+    out[sum(sizes) :] = 0
+    for expert_out, rows, matrix in zip(
+        out[: sum(sizes)].split(sizes), x[: sum(sizes)].split(sizes), matrices, strict=True
+    ):
+        torch.mm(rows, matrix, out=expert_out)
+    return out

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from ep_moe.comm import ExpertSegments
 from ep_moe.config import ExpertsConfig
 from ep_moe.experts.activation import apply_activation, fc1_width
-from ep_moe.experts.backends import ALIGNMENT, import_transformer_engine, select_backend
+from ep_moe.experts.backends import ALIGNMENT, select_backend
+from ep_moe.experts.gemm import grouped_linear
 from ep_moe.experts.init import initialize_experts
+from ep_moe.experts.te import import_grouped_gemm
 
 
 class GroupedExperts(nn.Module):
@@ -60,7 +62,7 @@ class GroupedExperts(nn.Module):
                 f"got hidden_size {hidden_size}, num_local_experts {num_local_experts}"
             )
         if config.backend == "te":
-            import_transformer_engine()
+            import_grouped_gemm()
         self.hidden_size = hidden_size
         self.num_local_experts = num_local_experts
         self.first_expert = first_expert
@@ -98,18 +100,18 @@ class GroupedExperts(nn.Module):
         """
         rows, fc1_weight, fc2_weight = _autocast(rows, self.fc1_weight, self.fc2_weight)
         self._check(rows, row_weights, segments, fc1_weight)
-        linear = select_backend(
+        gemm = select_backend(
             self.config.backend,
             dtype=rows.dtype,
             device=rows.device,
             hidden_size=self.hidden_size,
             ffn_hidden_size=self.config.ffn_hidden_size,
         )
-        fc1_out = linear(rows, fc1_weight, segments)
+        fc1_out = grouped_linear(rows, fc1_weight, segments, gemm)
         # Where the host does not know how many rows are real, the device does.
         row_count = segments.ends[-1:] if segments.sizes is None else None
         inner = apply_activation(fc1_out, self.config.activation, row_weights, row_count)
-        return linear(inner, fc2_weight, segments)
+        return grouped_linear(inner, fc2_weight, segments, gemm)
 
     def extra_repr(self) -> str:
         """Sizes, activation and back end."""

@@ -1,0 +1,105 @@
+"""What a grouped GEMM back end offers: three plain functions, and one autograd function over them.
+
+The functions are apart because schedules want them apart: the data gradient has to go out early, the weight gradient
+may be computed late, and may be added to a buffer that is there already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ep_moe.comm import ExpertSegments
+
+
+class WeightGradient(Protocol):
+    """The weight gradient of a grouped linear layer; see :class:`GroupedGemm`."""
+
+    def __call__(
+        self,
+        grad: Tensor,
+        rows: Tensor,
+        segments: ExpertSegments,
+        *,
+        out: Tensor | None = None,
+        accumulate: bool = False,
+    ) -> Tensor:
+        """Each expert's ``grad`` transposed times its rows.
+
+        Args:
+            grad: ``[segments.num_rows, out_features]``, gradient of the result.
+            rows: ``[segments.num_rows, in_features]``, as in ``forward``.
+            segments: which rows belong to which expert.
+            out: ``[local_experts, out_features, in_features]`` to write to, in the dtype of ``rows`` or in fp32; a new
+                tensor in the dtype of ``rows`` if ``None``.
+            accumulate: add to ``out`` instead of overwriting it.
+
+        Returns:
+            ``out``. Experts without rows have a gradient of zero.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class GroupedGemm:
+    """A back end: one linear layer per expert over the expert's segment of rows, and its two gradients.
+
+    The functions know nothing of autograd. Every tensor they get is dense and row-major. Where the tensors have more
+    rows than the segments (``ExpertSegments.capacity``), those behind the last segment are not to be read into any
+    result, and are unspecified in results.
+
+    Attributes:
+        forward: ``(rows [num_rows, in_features], weight [local_experts, out_features, in_features], segments)`` to
+            ``[num_rows, out_features]``: each expert's rows times its transposed weight.
+        dgrad: ``(grad [num_rows, out_features], weight, segments)`` to ``[num_rows, in_features]``: each expert's
+            gradients times its weight.
+        wgrad: see :class:`WeightGradient`.
+    """
+
+    forward: Callable[[Tensor, Tensor, ExpertSegments], Tensor]
+    dgrad: Callable[[Tensor, Tensor, ExpertSegments], Tensor]
+    wgrad: WeightGradient
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, segments: ExpertSegments, gemm: GroupedGemm) -> Tensor:
+    """``gemm.forward``, differentiable once in ``rows`` and ``weight``; strides may be any."""
+    result: Tensor = _GroupedLinear.apply(rows, weight, segments, gemm)
+    return result
+
+
+def store_gradient(gradient: Tensor, out: Tensor | None, accumulate: bool) -> Tensor:
+    """What :class:`WeightGradient` asks for, for back ends that can only make a new tensor."""
+    if out is None:
+        return gradient
+    return out.add_(gradient) if accumulate else out.copy_(gradient)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, segments: ExpertSegments, gemm: GroupedGemm) -> Tensor:
+        rows, weight = _row_major(rows), _row_major(weight)
+        ctx.save_for_backward(rows, weight)
+        ctx.segments, ctx.gemm = segments, gemm
+        return gemm.forward(rows, weight, segments)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        rows, weight = ctx.saved_tensors
+        grad = _row_major(grad)  # sum().backward() hands over an expanded scalar
+        need_rows, need_weight, *_ = ctx.needs_input_grad
+        grad_rows = ctx.gemm.dgrad(grad, weight, ctx.segments) if need_rows else None
+        grad_weight = ctx.gemm.wgrad(grad, rows, ctx.segments) if need_weight else None
+        return grad_rows, grad_weight, None, None
+
+
+def _row_major(x: Tensor) -> Tensor:
+    """A copy unless the strides are the usual ones; ``contiguous()`` lets any stride pass in dimensions of one."""
+    if x.is_contiguous() and x.stride()[-2:] == (x.shape[-1], 1):
+        return x
+    return x.new_empty(x.shape).copy_(x)
