@@ -234,7 +234,11 @@ class PhaseConfig(Section):
         "input", "Rows travel as they are, or as e4m3 with one fp32 scale per 128 channels."
     )
     num_sms: int | None = key(None, "SMs that communication kernels may occupy; null lets the library choose.", low=1)
-    overlap: tuple[Literal["shared_experts"], ...] = key((), "Strategies that hide communication behind computation.")
+    overlap: tuple[Literal["shared_experts", "wgrad"], ...] = key(
+        (),
+        "Strategies that hide communication behind computation: 'shared_experts' run beside the routed ones; 'wgrad' "
+        "(training) computes the experts' weight gradients while the gradients of their rows travel.",
+    )
     max_tokens_per_rank: int | None = key(
         None, "Most tokens a rank may bring; required by low_latency. In eval mode it bounds the decode phase.", low=1
     )
@@ -274,6 +278,12 @@ class PhasesConfig(Section):
                 f"phases.{name}.overlap",
                 phase.overlap,
                 "must name each strategy once",
+            )
+            require(
+                name == "train" or "wgrad" not in phase.overlap,
+                f"phases.{name}.overlap",
+                phase.overlap,
+                "wgrad is for phases.train: there are no weight gradients elsewhere",
             )
 
 

@@ -141,8 +141,9 @@ class EPMoELayer(nn.Module):
         routing = self.router(hidden_states, padding_mask)
 
         def routed(x: Tensor) -> Tensor:
-            arrived = dispatcher.dispatch(x, routing.topk_idx, routing.topk_weights)
-            rows = self.experts(arrived.rows, arrived.weights, arrived.segments)
+            deferred = self.experts.defer_gradients() if scheduler.wgrad_behind_dispatch else None
+            arrived = dispatcher.dispatch(x, routing.topk_idx, routing.topk_weights, behind=deferred)
+            rows = self.experts(arrived.rows, arrived.weights, arrived.segments, deferred)
             return dispatcher.combine(rows, arrived.handle)
 
         x = to_compute_dtype(hidden_states.reshape(tokens, hidden))

@@ -27,9 +27,15 @@ class Stages:
 
 
 class OverlapScheduler:
-    """Runs the stages of a layer with the strategies of a phase (key ``phases.<name>.overlap``)."""
+    """Runs the stages of a layer with the strategies of a phase (key ``phases.<name>.overlap``).
+
+    Attributes:
+        wgrad_behind_dispatch: whether the backward pass computes the weight gradients of the experts while the
+            gradients of their rows travel back.
+    """
 
     def __init__(self, strategies: tuple[str, ...]) -> None:
+        self.wgrad_behind_dispatch = "wgrad" in strategies
         self.shared_on_side_stream = "shared_experts" in strategies
         self._side_stream: torch.cuda.Stream | None = None
 

@@ -83,10 +83,16 @@ BAD = [
     ("moe.router.expert_bias=1", "moe.router.expert_bias = 1: must be true or false"),
     ("data.path=3", "data.path = 3: must be a string or null"),
     ("moe.router.score_function=relu", "moe.router.score_function = relu: must be one of softmax, sigmoid"),
-    ("phases.train.overlap=[everything]", "phases.train.overlap = [everything]: must be a list of shared_experts"),
-    ("phases.train.overlap=[1]", "phases.train.overlap = [1]: must be a list of shared_experts"),
-    ("phases.train.overlap=null", "phases.train.overlap = null: must be a list of shared_experts"),
-    ("phases.train.overlap=shared_experts", "phases.train.overlap = shared_experts: must be a list of shared_experts"),
+    (
+        "phases.train.overlap=[everything]",
+        "phases.train.overlap = [everything]: must be a list of shared_experts, wgrad",
+    ),
+    ("phases.train.overlap=[1]", "phases.train.overlap = [1]: must be a list of shared_experts, wgrad"),
+    ("phases.train.overlap=null", "phases.train.overlap = null: must be a list of shared_experts, wgrad"),
+    (
+        "phases.train.overlap=shared_experts",
+        "phases.train.overlap = shared_experts: must be a list of shared_experts, wgrad",
+    ),
     (
         "phases.train.overlap=[shared_experts, shared_experts]",
         "phases.train.overlap = [shared_experts, shared_experts]: must name each strategy once",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,10 +28,32 @@ class DispatchedTokens:
     handle: Any
 
 
+class WeightGradients(Protocol):
+    """Gradients that can be computed while those of a dispatch travel.
+
+    Attributes:
+        weights: the tensors whose gradients these are.
+    """
+
+    weights: tuple[Tensor, ...]
+
+    def compute(self) -> Sequence[Tensor | None]:
+        """Run on the current stream: the gradient of each weight, or ``None``."""
+        ...
+
+
 class TokenDispatcher(Protocol):
     """Turns routing decisions into expert-major rows and back, differentiably."""
 
-    def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: Any = None) -> DispatchedTokens:
+    def dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        handle: Any = None,
+        *,
+        behind: WeightGradients | None = None,
+    ) -> DispatchedTokens:
         """Bring tokens to their experts.
 
         Args:
@@ -38,6 +61,8 @@ class TokenDispatcher(Protocol):
             topk_idx: int64 ``[tokens, top_k]``, global expert or -1.
             topk_weights: ``[tokens, top_k]`` routing weights.
             handle: of an earlier dispatch with the same ``topk_idx``: its routes are reused, ``topk_idx`` is not read.
+            behind: computed in the backward pass, while the gradients of tokens and routing weights travel on a stream
+                of their own; by then the backward pass of the rows is done.
 
         Raises:
             ValueError: if the arguments do not fit together.

@@ -16,7 +16,7 @@ from torch import Tensor
 from ep_moe.comm import ExpertSegments
 from ep_moe.comm.fp8 import dequantize_e4m3
 from ep_moe.comm.low_latency import LowLatencyCommunicator
-from ep_moe.dispatcher.dispatcher import DispatchedTokens
+from ep_moe.dispatcher.dispatcher import DispatchedTokens, WeightGradients
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,15 @@ class LowLatencyDispatcher:
         self.communicator = communicator
         self.fp8 = fp8
 
-    def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: Any = None) -> DispatchedTokens:
+    def dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        handle: Any = None,
+        *,
+        behind: WeightGradients | None = None,
+    ) -> DispatchedTokens:
         """See :meth:`ep_moe.dispatcher.dispatcher.TokenDispatcher.dispatch`.
 
         Returns:

@@ -15,7 +15,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ep_moe.comm import Communicator, ExpertSegments
 from ep_moe.comm.fp8 import dequantize_e4m3
-from ep_moe.dispatcher.dispatcher import DispatchedTokens
+from ep_moe.dispatcher.dispatcher import DispatchedTokens, WeightGradients
+from ep_moe.streams import communication_stream, start
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,22 @@ class NormalDispatcher:
         self.num_sms = num_sms
 
     def dispatch(
-        self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, handle: NormalHandle | None = None
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        handle: NormalHandle | None = None,
+        *,
+        behind: WeightGradients | None = None,
     ) -> DispatchedTokens:
         """See :meth:`ep_moe.dispatcher.dispatcher.TokenDispatcher.dispatch`."""
+        weights_behind = () if behind is None else behind.weights
         if handle is None:
-            rows, weights, segments, routes = _Dispatch.apply(x, topk_weights, topk_idx, self)
+            rows, weights, segments, routes = _Dispatch.apply(x, topk_weights, topk_idx, self, behind, *weights_behind)
             handle = NormalHandle(routes, segments)
         else:
-            rows, weights = _CachedDispatch.apply(x, topk_weights, handle.routes, self.communicator)
+            communicator = self.communicator
+            rows, weights = _CachedDispatch.apply(x, topk_weights, handle.routes, communicator, behind, *weights_behind)
         return DispatchedTokens(rows, weights, handle.segments, handle)
 
     def combine(self, rows: Tensor, handle: NormalHandle) -> Tensor:
@@ -77,7 +86,13 @@ class NormalDispatcher:
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, topk_weights: Tensor, topk_idx: Tensor, dispatcher: NormalDispatcher
+        ctx: Any,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_idx: Tensor,
+        dispatcher: NormalDispatcher,
+        behind: WeightGradients | None,
+        *weights_behind: Tensor,
     ) -> tuple[Tensor, Tensor, ExpertSegments, Any]:
         communicator = dispatcher.communicator
         arrived = communicator.dispatch(
@@ -92,27 +107,33 @@ class _Dispatch(torch.autograd.Function):
         )
         rows = arrived.rows if arrived.scales is None else dequantize_e4m3(arrived.rows, arrived.scales, x.dtype)
         assert arrived.weights is not None
-        ctx.communicator, ctx.routes = communicator, arrived.handle  # type: ignore[attr-defined]
+        ctx.communicator, ctx.routes, ctx.behind = communicator, arrived.handle, behind
         return rows, arrived.weights, arrived.segments, arrived.handle
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return *_dispatch_gradients(ctx, grad_rows, grad_weights), None, None
+        return _dispatch_backward(ctx, grad_rows, grad_weights)
 
 
 class _CachedDispatch(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, topk_weights: Tensor, routes: Any, communicator: Communicator
+        ctx: Any,
+        x: Tensor,
+        topk_weights: Tensor,
+        routes: Any,
+        communicator: Communicator,
+        behind: WeightGradients | None,
+        *weights_behind: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.communicator, ctx.routes = communicator, routes  # type: ignore[attr-defined]
+        ctx.communicator, ctx.routes, ctx.behind = communicator, routes, behind
         return communicator.dispatch_cached(x, routes), communicator.dispatch_weights(topk_weights, routes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
-        return *_dispatch_gradients(ctx, grad_rows, grad_weights), None, None
+        return _dispatch_backward(ctx, grad_rows, grad_weights)
 
 
 class _Combine(torch.autograd.Function):
@@ -127,9 +148,18 @@ class _Combine(torch.autograd.Function):
         return ctx.communicator.dispatch_cached(grad.contiguous(), ctx.routes), None, None
 
 
-def _dispatch_gradients(ctx: Any, grad_rows: Tensor, grad_weights: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of tokens and routing weights; whether each is needed is the same on all ranks of a model."""
-    needs_x, needs_weights = ctx.needs_input_grad[:2]
-    grad_x = ctx.communicator.combine(grad_rows.contiguous(), ctx.routes) if needs_x else None
-    grad_topk = ctx.communicator.combine_weights(grad_weights.contiguous(), ctx.routes) if needs_weights else None
-    return grad_x, grad_topk
+def _dispatch_backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of tokens and routing weights, behind which those of the experts' weights are computed."""
+
+    def send_back() -> tuple[Tensor | None, Tensor | None]:
+        # Whether each is needed is the same on all ranks of a model.
+        needs_x, needs_weights = ctx.needs_input_grad[:2]
+        grad_x = ctx.communicator.combine(grad_rows.contiguous(), ctx.routes) if needs_x else None
+        grad_topk = ctx.communicator.combine_weights(grad_weights.contiguous(), ctx.routes) if needs_weights else None
+        return grad_x, grad_topk
+
+    if ctx.behind is None:
+        return *send_back(), None, None, None
+    travelling = start(send_back, communication_stream(grad_rows.device))
+    gradients_behind = ctx.behind.compute()
+    return *travelling.wait(), None, None, None, *gradients_behind

@@ -6,6 +6,7 @@ may be computed late, and may be added to a buffer that is there already.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ep_moe.comm import ExpertSegments
+from ep_moe.experts.deferred import WeightGradientTask
 
 
 class WeightGradient(Protocol):
@@ -66,9 +68,18 @@ class GroupedGemm:
     wgrad: WeightGradient
 
 
-def grouped_linear(rows: Tensor, weight: Tensor, segments: ExpertSegments, gemm: GroupedGemm) -> Tensor:
-    """``gemm.forward``, differentiable once in ``rows`` and ``weight``; strides may be any."""
-    result: Tensor = _GroupedLinear.apply(rows, weight, segments, gemm)
+def grouped_linear(
+    rows: Tensor,
+    weight: Tensor,
+    segments: ExpertSegments,
+    gemm: GroupedGemm,
+    defer: Callable[[WeightGradientTask], None] | None = None,
+) -> Tensor:
+    """``gemm.forward``, differentiable once in ``rows`` and ``weight``; strides may be any.
+
+    With ``defer`` the backward pass hands it the computation of the weight's gradient instead of running it.
+    """
+    result: Tensor = _GroupedLinear.apply(rows, weight, segments, gemm, defer)
     return result
 
 
@@ -81,21 +92,31 @@ def store_gradient(gradient: Tensor, out: Tensor | None, accumulate: bool) -> Te
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, segments: ExpertSegments, gemm: GroupedGemm) -> Tensor:
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        segments: ExpertSegments,
+        gemm: GroupedGemm,
+        defer: Callable[[WeightGradientTask], None] | None,
+    ) -> Tensor:
         rows, weight = _row_major(rows), _row_major(weight)
         ctx.save_for_backward(rows, weight)
-        ctx.segments, ctx.gemm = segments, gemm
+        ctx.segments, ctx.gemm, ctx.defer = segments, gemm, defer
         return gemm.forward(rows, weight, segments)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
         grad = _row_major(grad)  # sum().backward() hands over an expanded scalar
         need_rows, need_weight, *_ = ctx.needs_input_grad
         grad_rows = ctx.gemm.dgrad(grad, weight, ctx.segments) if need_rows else None
-        grad_weight = ctx.gemm.wgrad(grad, rows, ctx.segments) if need_weight else None
-        return grad_rows, grad_weight, None, None
+        grad_weight = None
+        if need_weight:
+            task = functools.partial(ctx.gemm.wgrad, grad, rows, ctx.segments)
+            grad_weight = task() if ctx.defer is None else ctx.defer(task)
+        return grad_rows, grad_weight, None, None, None
 
 
 def _row_major(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from ep_moe.comm import ExpertSegments
 from ep_moe.config import ExpertsConfig
 from ep_moe.experts.activation import apply_activation, fc1_width
 from ep_moe.experts.backends import ALIGNMENT, select_backend
+from ep_moe.experts.deferred import DeferredGradients
 from ep_moe.experts.gemm import grouped_linear
 from ep_moe.experts.init import initialize_experts
 from ep_moe.experts.te import import_grouped_gemm
@@ -79,7 +81,17 @@ class GroupedExperts(nn.Module):
         """Rows per segment must be a multiple of this; every back end takes ragged segments."""
         return ALIGNMENT
 
-    def forward(self, rows: Tensor, row_weights: Tensor | None, segments: ExpertSegments) -> Tensor:
+    def defer_gradients(self) -> DeferredGradients:
+        """What :meth:`forward` needs so that its backward pass leaves the weight gradients for later."""
+        return DeferredGradients(*_autocast(self.fc1_weight, self.fc2_weight))
+
+    def forward(
+        self,
+        rows: Tensor,
+        row_weights: Tensor | None,
+        segments: ExpertSegments,
+        deferred: DeferredGradients | None = None,
+    ) -> Tensor:
         """Compute each expert's network on its segment of rows.
 
         Padding rows must be zero with weight 0, and gradients that arrive at them finite; they then yield zero
@@ -90,6 +102,8 @@ class GroupedExperts(nn.Module):
                 ``torch.autocast`` rows and weights are computed with in its dtype (except fp64 ones).
             row_weights: floating point ``[segments.num_rows]``, or ``None`` for weights of 1.
             segments: which rows belong to which local expert.
+            deferred: of :meth:`defer_gradients`; takes the weight gradients, whose computation the caller then owes.
+                ``None`` computes them in the backward pass of each projection.
 
         Returns:
             ``[segments.num_rows, hidden]`` in the dtype of the computation, contiguous.
@@ -98,7 +112,11 @@ class GroupedExperts(nn.Module):
             ConfigError: (a ``ValueError``) if the back end does not support the dtype, device or widths.
             ValueError: if an argument's shape, dtype or device does not fit.
         """
-        rows, fc1_weight, fc2_weight = _autocast(rows, self.fc1_weight, self.fc2_weight)
+        if deferred is None:
+            fc1_weight, fc2_weight = _autocast(self.fc1_weight, self.fc2_weight)
+        else:
+            fc1_weight, fc2_weight = deferred.weights
+        (rows,) = _autocast(rows)
         self._check(rows, row_weights, segments, fc1_weight)
         gemm = select_backend(
             self.config.backend,
@@ -107,11 +125,12 @@ class GroupedExperts(nn.Module):
             hidden_size=self.hidden_size,
             ffn_hidden_size=self.config.ffn_hidden_size,
         )
-        fc1_out = grouped_linear(rows, fc1_weight, segments, gemm)
+        defer_fc1, defer_fc2 = (None if deferred is None else functools.partial(deferred.add, i) for i in range(2))
+        fc1_out = grouped_linear(rows, fc1_weight, segments, gemm, defer_fc1)
         # Where the host does not know how many rows are real, the device does.
         row_count = segments.ends[-1:] if segments.sizes is None else None
         inner = apply_activation(fc1_out, self.config.activation, row_weights, row_count)
-        return grouped_linear(inner, fc2_weight, segments, gemm)
+        return grouped_linear(inner, fc2_weight, segments, gemm, defer_fc2)
 
     def extra_repr(self) -> str:
         """Sizes, activation and back end."""
@@ -140,10 +159,10 @@ class GroupedExperts(nn.Module):
             raise ValueError(f"row_weights: expected [{segments.num_rows}], got {list(row_weights.shape)}")
 
 
-def _autocast(rows: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as ``torch.autocast`` would for a linear layer: custom autograd functions are outside its reach."""
-    kind = rows.device.type
+    kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
-        return (rows, *weights)
+        return tensors
     dtype = torch.get_autocast_dtype(kind)
-    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (rows, *weights))
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

@@ -24,6 +24,7 @@ from torch import Tensor
 from ep_moe.comm import communicator_factory
 from ep_moe.config import PhasesConfig
 from ep_moe.dispatcher import ExchangeShape, TokenDispatcher
+from ep_moe.experts.deferred import DeferredGradients
 from ep_moe.layer import to_compute_dtype
 from ep_moe.megatron.experts import MegatronExperts
 from ep_moe.megatron.router import MegatronRouter
@@ -109,6 +110,7 @@ class MegatronEPMoELayer(MoELayer):
         self._shape = torch.Size()
         self._topk_idx: Tensor | None = None
         self._routes: Any = None
+        self._deferred: DeferredGradients | None = None
 
     def _set_megatron_flags(self, config: TransformerConfig) -> None:
         """What ``MoELayer.forward`` and the transformer layer read besides the steps."""
@@ -131,19 +133,20 @@ class MegatronEPMoELayer(MoELayer):
         """Flatten the tokens to ``[tokens, hidden]`` and remember shape and experts for the steps to come."""
         self._shape, self._topk_idx = hidden_states.shape, routing_map
         x = to_compute_dtype(hidden_states.reshape(-1, hidden_states.shape[-1]))
-        self.token_dispatcher, _ = self._phases.select(self.training, x.shape[0], x.device)
+        self.token_dispatcher, scheduler = self._phases.select(self.training, x.shape[0], x.device)
+        self._deferred = self.experts.defer_gradients() if scheduler.wgrad_behind_dispatch else None
         return x, probs
 
     def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Bring tokens and routing weights to their experts: expert-major rows and the weight of each row."""
         assert self._topk_idx is not None
-        arrived = self.token_dispatcher.dispatch(hidden_states, self._topk_idx, probs)
+        arrived = self.token_dispatcher.dispatch(hidden_states, self._topk_idx, probs, behind=self._deferred)
         self._routes = arrived.handle
         return arrived.rows, arrived.weights
 
     def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor | None) -> tuple[Tensor, None]:
         """Apply the experts to their rows."""
-        return self.experts(hidden_states, probs, self._routes.segments), None
+        return self.experts(hidden_states, probs, self._routes.segments, self._deferred), None
 
     def combine(self, output: Tensor) -> Tensor:
         """Sum the rows of each token at its source: ``[tokens, hidden]``."""
