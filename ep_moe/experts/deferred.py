@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-WeightGradientTask = Callable[[], Tensor | None]
+WeightGradientTask = Callable[[], Tensor]
 
 
 class DeferredGradients:
@@ -17,24 +17,27 @@ class DeferredGradients:
 
     Attributes:
         weights: the tensors whose gradients these are.
+        tasks: those left so far, each with the place of its weight among ``weights``. Passes may share one list.
     """
 
-    def __init__(self, *weights: Tensor) -> None:
+    def __init__(self, *weights: Tensor, tasks: list[tuple[int, WeightGradientTask]] | None = None) -> None:
         self.weights = weights
-        self._tasks: list[tuple[int, WeightGradientTask]] = []
+        self.tasks: list[tuple[int, WeightGradientTask]] = [] if tasks is None else tasks
 
     def add(self, place: int, task: WeightGradientTask) -> None:
         """Leave the gradient of ``weights[place]`` for later."""
-        self._tasks.append((place, task))
+        self.tasks.append((place, task))
 
     def compute(self) -> list[Tensor | None]:
-        """Run all tasks left since the last call, on the current stream: a gradient for each weight.
+        """Run all tasks left since the last call, on the current stream.
 
-        ``None`` stands for a gradient that nobody left, or that its task has put elsewhere.
+        Returns:
+            For each weight the sum of its gradients, or ``None`` if none was left.
         """
-        tasks, self._tasks = self._tasks, []
+        tasks = self.tasks.copy()
+        self.tasks.clear()
         gradients: list[Tensor | None] = [None] * len(self.weights)
         for place, task in tasks:
             gradient, earlier = task(), gradients[place]
-            gradients[place] = gradient if earlier is None or gradient is None else earlier + gradient
+            gradients[place] = gradient if earlier is None else earlier + gradient
         return gradients

@@ -100,6 +100,7 @@ class _GroupedLinear(torch.autograd.Function):
         gemm: GroupedGemm,
         defer: Callable[[WeightGradientTask], None] | None,
     ) -> Tensor:
+        ctx.parameter = weight  # besides the saved one, which may come back as another tensor without main_grad
         rows, weight = _row_major(rows), _row_major(weight)
         ctx.save_for_backward(rows, weight)
         ctx.segments, ctx.gemm, ctx.defer = segments, gemm, defer
@@ -114,9 +115,24 @@ class _GroupedLinear(torch.autograd.Function):
         grad_rows = ctx.gemm.dgrad(grad, weight, ctx.segments) if need_rows else None
         grad_weight = None
         if need_weight:
-            task = functools.partial(ctx.gemm.wgrad, grad, rows, ctx.segments)
+            task = functools.partial(_weight_gradient, ctx.parameter, grad, rows, ctx.segments, ctx.gemm)
             grad_weight = task() if ctx.defer is None else ctx.defer(task)
         return grad_rows, grad_weight, None, None, None
+
+
+def _weight_gradient(weight: Tensor, grad: Tensor, rows: Tensor, segments: ExpertSegments, gemm: GroupedGemm) -> Tensor:
+    """The gradient of ``weight``, or, if it was added to Megatron's ``main_grad``, a tensor without meaning.
+
+    Megatron's ``DistributedDataParallel`` (checked with 0.16) gives its parameters ``main_grad``, a view of the buffer
+    that it reduces, and the mark ``grad_added_to_main_grad``. Its hook asks for a gradient to be there, and adds it to
+    ``main_grad`` only where the mark is false.
+    """
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is None or not hasattr(weight, "grad_added_to_main_grad"):
+        return gemm.wgrad(grad, rows, segments)
+    gemm.wgrad(grad, rows, segments, out=main_grad, accumulate=True)
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)
 
 
 def _row_major(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ Distributed checkpoints name weights by global expert (``experts.linear_fc1.weig
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTe
 from torch import Tensor
 
 from ep_moe.experts import GroupedExperts
+from ep_moe.experts.deferred import DeferredGradients, WeightGradientTask
 
 Layout = Literal["native", "sequential", "grouped", "te_grouped"]
 
@@ -100,18 +101,65 @@ def _is_extra_state(name: str, prefix: str) -> bool:
 class MegatronExperts(GroupedExperts):
     """Routed experts as a Megatron model stores, shards and reduces them."""
 
-    def __init__(self, *args: Any, ep_rank: int, ep_size: int, expert_data_parallel_rank: int, **kwargs: Any) -> None:
-        """As :class:`~ep_moe.experts.GroupedExperts`, plus this rank's place among the experts' ranks."""
+    def __init__(
+        self,
+        *args: Any,
+        ep_rank: int,
+        ep_size: int,
+        expert_data_parallel_rank: int,
+        delay_wgrad: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As :class:`~ep_moe.experts.GroupedExperts`, plus what Megatron's schedules and checkpoints need.
+
+        Args:
+            args: of ``GroupedExperts``.
+            ep_rank: of this rank in the expert-parallel group.
+            ep_size: of that group.
+            expert_data_parallel_rank: this rank among those that hold the same experts.
+            delay_wgrad: leave weight gradients to :meth:`backward_dw`.
+            kwargs: of ``GroupedExperts``.
+        """
         super().__init__(*args, **kwargs)
         self.ep_rank = ep_rank
         self.ep_size = ep_size
         self.expert_data_parallel_rank = expert_data_parallel_rank
+        self.delay_wgrad = delay_wgrad
+        self._delayed: list[tuple[int, WeightGradientTask]] = []
+        self._gradient_hooks: list[Callable[[], None]] = []
         for parameter in self.parameters():
             # Megatron's DDP reduces such parameters over the expert data-parallel group only.
             parameter.allreduce = ep_size == 1  # type: ignore[attr-defined]
+            # It hooks such parameters by the method below, for their gradients come after the backward pass.
+            parameter.skip_backward_post_hook = delay_wgrad  # type: ignore[attr-defined]
 
+    def defer_gradients(self) -> DeferredGradients:
+        """As in ``GroupedExperts``; with ``delay_wgrad`` all passes leave their gradients in one place."""
+        deferred = super().defer_gradients()
+        return DeferredGradients(*deferred.weights, tasks=self._delayed) if self.delay_wgrad else deferred
+
+    def register_wgrad_accumulation_and_reduce_hooks(self, hook: Callable[[], None]) -> None:
+        """Call ``hook``, of one parameter, whenever :meth:`backward_dw` is done; Megatron's DDP calls this."""
+        self._gradient_hooks.append(hook)
+
+    @torch.no_grad()
     def backward_dw(self) -> None:
-        """Nothing to do: weight gradients are computed in the backward pass itself."""
+        """With ``delay_wgrad`` compute the weight gradients of all backward passes since the last call.
+
+        They are added to ``grad``, or to Megatron's ``main_grad`` where there is one.
+        """
+        if not self._delayed:
+            return
+        weights = (self.fc1_weight, self.fc2_weight)
+        for weight, gradient in zip(weights, DeferredGradients(*weights, tasks=self._delayed).compute(), strict=True):
+            if gradient is not None:
+                gradient = gradient.to(weight.dtype)  # computed in another under autocast
+                weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+        for hook in self._gradient_hooks:
+            hook()
+        for weight in weights:
+            if getattr(weight, "grad_added_to_main_grad", False):
+                weight.grad = None  # has no meaning then; it was there for the hooks
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         native = to_native(state_dict, prefix, self.num_local_experts)

@@ -22,11 +22,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ep_moe.comm import communicator_factory
-from ep_moe.config import PhasesConfig
+from ep_moe.config import ConfigError, PhasesConfig
 from ep_moe.dispatcher import ExchangeShape, TokenDispatcher
 from ep_moe.experts.deferred import DeferredGradients
 from ep_moe.layer import to_compute_dtype
 from ep_moe.megatron.experts import MegatronExperts
+from ep_moe.megatron.handover import Handover
 from ep_moe.megatron.router import MegatronRouter
 from ep_moe.megatron.translate import Backend, Comm, moe_config
 from ep_moe.phases import PhaseSelector, most_tokens
@@ -81,6 +82,11 @@ class MegatronEPMoELayer(MoELayer):
             "dtype": config.params_dtype,
         }
         phases = phases if phases is not None else PhasesConfig()
+        if config.overlap_moe_expert_parallel_comm and "wgrad" in phases.train.overlap:
+            raise ConfigError(
+                "phases.train.overlap = [wgrad]: Megatron's overlapped schedule (overlap_moe_expert_parallel_comm) "
+                "cuts the backward pass between dispatch and experts; set TransformerConfig.delay_wgrad_compute instead"
+            )
         communicators = communicator_factory(
             comm, groups.ep, max_tokens=most_tokens(phases), timeout_s=moe.comm_timeout_s
         )
@@ -95,6 +101,7 @@ class MegatronEPMoELayer(MoELayer):
             ep_rank=communicators.rank,
             ep_size=communicators.size,
             expert_data_parallel_rank=megatron_utils.get_pg_rank(groups.expt_dp),
+            delay_wgrad=getattr(config, "delay_wgrad_compute", False),
             **kind,
         )
         if self.use_shared_expert:
@@ -107,6 +114,8 @@ class MegatronEPMoELayer(MoELayer):
             )
         shape = ExchangeShape(moe.num_experts, config.hidden_size, self.experts.alignment, moe.capacity_rows)
         self._phases = PhaseSelector(phases, communicators, shape)
+        self._tokens = Handover(stand_ins=config.overlap_moe_expert_parallel_comm)
+        self._rows = Handover(stand_ins=config.overlap_moe_expert_parallel_comm)
         self._shape = torch.Size()
         self._topk_idx: Tensor | None = None
         self._routes: Any = None
@@ -134,19 +143,25 @@ class MegatronEPMoELayer(MoELayer):
         self._shape, self._topk_idx = hidden_states.shape, routing_map
         x = to_compute_dtype(hidden_states.reshape(-1, hidden_states.shape[-1]))
         self.token_dispatcher, scheduler = self._phases.select(self.training, x.shape[0], x.device)
-        self._deferred = self.experts.defer_gradients() if scheduler.wgrad_behind_dispatch else None
+        defers = scheduler.wgrad_behind_dispatch or self.experts.delay_wgrad
+        self._deferred = self.experts.defer_gradients() if defers else None
+        x, probs = self._tokens.leave(x, probs)
         return x, probs
 
     def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
         """Bring tokens and routing weights to their experts: expert-major rows and the weight of each row."""
         assert self._topk_idx is not None
-        arrived = self.token_dispatcher.dispatch(hidden_states, self._topk_idx, probs, behind=self._deferred)
+        hidden_states, probs = self._tokens.take(hidden_states, probs)
+        behind = None if self.experts.delay_wgrad else self._deferred
+        arrived = self.token_dispatcher.dispatch(hidden_states, self._topk_idx, probs, behind=behind)
         self._routes = arrived.handle
-        return arrived.rows, arrived.weights
+        (rows,) = self._rows.leave(arrived.rows)
+        return rows, arrived.weights
 
     def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor | None) -> tuple[Tensor, None]:
         """Apply the experts to their rows."""
-        return self.experts(hidden_states, probs, self._routes.segments, self._deferred), None
+        (rows,) = self._rows.take(hidden_states)
+        return self.experts(rows, probs, self._routes.segments, self._deferred), None
 
     def combine(self, output: Tensor) -> Tensor:
         """Sum the rows of each token at its source: ``[tokens, hidden]``."""

@@ -29,7 +29,6 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("moe_latent_size", (None,), "latent projections are not implemented"),
     ("moe_pad_expert_input_to_capacity", (False,), "rows are never padded to the capacity"),
     ("moe_shared_expert_overlap", (False,), "not implemented yet"),
-    ("delay_wgrad_compute", (False,), "not implemented yet"),
     ("expert_tensor_parallel_size", (1, None), "experts are not split over tensor-parallel ranks"),
     ("fp8", (None, False), "experts compute in the dtype of their parameters"),
     ("fp4", (None, False), "experts compute in the dtype of their parameters"),
