@@ -25,6 +25,7 @@ from ep_moe.comm import ExpertSegments
 from ep_moe.config import Config, ExpertsConfig, ModelConfig, MoEConfig, PhaseConfig, PhasesConfig
 from ep_moe.experts.backends import select_backend
 from ep_moe.experts.gemm import grouped_linear
+from ep_moe.tracing import trace
 
 REPEATS, WARM_UP = 20, 5
 
@@ -92,7 +93,9 @@ def measure(name: str, backend: str, sms: int | None, arguments: argparse.Namesp
     whole = Times(time_call(lambda: without_grad(lambda: layer(x))), time_call(both))
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30
     if arguments.trace is not None:
-        trace(both, arguments.trace / f"{name}_{backend}.json")
+        with trace(arguments.trace / f"{name}_{backend}_rank{dist.get_rank()}.json", layer) as profile:
+            both()
+        say(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60))
     gemms = time_gemms(layer, shape, arguments.tokens * shape.top_k, backend, device)
     ratios = f"{whole.forward / gemms.forward:10.2f} {whole.both / gemms.both:5.2f}"
     times = " | ".join(f"{t.forward:10.2f} {t.both:8.2f}" for t in (whole, gemms))
@@ -165,18 +168,6 @@ def time_call(call: Callable[[], object]) -> float:
         if repeat >= WARM_UP:
             times.append(float(slowest))
     return statistics.median(times)
-
-
-def trace(call: Callable[[], object], path: Path) -> None:
-    """Write a timeline of ``call`` for chrome://tracing or ui.perfetto.dev, and print its largest kernels."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        call()
-        torch.cuda.synchronize()
-    if dist.get_rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        profile.export_chrome_trace(str(path))
-        print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60))
 
 
 def say(text: str) -> None:

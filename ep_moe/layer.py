@@ -16,6 +16,7 @@ from ep_moe.experts import GroupedExperts, SharedExperts
 from ep_moe.overlap import Stages
 from ep_moe.phases import PhaseSelector, most_tokens
 from ep_moe.router import TopKRouter
+from ep_moe.tracing import StageRanges
 
 
 class EPMoELayer(nn.Module):
@@ -24,6 +25,9 @@ class EPMoELayer(nn.Module):
     Every rank of the group brings its own tokens and holds ``num_experts / ep_size`` experts. Expert parameters
     (``layer.experts``) differ between the ranks of the group and carry ``allreduce = False`` where the group has
     more than one rank; all others are replicas (see ``ep_moe.data_parallel``).
+
+    Attributes:
+        ranges: of its stages, off unless :func:`ep_moe.tracing.annotate_stages` turns them on.
     """
 
     def __init__(
@@ -101,6 +105,7 @@ class EPMoELayer(nn.Module):
             parameter.allreduce = ep_size == 1  # type: ignore[attr-defined]
         shape = ExchangeShape(moe.num_experts, hidden, self.experts.alignment, moe.capacity_rows)
         self._phases = PhaseSelector(config.phases, communicators, shape)
+        self.ranges = StageRanges()
 
     def phase(self, name: str | None) -> contextlib.AbstractContextManager[None]:
         """Use the settings of phase ``name`` from now on, or until the end of a ``with`` block.
@@ -138,13 +143,14 @@ class EPMoELayer(nn.Module):
             )
         tokens = hidden_states.numel() // hidden
         dispatcher, scheduler = self._phases.select(self.training, tokens, hidden_states.device)
-        routing = self.router(hidden_states, padding_mask)
+        run = self.ranges.run
+        routing = run("route", self.router, hidden_states, padding_mask)
 
         def routed(x: Tensor) -> Tensor:
             deferred = self.experts.defer_gradients() if scheduler.wgrad_behind_dispatch else None
-            arrived = dispatcher.dispatch(x, routing.topk_idx, routing.topk_weights, behind=deferred)
-            rows = self.experts(arrived.rows, arrived.weights, arrived.segments, deferred)
-            return dispatcher.combine(rows, arrived.handle)
+            arrived = run("dispatch", dispatcher.dispatch, x, routing.topk_idx, routing.topk_weights, behind=deferred)
+            rows = run("experts", self.experts, arrived.rows, arrived.weights, arrived.segments, deferred)
+            return run("combine", dispatcher.combine, rows, arrived.handle)
 
         x = to_compute_dtype(hidden_states.reshape(tokens, hidden))
         out = scheduler.run(Stages(routed, self.shared_experts), x)

@@ -14,14 +14,15 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
+from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from ep_moe.config import Config, ConfigError
 from ep_moe.config_loading import load_config
+from ep_moe.tracing import annotate_stages, trace
 
 # Megatron warns of every optional package that it does without, and of layers that are not its own.
 warnings.filterwarnings("ignore", module=r"megatron\.")
@@ -45,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="short for --set training.device=...")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in the output folder")
     parser.add_argument("--profile", action="store_true", help="write a trace of a few steps that a browser opens")
+    parser.add_argument("--nvtx", action="store_true", help="mark the stages of MoE layers for Nsight Systems")
     return parser.parse_args()
 
 
@@ -62,9 +64,10 @@ def run(config: Config, trainer: Trainer, world: World, resume: bool, profile: b
     report.message(f"Processes: {world.size} on {world.device.type}, {str(world.dtype).removeprefix('torch.')}")
     if trainer.step:
         report.message(f"Resumed after step {trainer.step}")
-    with profiler(Path(training.output_dir) / "trace.json", enabled=profile and world.is_main) as trace:
+    path, first = Path(training.output_dir) / "trace.json", trainer.step
+    with profiler(path, trainer.model, enabled=profile and world.is_main) as on_step:
         while trainer.step < training.steps:
-            trace(trainer.step)
+            on_step(trainer.step - first)
             result = trainer.train_step()
             report.advance()
             last = trainer.step == training.steps
@@ -78,28 +81,19 @@ def run(config: Config, trainer: Trainer, world: World, resume: bool, profile: b
 
 
 @contextlib.contextmanager
-def profiler(path: Path, enabled: bool) -> Iterator:
-    """Yield a function to call with each step's number; writes the trace of ``PROFILED_STEPS`` to ``path``."""
-    if not enabled:
-        yield lambda step: None
-        return
-    profile = torch.profiler.profile()
-    running = False
+def profiler(path: Path, model: nn.Module, enabled: bool) -> Iterator[Callable[[int], None]]:
+    """Yield a function to call before each step of this run; writes the trace of ``PROFILED_STEPS`` to ``path``."""
+    with contextlib.ExitStack() as running:
 
-    def on_step(step: int) -> None:
-        nonlocal running
-        wanted = step in PROFILED_STEPS
-        if wanted and not running:
-            profile.start()
-        elif running and not wanted:
-            profile.stop()
-            profile.export_chrome_trace(str(path))
-            print(f"Trace: {path} (open in chrome://tracing or ui.perfetto.dev)", file=sys.stderr)
-        running = wanted
+        def on_step(step: int) -> None:
+            if enabled and step == PROFILED_STEPS.start:
+                message = f"Trace: {path} (open in chrome://tracing or ui.perfetto.dev)"
+                running.callback(print, message, file=sys.stderr)
+                running.enter_context(trace(path, model))
+            elif step == PROFILED_STEPS.stop:
+                running.close()
 
-    yield on_step
-    if running:
-        on_step(PROFILED_STEPS.stop)
+        yield on_step
 
 
 @record
@@ -114,6 +108,7 @@ def main() -> None:
         corpus = load_corpus(config.data)
         with join_processes(config) as world:
             trainer = Trainer(config, corpus, world)
+            annotate_stages(trainer.model, on=arguments.nvtx)
             run(config, trainer, world, arguments.resume, arguments.profile)
     except (Exception, KeyboardInterrupt):
         checkpoint = last_checkpoint(config) if config else None

@@ -132,7 +132,10 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_profile_writes_a_trace_that_a_browser_opens(tmp_path: Path) -> None:
     run(tmp_path, 1, flags=("--profile",))
     trace = json.loads((tmp_path / "trace.json").read_text())
-    assert any("Dispatch" in event.get("name", "") for event in trace["traceEvents"])
+    names = {event.get("name", "") for event in trace["traceEvents"]}
+    for stage in ("route", "dispatch", "experts", "combine"):
+        # the first layer is dense
+        assert {f"decoder.layers.1.mlp {stage}", f"decoder.layers.1.mlp {stage} backward"} <= names
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -31,6 +31,7 @@ from ep_moe.megatron.handover import Handover
 from ep_moe.megatron.router import MegatronRouter
 from ep_moe.megatron.translate import Backend, Comm, moe_config
 from ep_moe.phases import PhaseSelector, most_tokens
+from ep_moe.tracing import StageRanges
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,7 @@ class MegatronEPMoELayer(MoELayer):
             )
         shape = ExchangeShape(moe.num_experts, config.hidden_size, self.experts.alignment, moe.capacity_rows)
         self._phases = PhaseSelector(phases, communicators, shape)
+        self.ranges = StageRanges()
         self._tokens = Handover(stand_ins=config.overlap_moe_expert_parallel_comm)
         self._rows = Handover(stand_ins=config.overlap_moe_expert_parallel_comm)
         self._shape = torch.Size()
@@ -135,7 +137,7 @@ class MegatronEPMoELayer(MoELayer):
 
     def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Routing weights ``[tokens, top_k]`` and experts ``[tokens, top_k]`` of ``[sequence, batch, hidden]``."""
-        routing = self.router(hidden_states, padding_mask)
+        routing = self.ranges.run("route", self.router, hidden_states, padding_mask)
         return routing.topk_weights, routing.topk_idx
 
     def preprocess(self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +155,9 @@ class MegatronEPMoELayer(MoELayer):
         assert self._topk_idx is not None
         hidden_states, probs = self._tokens.take(hidden_states, probs)
         behind = None if self.experts.delay_wgrad else self._deferred
-        arrived = self.token_dispatcher.dispatch(hidden_states, self._topk_idx, probs, behind=behind)
+        arrived = self.ranges.run(
+            "dispatch", self.token_dispatcher.dispatch, hidden_states, self._topk_idx, probs, behind=behind
+        )
         self._routes = arrived.handle
         (rows,) = self._rows.leave(arrived.rows)
         return rows, arrived.weights
@@ -161,11 +165,11 @@ class MegatronEPMoELayer(MoELayer):
     def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor | None) -> tuple[Tensor, None]:
         """Apply the experts to their rows."""
         (rows,) = self._rows.take(hidden_states)
-        return self.experts(rows, probs, self._routes.segments, self._deferred), None
+        return self.ranges.run("experts", self.experts, rows, probs, self._routes.segments, self._deferred), None
 
     def combine(self, output: Tensor) -> Tensor:
         """Sum the rows of each token at its source: ``[tokens, hidden]``."""
-        return self.token_dispatcher.combine(output, self._routes)
+        return self.ranges.run("combine", self.token_dispatcher.combine, output, self._routes)
 
     def postprocess(self, output: Tensor, shared_expert_output: Tensor | None) -> Tensor:
         """Back to the shape of the input, with the shared experts' output added."""
