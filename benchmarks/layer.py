@@ -122,7 +122,12 @@ def time_gemms(layer: EPMoELayer, shape: Shape, rows: int, backend: str, device:
     counts = torch.bincount(torch.randint(shape.local_experts, (rows,)), minlength=shape.local_experts)
     segments = ExpertSegments(counts.to(device), counts.cumsum(0).int().to(device), tuple(counts.tolist()))
     gemm = select_backend(
-        backend, dtype=torch.bfloat16, device=device, hidden_size=shape.hidden, ffn_hidden_size=shape.ffn
+        backend,
+        dtype=torch.bfloat16,
+        device=device,
+        num_local_experts=shape.local_experts,
+        hidden_size=shape.hidden,
+        ffn_hidden_size=shape.ffn,
     )
     first = torch.randn(rows, shape.hidden, device=device).bfloat16().requires_grad_()
     second = torch.randn(rows, shape.ffn, device=device).bfloat16().requires_grad_()
@@ -180,7 +185,7 @@ def parse_arguments() -> argparse.Namespace:
     """What to measure."""
     parser = argparse.ArgumentParser(description="One MoE layer.")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--backends", nargs="+", default=["grouped_mm"])
+    parser.add_argument("--backends", nargs="+", default=["native", "grouped_mm"])
     parser.add_argument("--comm", choices=["auto", "portable", "nvlink"], default="auto")
     parser.add_argument("--tokens", type=int, default=4096, help="per rank")
     parser.add_argument("--sms", type=int, nargs="+", default=[None], help="SM budgets of communication")
