@@ -277,10 +277,10 @@ EP_MOE_API const char* ep_moe_grouped_gemm_wgrad(const ep_moe::GroupedWgradArgs*
   gemm.args = *args;
   constexpr CUtensorMapDataType kBf16 = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const CUtensorMapDataType out_type = args->accumulate ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : kBf16;
-  if (!encode_block_map(&gemm.grad, args->grad, args->num_rows, args->out_features, kBlockK, kTileOut / 64) ||
-      !encode_block_map(&gemm.rows, args->rows, args->num_rows, args->in_features, kBlockK, kTileIn / 64) ||
-      !encode_tensor_map(&gemm.out, out_type, args->out, args->experts, args->out_features, args->in_features,
-                         args->accumulate ? 64 : 128)) {
+  if (!encode_column_blocks(&gemm.grad, args->grad, args->num_rows, args->out_features, kBlockK, kTileOut / 64) ||
+      !encode_column_blocks(&gemm.rows, args->rows, args->num_rows, args->in_features, kBlockK, kTileIn / 64) ||
+      !encode_rows(&gemm.out, out_type, args->out, args->experts, args->out_features, args->in_features,
+                   args->accumulate ? 64 : 128)) {
     return error_text(cudaErrorInvalidValue, kWhat);
   }
   const auto kernel = args->accumulate ? weight_gemm_kernel<true> : weight_gemm_kernel<false>;

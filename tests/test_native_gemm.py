@@ -143,8 +143,8 @@ def test_weight_gradients_into_memory_that_is_there() -> None:
 
     before = torch.randn(fresh.shape, device="cuda")
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 2**-7)):
-        total = before.to(dtype)
-        start = total.float()
+        total = before.to(dtype, copy=True)
+        start = total.float().clone()
         for _ in range(2):
             NATIVE.wgrad(case.grad, case.rows, case.segments, out=total, accumulate=True)
         for expert, place in enumerate(case.ranges):

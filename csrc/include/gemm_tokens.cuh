@@ -213,11 +213,11 @@ const char* launch_token_gemm(const char* what, const GroupedGemmArgs& args, cud
   const int64_t rows = transposed ? args.reduction : args.columns, columns = transposed ? args.columns : args.reduction;
   TokenGemm gemm;
   gemm.args = args;
-  bool encoded = encode_tensor_map(&gemm.weight, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, args.weight, args.experts, rows,
-                                   columns, transposed ? kBlockK : kWeightTile);
+  bool encoded = encode_rows(&gemm.weight, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, args.weight, args.experts, rows, columns,
+                             transposed ? kBlockK : kWeightTile);
   for (int i = 0; i < kWidthClasses; ++i) {
-    encoded = encoded && encode_tensor_map(&gemm.rows[i], CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, args.rows, 1, args.num_rows,
-                                           args.reduction, width_of_class(i));
+    encoded = encoded && encode_rows(&gemm.rows[i], CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, args.rows, 1, args.num_rows,
+                                     args.reduction, width_of_class(i));
   }
   if (!encoded) return error_text(cudaErrorInvalidValue, what);
   return launch(what, token_gemm_kernel<weight_major>, gemm, args.blocks, kGemmThreads, kTokenSharedBytes,

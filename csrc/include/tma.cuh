@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "ptx.cuh"
+#include "wgmma.cuh"
 
 namespace ep_moe {
 
@@ -40,7 +41,8 @@ __device__ __forceinline__ void cp_reduce_async_bulk_tensor_add(const CUtensorMa
       : "memory");
 }
 
-// The driver's encoder, found through the runtime so that the library does not link the driver; or nullptr.
+// The driver's encoder, found through the runtime so that the library does not link the driver; or nullptr. The driver
+// wants a context bound to the calling thread, which the runtime does at a thread's first call that needs one.
 inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   static const PFN_cuTensorMapEncodeTiled_v12000 encoder = [] {
     void* function = nullptr;
@@ -57,37 +59,42 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
-// Encodes boxes 128 bytes wide and `box_rows` high of `matrices` row-major matrices of bf16 or fp32 behind one another,
-// which lie in shared memory under the 128-byte swizzle. False if the driver refuses.
-inline bool encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, const void* base, int64_t matrices,
-                              int64_t rows, int64_t columns, int box_rows) {
+// False if the driver refuses. Three dimensions, fastest first; strides in bytes, of all but the first.
+inline bool encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, const void* base,
+                              const cuuint64_t (&sizes)[3], const cuuint64_t (&strides)[2],
+                              const cuuint32_t (&box)[3]) {
   const auto encode = tensor_map_encoder();
-  if (encode == nullptr) return false;
-  const cuuint64_t element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
-  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
-                               static_cast<cuuint64_t>(matrices)};
-  const cuuint64_t strides[2] = {sizes[0] * element_bytes, sizes[0] * sizes[1] * element_bytes};
-  const cuuint32_t box[3] = {static_cast<cuuint32_t>(128 / element_bytes), static_cast<cuuint32_t>(box_rows), 1};
+  int device = 0;
+  // binds the context
+  if (encode == nullptr || cudaGetDevice(&device) != cudaSuccess || cudaSetDevice(device) != cudaSuccess) return false;
   const cuuint32_t steps[3] = {1, 1, 1};
   return encode(map, type, 3, const_cast<void*>(base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+// Encodes boxes 128 bytes wide and `box_rows` high of `matrices` row-major matrices of bf16 or fp32 behind one another,
+// which lie in shared memory under the 128-byte swizzle.
+inline bool encode_rows(CUtensorMap* map, CUtensorMapDataType type, const void* base, int64_t matrices, int64_t rows,
+                        int64_t columns, int box_rows) {
+  const cuuint64_t element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
+  const cuuint64_t row_bytes = static_cast<cuuint64_t>(columns) * element_bytes;
+  return encode_tensor_map(
+      map, type, base,
+      {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(matrices)},
+      {row_bytes, row_bytes * static_cast<cuuint64_t>(rows)},
+      {static_cast<cuuint32_t>(kSwizzleRowBytes / element_bytes), static_cast<cuuint32_t>(box_rows), 1});
+}
+
 // Encodes boxes of `box_rows` rows and `box_blocks` blocks of 64 columns of a row-major bf16 matrix, whose coordinates
-// are 0, the row and the block. The blocks lie one behind the other in shared memory, each under the 128-byte swizzle.
-// False if the driver refuses.
-inline bool encode_block_map(CUtensorMap* map, const void* base, int64_t rows, int64_t columns, int box_rows,
-                             int box_blocks) {
-  const auto encode = tensor_map_encoder();
-  if (encode == nullptr) return false;
-  const cuuint64_t sizes[3] = {64, static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(columns / 64)};
-  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(columns) * 2, 128};  // bytes
-  const cuuint32_t box[3] = {64, static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(box_blocks)};
-  const cuuint32_t steps[3] = {1, 1, 1};
-  return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(base), sizes, strides, box, steps,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+// are 0, the row and the block. The blocks lie one behind the other in shared memory, each under the 128-byte swizzle:
+// one copy instead of one a block, which a thread that does nothing else could not issue fast enough.
+inline bool encode_column_blocks(CUtensorMap* map, const void* base, int64_t rows, int64_t columns, int box_rows,
+                                 int box_blocks) {
+  return encode_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, base,
+                           {64, static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(columns / 64)},
+                           {static_cast<cuuint64_t>(columns) * 2, kSwizzleRowBytes},
+                           {64, static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(box_blocks)});
 }
 
 }  // namespace ep_moe
