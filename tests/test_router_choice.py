@@ -90,7 +90,8 @@ def test_gpu_gating_loses_nothing_to_low_precision_operands(half: torch.dtype) -
     x, weight = (torch.randn(n, 7168, generator=generator).to("cuda", half) for n in (300, 24))
     exact = x.double() @ weight.double().T
     error = (gating_logits(x, weight, torch.float32).double() - exact).abs().max()
-    assert error <= 2e-6 * 7168**0.5 * exact.abs().max()  # of sums in fp32, not of operands or results in half precision
+    # That of sums in fp32: operands or results in half precision would be further off.
+    assert error <= 2e-6 * 7168**0.5 * exact.abs().max()
     assert gating_logits(x, weight, torch.float32).dtype == torch.float32
 
 
