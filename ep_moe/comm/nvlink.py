@@ -163,8 +163,10 @@ class NvlinkCommunicator:
                     break
                 most_tokens, counts = self._wait_for_counts(local_experts)
                 if most_tokens <= core.max_tokens:
-                    sizes = tuple(-(-count // alignment) * alignment for count in counts[:-1])
-                    segments, received = ExpertSegments(table.counts, table.ends, sizes), counts[-1]
+                    *sizes, received = counts
+                    if alignment > 1:
+                        sizes = [-(-size // alignment) * alignment for size in sizes]
+                    segments = ExpertSegments(table.counts, table.ends, tuple(sizes))
                     break
                 core.grow(most_tokens)  # all ranks have learnt the same number
             routes = NvlinkHandle(
