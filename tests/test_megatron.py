@@ -11,6 +11,7 @@ pytest.importorskip("megatron.core")
 
 import torch
 import torch.nn.functional as F
+from communicators import rank_device
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -231,7 +232,42 @@ def test_gpu_main_grad_under_megatrons_ddp(overlap: tuple[Any, ...], overlap_gra
     assert run_ranks(1, _with_megatron_ddp, overlap, overlap_grad_reduce) == [[]]
 
 
-def _cut_schedule_with_wgrad(rank: int, world: int) -> str:
+def _beside(rank: int, world: int, device: str, overlap: tuple[Any, ...], changes: dict[str, Any]) -> dict[str, Any]:
+    """Output and gradients of a layer with shared experts in two passes, and their order of computation."""
+    with expert_parallel(world):
+        torch.manual_seed(3)
+        config = transformer_config(moe_shared_expert_intermediate_size=16, moe_shared_expert_gate=True, **changes)
+        phases = PhasesConfig(train=PhaseConfig(overlap=overlap))
+        on = rank_device(device, rank)
+        layer = gpt_model(config, phases=phases, comm="portable").decoder.layers[0].mlp.to(on)
+        calls: list[str] = []
+        layer.shared_experts.register_forward_hook(lambda *_: calls.append("shared"))
+        layer.router.register_forward_hook(lambda *_: calls.append("route"))
+        found = {}
+        for seed in range(2):
+            generator = torch.Generator().manual_seed(10 * seed + rank)
+            x, upstream = torch.randn(2, 16, 2, HIDDEN, generator=generator).to(on)
+            out, _ = layer(x.requires_grad_())
+            out.backward(upstream)
+            found[f"out {seed}"], found[f"x {seed}"] = out.detach().cpu(), x.grad.cpu()
+        found |= {name: parameter.grad.cpu() for name, parameter in layer.named_parameters()}
+        return {"tensors": found, "calls": calls, "strategies": layer._phases._phases.train.overlap}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_strategies_change_no_bit(device: str) -> None:
+    plain = run_ranks(2, _beside, device, (), {})
+    asked = [
+        (("shared_experts",), {}, ("shared_experts",)),
+        (("wgrad",), {"moe_shared_expert_overlap": True}, ("wgrad", "shared_experts")),
+    ]
+    for overlap, changes, strategies in asked:
+        for want, got in zip(plain, run_ranks(2, _beside, device, overlap, changes), strict=True):
+            assert got["strategies"] == strategies and got["calls"] == want["calls"] == 2 * ["shared", "route"]
+            assert all(torch.equal(value, got["tensors"][name]) for name, value in want["tensors"].items())
+
+
+def _strategy_under_the_overlapped_schedule(rank: int, world: int) -> str:
     with expert_parallel(world):
         try:
             gpt_model(transformer_config(**OVERLAPPED), phases=PhasesConfig(train=PhaseConfig(overlap=("wgrad",))))
@@ -240,9 +276,9 @@ def _cut_schedule_with_wgrad(rank: int, world: int) -> str:
         return ""
 
 
-def test_wgrad_and_the_overlapped_schedule_exclude_each_other() -> None:
-    for message in run_ranks(2, _cut_schedule_with_wgrad):
-        assert "set TransformerConfig.delay_wgrad_compute instead" in message
+def test_the_overlapped_schedule_excludes_strategies() -> None:
+    for message in run_ranks(2, _strategy_under_the_overlapped_schedule):
+        assert message.startswith("phases.train.overlap = [wgrad]: under overlap_moe_expert_parallel_comm")
 
 
 def _attributes(rank: int, world: int) -> dict[str, Any]:
