@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ep_moe.streams import record_use
+
 
 @dataclass(frozen=True)
 class Stages:
@@ -59,16 +61,15 @@ class OverlapScheduler:
             return lambda: out
         if self._side_stream is None:
             self._side_stream = torch.cuda.Stream(x.device)
-        main, side = torch.cuda.current_stream(x.device), self._side_stream
-        side.wait_stream(main)
+        side = self._side_stream
+        side.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(side):
             shared_out = shared(x)
-        # The allocator must not reuse x for the main stream while the side stream may still read it.
-        x.record_stream(side)
+            record_use(x)  # in the backward pass too, so nobody can hold it for long enough instead
 
         def finish() -> Tensor:
-            main.wait_stream(side)
-            shared_out.record_stream(main)
+            torch.cuda.current_stream(x.device).wait_stream(side)
+            record_use(shared_out)
             return shared_out
 
         return finish

@@ -3,7 +3,8 @@
 Megatron's schedules ask ``isinstance(layer.mlp, MoELayer)`` and call the layer's steps one by one, so this is a
 real subclass that replaces every step. What the steps hand to each other (routing weights, expert-major rows) is
 ours; Megatron only passes it along. Like Megatron's own dispatchers the layer keeps the routes of the forward pass
-in progress between its steps, so a layer runs one forward pass at a time; the backward pass needs none of it.
+in progress between its steps, so a layer runs one forward pass at a time; the backward pass needs none of it. A
+schedule may run each step on another stream, so steps tell the allocator what they read of earlier ones.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from ep_moe.megatron.handover import Handover
 from ep_moe.megatron.router import MegatronRouter
 from ep_moe.megatron.translate import Backend, Comm, honour_overlap, moe_config
 from ep_moe.phases import PhaseSelector, most_tokens
+from ep_moe.streams import record_use
 from ep_moe.tracing import StageRanges
 
 logger = logging.getLogger(__name__)
@@ -167,6 +169,7 @@ class MegatronEPMoELayer(MoELayer):
         """Bring tokens and routing weights to their experts: expert-major rows and the weight of each row."""
         assert self._topk_idx is not None
         hidden_states, probs = self._tokens.take(hidden_states, probs)
+        record_use((hidden_states, probs, self._topk_idx))
         behind = None if self.experts.delay_wgrad else self._deferred
         arrived = self.ranges.run(
             "dispatch", self.token_dispatcher.dispatch, hidden_states, self._topk_idx, probs, behind=behind
@@ -178,6 +181,7 @@ class MegatronEPMoELayer(MoELayer):
     def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor | None) -> tuple[Tensor, None]:
         """Apply the experts to their rows."""
         (rows,) = self._rows.take(hidden_states)
+        record_use((rows, probs, self._routes.segments))
         return self.ranges.run("experts", self.experts, rows, probs, self._routes.segments, self._deferred), None
 
     def combine(self, output: Tensor) -> Tensor:
