@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -187,49 +187,61 @@ def test_gradients_go_straight_into_main_grad(way: str, backend: str) -> None:
             assert value.any() and got[name].dtype == torch.float32 and torch.equal(got[name], value), name
 
 
-def _with_megatron_ddp(rank: int, world: int, overlap: tuple[Any, ...], overlap_grad_reduce: bool) -> list[str]:
+def _with_megatron_ddp(
+    rank: int, world: int, device: str, changes: dict[str, Any], overlap: tuple[Any, ...], overlap_grad_reduce: bool
+) -> list[str]:
     """Parameters whose ``main_grad`` after two micro-batches under Megatron's DDP is not the sum of their gradients."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    with expert_parallel(world):
+    with expert_parallel(world), mock.patch("torch.cuda.current_device", lambda: on):
+        on = rank_device(device, rank)
         torch.manual_seed(3)
-        device = torch.device("cuda", rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        config = transformer_config(bf16=True, params_dtype=torch.bfloat16)
+        config = transformer_config(**{"bf16": True, "params_dtype": torch.bfloat16, **changes})
         phases = PhasesConfig(train=PhaseConfig(overlap=overlap))
-        layer = gpt_model(config, phases=phases, comm="portable").decoder.layers[0].mlp.to(device)
+        layer = gpt_model(config, phases=phases, comm="portable").decoder.layers[0].mlp.to(on)
 
-        def passes(module: torch.nn.Module) -> Iterator[None]:
-            for seed in range(2):
-                generator = torch.Generator().manual_seed(10 * seed + rank)
-                x, upstream = torch.randn(2, 16, 2, HIDDEN, generator=generator).to(device, torch.bfloat16)
-                module(x.requires_grad_())[0].backward(upstream)
-                yield
+        def micro_batch(seed: int) -> None:
+            generator = torch.Generator().manual_seed(10 * seed + rank)
+            x, upstream = torch.randn(2, 16, 2, HIDDEN, generator=generator).to(on, torch.bfloat16)
+            if changes:
+                run_steps(layer, x.requires_grad_(), upstream, frees=True)
+            else:
+                layer(x.requires_grad_())[0].backward(upstream)
 
-        sums = {name: torch.zeros(p.shape, device=device) for name, p in layer.named_parameters()}
-        for _ in passes(layer):
+        sums = {name: torch.zeros(p.shape, device=on) for name, p in layer.named_parameters()}
+        for seed in range(2):
+            micro_batch(seed)
             for name, parameter in layer.named_parameters():
                 sums[name] += parameter.grad
                 parameter.grad = None
         settings = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, overlap_grad_reduce=overlap_grad_reduce, use_distributed_optimizer=False
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=overlap_grad_reduce,
+            use_distributed_optimizer=False,
+            delay_wgrad_compute=bool(changes.get("delay_wgrad_compute")),
         )
         wrapped = DistributedDataParallel(config, settings, layer)
         wrapped.zero_grad_buffer()
-        micro_batches = passes(wrapped)
         with wrapped.no_sync():
-            next(micro_batches)
-        next(micro_batches)
-        wrapped.finish_grad_sync()
-        assert all(p.grad_added_to_main_grad == name.startswith("experts.") for name, p in layer.named_parameters())
+            micro_batch(0)
+        micro_batch(1)
+        fused = {name for name, parameter in layer.named_parameters() if parameter.grad_added_to_main_grad}
+        assert fused == {"experts.fc1_weight", "experts.fc2_weight"}
+        assert all(parameter.grad is None for parameter in layer.parameters())
         return [name for name, p in layer.named_parameters() if not torch.equal(p.main_grad, sums[name])]
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("overlap", [(), ("wgrad",)], ids=["plain", "wgrad"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("overlap_grad_reduce", [False, True])
-def test_gpu_main_grad_under_megatrons_ddp(overlap: tuple[Any, ...], overlap_grad_reduce: bool) -> None:
-    assert run_ranks(1, _with_megatron_ddp, overlap, overlap_grad_reduce) == [[]]
+@pytest.mark.parametrize(
+    ("changes", "overlap"),
+    [({}, ()), ({}, ("wgrad",)), (OVERLAPPED, ()), ({**OVERLAPPED, "delay_wgrad_compute": True}, ())],
+    ids=["plain", "wgrad", "overlapped", "delayed"],
+)
+def test_main_grad_under_megatrons_ddp(
+    changes: dict[str, Any], overlap: tuple[Any, ...], overlap_grad_reduce: bool, device: str
+) -> None:
+    assert run_ranks(2, _with_megatron_ddp, device, changes, overlap, overlap_grad_reduce) == [[], []]
 
 
 def _beside(rank: int, world: int, device: str, overlap: tuple[Any, ...], changes: dict[str, Any]) -> dict[str, Any]:
