@@ -164,7 +164,12 @@ def time_gemms(layer: EPMoELayer, shape: Shape, rows: int, backend: str, device:
     counts = torch.bincount(torch.randint(shape.local_experts, (rows,)), minlength=shape.local_experts)
     segments = ExpertSegments(counts.to(device), counts.cumsum(0).int().to(device), tuple(counts.tolist()))
     gemm = select_backend(
-        backend, dtype=torch.bfloat16, device=device, hidden_size=shape.hidden, ffn_hidden_size=shape.ffn
+        backend,
+        dtype=torch.bfloat16,
+        device=device,
+        num_local_experts=shape.local_experts,
+        hidden_size=shape.hidden,
+        ffn_hidden_size=shape.ffn,
     )
     first = torch.randn(rows, shape.hidden, device=device).bfloat16().requires_grad_()
     second = torch.randn(rows, shape.ffn, device=device).bfloat16().requires_grad_()
@@ -222,7 +227,7 @@ def parse_arguments() -> argparse.Namespace:
     """What to measure."""
     parser = argparse.ArgumentParser(description="One MoE layer.")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--backends", nargs="+", default=["grouped_mm"])
+    parser.add_argument("--backends", nargs="+", default=["native", "grouped_mm"])
     parser.add_argument("--overlap", nargs="+", default=["none"], help="none, halves, two_batch, or strategies by +")
     parser.add_argument("--shared-ffn", type=int, default=0, help="inner width of shared experts, 0 for none")
     parser.add_argument("--capacity-rows", type=int, help="rows to make room for; the host then waits for no sizes")

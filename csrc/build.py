@@ -24,6 +24,9 @@ LIBRARY: Path = ROOT / "ep_moe" / INFO["LIBRARY_NAME"]
 
 # Machine code for Hopper; PTX, which the driver compiles at first use, for what came after.
 TARGETS = ["-gencode", "arch=compute_90,code=sm_90", "-gencode", "arch=compute_90,code=compute_90"]
+# Of sources whose instructions exist on Hopper alone, which PTX for newer GPUs cannot hold.
+HOPPER_TARGETS = ["-gencode", "arch=compute_90a,code=sm_90a"]
+HOPPER_SOURCES = "grouped_gemm_*.cu"
 COMPILE = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # The CUDA runtime goes into the library and stays invisible, so that it never meets the one torch brings.
 LINK = ["-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL"]
@@ -68,7 +71,8 @@ def build() -> Path | None:
 
 def _compile(source: Path, shared: list[Path], version: str) -> Path:
     name = "_".join(source.relative_to(CSRC).with_suffix("").parts)
-    flags = [*TARGETS, *COMPILE, f"-I{CSRC / 'include'}"]
+    targets = HOPPER_TARGETS if source.match(HOPPER_SOURCES) else TARGETS
+    flags = [*targets, *COMPILE, f"-I{CSRC / 'include'}"]
     if name == "version":
         # Another version is another object, so that a change of any source, a removed one too, links anew.
         name, flags = f"version-{version}", [*flags, f'-DEP_MOE_VERSION="{version}"']

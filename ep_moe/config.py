@@ -113,9 +113,10 @@ class ExpertsConfig(Section):
     activation: Literal["swiglu", "geglu", "gelu", "relu", "squared_relu"] = key(
         "swiglu", "Activation; swiglu and geglu are gated, with a first projection of twice the width."
     )
-    backend: Literal["auto", "grouped_mm", "loop", "te"] = key(
+    backend: Literal["auto", "native", "grouped_mm", "loop", "te"] = key(
         "auto",
-        "Grouped GEMM: PyTorch's grouped_mm, a plain loop, or TransformerEngine. auto: grouped_mm where it runs.",
+        "Grouped GEMM: our own (bf16 on Hopper), PyTorch's grouped_mm, a plain loop, or TransformerEngine. auto: the "
+        "first of native, grouped_mm and loop that runs.",
     )
 
 

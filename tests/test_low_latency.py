@@ -103,6 +103,14 @@ def test_random_cases(kind: str, device: str, ranks: int) -> None:
         assert not wrong, "\n".join(wrong[:5])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("ranks", "cases"), [(1, 300), (2, 400), (4, 260), (8, 40)])
+def test_a_thousand_random_cases(ranks: int, cases: int) -> None:
+    drawn = [random_case(10_000 * ranks + seed, ranks) for seed in range(cases)]
+    for wrong in run_ranks(ranks, run_cases, "nvlink", "cuda", drawn):
+        assert not wrong, "\n".join(wrong[:5])
+
+
 @pytest.mark.parametrize(("kind", "device"), LOW_LATENCY_COMMUNICATORS)
 @pytest.mark.parametrize("tokens", [(0, 0), (8, 0), (0, 1), (8, 8)])
 def test_any_number_of_tokens(kind: str, device: str, tokens: tuple[int, int]) -> None:

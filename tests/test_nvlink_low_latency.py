@@ -75,7 +75,7 @@ def _replays(rank: int, world: int, replays: int) -> int:
     return int(wrong)
 
 
-@pytest.mark.parametrize(("ranks", "replays"), [(1, 5000), (2, 200), (4, 50)])
+@pytest.mark.parametrize(("ranks", "replays"), [(1, 10_000), (2, 500), (4, 50), (8, 10)])
 def test_replays_with_changing_routing(ranks: int, replays: int) -> None:
     assert run_ranks(ranks, _replays, replays) == [0] * ranks
 

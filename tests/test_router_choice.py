@@ -83,6 +83,18 @@ def test_gradients_of_gating() -> None:
     assert low_weight.grad is not None and low_weight.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_gpu_gating_loses_nothing_to_low_precision_operands(half: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 7168, generator=generator).to("cuda", half) for n in (300, 24))
+    exact = x.double() @ weight.double().T
+    error = (gating_logits(x, weight, torch.float32).double() - exact).abs().max()
+    # That of sums in fp32: operands or results in half precision would be further off.
+    assert error <= 2e-6 * 7168**0.5 * exact.abs().max()
+    assert gating_logits(x, weight, torch.float32).dtype == torch.float32
+
+
 def drop_oracle(idx: list[list[int]], weights: list[list[float]], capacity: int, policy: str) -> list[list[int]]:
     """What is left of ``idx`` in plain Python: every expert ranks its tokens and keeps the first ``capacity``."""
     kept = [list(row) for row in idx]

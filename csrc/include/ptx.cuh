@@ -127,6 +127,11 @@ __device__ __forceinline__ void mbarrier_wait_parity(uint64_t* barrier, uint32_t
 // Makes initialised mbarriers and ordinary shared-memory stores visible to the copy engine.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
+// The same for ordinary stores to this block's shared memory alone: no access to global memory is waited for.
+__device__ __forceinline__ void fence_proxy_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // Global (also a peer's) to shared memory; completes on `barrier`. Addresses and size are multiples of 16.
 __device__ __forceinline__ void cp_async_bulk_load(void* shared, const void* global, uint32_t bytes,
                                                    uint64_t* barrier) {

@@ -5,12 +5,15 @@ All of them accept ragged segments: none asks for segments padded to a multiple 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ep_moe.comm import ExpertSegments
 from ep_moe.config import ConfigError
+from ep_moe.experts import native_gemm
 from ep_moe.experts.gemm import GroupedGemm, store_gradient
 from ep_moe.experts.te import TE, import_grouped_gemm
 
@@ -73,14 +76,21 @@ GROUPED_MM = GroupedGemm(grouped_mm_forward, grouped_mm_dgrad, grouped_mm_wgrad)
 
 
 def select_backend(
-    name: str, *, dtype: torch.dtype, device: torch.device, hidden_size: int, ffn_hidden_size: int
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_local_experts: int,
+    hidden_size: int,
+    ffn_hidden_size: int,
 ) -> GroupedGemm:
     """The back end for a computation in ``dtype`` on ``device``.
 
     Args:
-        name: loop, grouped_mm, te, or auto: grouped_mm where it runs, else loop.
+        name: loop, grouped_mm, te, native, or auto: native where it runs, else grouped_mm where it runs, else loop.
         dtype: of rows and weights.
         device: of rows and weights.
+        num_local_experts: segments of rows.
         hidden_size: width of the rows.
         ffn_hidden_size: inner width of the experts.
 
@@ -96,17 +106,22 @@ def select_backend(
             )
         import_grouped_gemm()
         return TE
-    obstacle = _grouped_mm_obstacle(dtype, device, hidden_size, ffn_hidden_size)
+    widths = {"model.hidden_size": hidden_size, "moe.experts.ffn_hidden_size": ffn_hidden_size}
+    if name in ("native", "auto"):
+        obstacle = native_gemm.find_obstacle(dtype, device, num_local_experts, widths)
+        if obstacle is None:
+            return native_gemm.NATIVE
+        if name == "native":
+            raise ConfigError(obstacle)
+    obstacle = _grouped_mm_obstacle(dtype, device, widths)
+    if obstacle is None:
+        return GROUPED_MM
     if name == "auto":
-        return GROUPED_MM if obstacle is None else LOOP
-    if obstacle is not None:
-        raise ConfigError(obstacle)
-    return GROUPED_MM
+        return LOOP
+    raise ConfigError(obstacle)
 
 
-def _grouped_mm_obstacle(
-    dtype: torch.dtype, device: torch.device, hidden_size: int, ffn_hidden_size: int
-) -> str | None:
+def _grouped_mm_obstacle(dtype: torch.dtype, device: torch.device, widths: Mapping[str, int]) -> str | None:
     """Why grouped_mm cannot run, or ``None``."""
     if device.type == "cuda":
         # Other dtypes work in some releases, but by a loop that waits for the segment ends on the host; ours
@@ -116,8 +131,7 @@ def _grouped_mm_obstacle(
     elif dtype not in _GROUPED_MM_CPU_DTYPES:
         return f"moe.experts.backend = grouped_mm: needs fp32, bf16 or fp16 on {device.type}, got {dtype}; use loop"
     multiple = _GROUPED_MM_ALIGNMENT_BYTES // dtype.itemsize
-    widths = (("model.hidden_size", hidden_size), ("moe.experts.ffn_hidden_size", ffn_hidden_size))
-    for path, width in widths:
+    for path, width in widths.items():
         if width % multiple:
             return f"{path} = {width}: must be a multiple of {multiple} for moe.experts.backend grouped_mm in {dtype}"
     return None

@@ -122,6 +122,7 @@ class GroupedExperts(nn.Module):
             self.config.backend,
             dtype=rows.dtype,
             device=rows.device,
+            num_local_experts=self.num_local_experts,
             hidden_size=self.hidden_size,
             ffn_hidden_size=self.config.ffn_hidden_size,
         )

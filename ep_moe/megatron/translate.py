@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from ep_moe.config import PHASES, ConfigError, ExpertsConfig, MoEConfig, PhasesConfig, RouterConfig
 
 Activation = Literal["swiglu", "geglu", "gelu", "relu", "squared_relu"]
-Backend = Literal["auto", "grouped_mm", "loop", "te"]
+Backend = Literal["auto", "native", "grouped_mm", "loop", "te"]
 Comm = Literal["auto", "portable", "nvlink"]
 
 _ACTIVATIONS: dict[tuple[Any, bool], Activation] = {

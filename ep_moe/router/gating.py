@@ -35,6 +35,8 @@ class _GatingProduct(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.dtype = dtype
         with torch.autocast(x.device.type, enabled=False):
+            if _exact_on_tensor_cores(x, weight, dtype):
+                return torch.mm(x, weight.t(), out_dtype=dtype)
             return x.to(dtype) @ weight.to(dtype).t()
 
     @staticmethod
@@ -48,6 +50,12 @@ class _GatingProduct(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 grad_weight = (grad_logits.t() @ x.to(ctx.dtype)).to(weight.dtype)
         return grad_x, grad_weight, None
+
+
+def _exact_on_tensor_cores(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the operands need no cast: products of two half-precision numbers are exact in fp32, and summed in it."""
+    halves = (torch.bfloat16, torch.float16)
+    return x.is_cuda and x.dtype == weight.dtype and x.dtype in halves and dtype == torch.float32
 
 
 class _RandomLogits(torch.autograd.Function):

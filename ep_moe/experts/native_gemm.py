@@ -1,0 +1,194 @@
+"""The grouped GEMMs of the CUDA library, ``csrc/grouped_gemm_*.cu``: whether they fit, and launching them.
+
+All three read the segment ends on the GPU, take any counts, wait for nothing and give the same bits on every run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Mapping
+from ctypes import c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from ep_moe.comm import ExpertSegments
+from ep_moe.experts.gemm import GroupedGemm, store_gradient
+from ep_moe.native import NativeLibraryError, load_entry_points
+
+WIDTH_MULTIPLE = 64
+MAX_EXPERTS = 1024
+_CAPABILITY = (9, 0)  # exactly: the instructions exist on no other
+_ALIGNMENT_BYTES = 16  # of the tensors' first elements
+
+
+class GroupedGemmArgs(ctypes.Structure):
+    """``GroupedGemmArgs`` of ``gemm_tokens.cuh``, which says what each field means."""
+
+    _fields_ = (
+        ("rows", c_void_p),
+        ("weight", c_void_p),
+        ("out", c_void_p),
+        ("ends", c_void_p),
+        ("num_rows", c_int64),
+        ("experts", c_int32),
+        ("reduction", c_int32),
+        ("columns", c_int32),
+        ("blocks", c_int32),
+    )
+
+
+class GroupedWgradArgs(ctypes.Structure):
+    """``GroupedWgradArgs`` of ``grouped_gemm_wgrad.cu``, which says what each field means."""
+
+    _fields_ = (
+        ("grad", c_void_p),
+        ("rows", c_void_p),
+        ("out", c_void_p),
+        ("ends", c_void_p),
+        ("num_rows", c_int64),
+        ("experts", c_int32),
+        ("out_features", c_int32),
+        ("in_features", c_int32),
+        ("blocks", c_int32),
+        ("accumulate", c_int32),
+    )
+
+
+def find_obstacle(
+    dtype: torch.dtype, device: torch.device, num_local_experts: int, widths: Mapping[str, int]
+) -> str | None:
+    """Why the kernels cannot multiply such matrices, or ``None``.
+
+    Args:
+        dtype: of rows and weights.
+        device: of rows and weights.
+        num_local_experts: segments of rows.
+        widths: of the matrices, by the configuration keys that set them.
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return f"moe.experts.backend = native: needs bf16 on a CUDA GPU, got {dtype} on {device.type}"
+    if torch.cuda.get_device_capability(device) != _CAPABILITY:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"moe.experts.backend = native: needs compute capability 9.0 (Hopper), {device} has {major}.{minor}"
+    if num_local_experts > MAX_EXPERTS:
+        return f"moe.experts.backend = native: takes at most {MAX_EXPERTS} experts a rank, got {num_local_experts}"
+    for path, width in widths.items():
+        if width % WIDTH_MULTIPLE:
+            return f"{path} = {width}: must be a multiple of {WIDTH_MULTIPLE} for moe.experts.backend native"
+    return _library_obstacle()
+
+
+def forward(rows: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
+    """Tokens on the narrow side of the multiply, a tile as wide as the expert's count asks; see ``GroupedGemm``."""
+    out = rows.new_empty(rows.shape[0], weight.shape[1])
+    _multiply_tokens("grouped_gemm_forward", rows, weight, out, segments)
+    return out
+
+
+def dgrad(grad: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
+    """As :func:`forward`, with the weights transposed as they are read; see ``GroupedGemm``."""
+    out = grad.new_empty(grad.shape[0], weight.shape[2])
+    _multiply_tokens("grouped_gemm_dgrad", grad, weight, out, segments)
+    return out
+
+
+def wgrad(
+    grad: Tensor, rows: Tensor, segments: ExpertSegments, *, out: Tensor | None = None, accumulate: bool = False
+) -> Tensor:
+    """Written in bf16 or added to fp32 by the kernel itself; any other ``out`` takes a pass of its own."""
+    if out is not None and out.dtype == torch.float32 and _is_plain(out):
+        target = out if accumulate else out.zero_()
+        return _multiply_weights(grad, rows, segments, target)
+    shape = (segments.ends.shape[0], grad.shape[1], rows.shape[1])
+    if out is not None and not accumulate and _is_plain(out):
+        return _multiply_weights(grad, rows, segments, out)
+    return store_gradient(_multiply_weights(grad, rows, segments, rows.new_empty(shape)), out, accumulate)
+
+
+NATIVE = GroupedGemm(forward, dgrad, wgrad)
+
+
+def _multiply_tokens(entry: str, rows: Tensor, weight: Tensor, out: Tensor, segments: ExpertSegments) -> None:
+    rows, weight = _plain(rows), _plain(weight)
+    arguments = GroupedGemmArgs(
+        rows=rows.data_ptr(),
+        weight=weight.data_ptr(),
+        out=out.data_ptr(),
+        ends=segments.ends.data_ptr(),
+        num_rows=rows.shape[0],
+        experts=weight.shape[0],
+        reduction=rows.shape[1],
+        columns=out.shape[1],
+        blocks=_multiprocessors(rows.get_device()),
+    )
+    _launch(entry, arguments, rows.device)
+
+
+def _multiply_weights(grad: Tensor, rows: Tensor, segments: ExpertSegments, out: Tensor) -> Tensor:
+    accumulate = out.dtype == torch.float32
+    if rows.shape[0] == 0:
+        return out if accumulate else out.zero_()
+    grad, rows = _plain(grad), _plain(rows)
+    arguments = GroupedWgradArgs(
+        grad=grad.data_ptr(),
+        rows=rows.data_ptr(),
+        out=out.data_ptr(),
+        ends=segments.ends.data_ptr(),
+        num_rows=rows.shape[0],
+        experts=out.shape[0],
+        out_features=out.shape[1],
+        in_features=out.shape[2],
+        blocks=_multiprocessors(rows.get_device()),
+        accumulate=accumulate,
+    )
+    _launch("grouped_gemm_wgrad", arguments, rows.device)
+    return out
+
+
+def _launch(entry: str, arguments: ctypes.Structure, device: torch.device) -> None:
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        error = getattr(load_kernels(), f"ep_moe_{entry}")(ctypes.byref(arguments), stream)
+    if error is not None:
+        raise RuntimeError(error.decode())
+
+
+@functools.cache
+def load_kernels() -> ctypes.CDLL:
+    """The CUDA library with the signatures of its grouped GEMMs declared.
+
+    Raises:
+        NativeLibraryError: if there is no library, or it is of another version.
+    """
+    return load_entry_points(
+        {
+            "grouped_gemm_forward": GroupedGemmArgs,
+            "grouped_gemm_dgrad": GroupedGemmArgs,
+            "grouped_gemm_wgrad": GroupedWgradArgs,
+        }
+    )
+
+
+@functools.cache
+def _library_obstacle() -> str | None:
+    try:
+        load_kernels()
+    except NativeLibraryError as error:
+        return f"moe.experts.backend = native: {error}"
+    return None
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Dense from an aligned address on, as the copy engine wants it."""
+    return x.is_contiguous() and x.data_ptr() % _ALIGNMENT_BYTES == 0
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x if _is_plain(x) else x.clone(memory_format=torch.contiguous_format)
