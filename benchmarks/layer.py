@@ -1,20 +1,27 @@
 """One MoE layer, forward and forward plus backward: the whole, its GEMMs alone, and where the rest goes.
 
-    torchrun --nproc-per-node=2 benchmarks/layer.py --shapes deepseek_v3 mixtral --trace traces
+    torchrun --nproc-per-node=2 benchmarks/layer.py --shapes deepseek_v3 mixtral_8x7b --overlap none wgrad
 
 Shapes give each GPU the rows of its model's layer: the local experts of a rank, with random routing of 4,096 tokens a
-rank to them. With one process all rows are local. Times are medians over calls of the slowest rank, bf16; gradients are
-written, not accumulated. The GEMMs alone are the layer's grouped GEMMs on rows of the same segments.
+rank to them. With one process all rows are local. Times are medians over calls of the slowest rank, bf16; gradients
+are written, or with ``--main-grad`` added to fp32 buffers. The GEMMs alone are the layer's grouped GEMMs on rows of the
+same segments.
+
+``--overlap`` takes strategies of docs/overlap.md, several joined by ``+``. With ``two_batch`` the tokens come as two
+halves in turns, forward only; hold it against ``halves``, the same two one after the other.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import os
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,12 +29,22 @@ from torch import Tensor
 
 from ep_moe import EPMoELayer
 from ep_moe.comm import ExpertSegments
-from ep_moe.config import Config, ExpertsConfig, ModelConfig, MoEConfig, PhaseConfig, PhasesConfig
+from ep_moe.config import (
+    Config,
+    ExpertsConfig,
+    ModelConfig,
+    MoEConfig,
+    PhaseConfig,
+    PhasesConfig,
+    SharedExpertsConfig,
+)
 from ep_moe.experts.backends import select_backend
 from ep_moe.experts.gemm import grouped_linear
 from ep_moe.tracing import trace
+from ep_moe.two_batch import two_batch
 
 REPEATS, WARM_UP = 20, 5
+HALVES = ("halves", "two_batch")  # forward of two micro-batches
 
 
 @dataclass(frozen=True)
@@ -66,45 +83,61 @@ def main() -> None:
     dist.init_process_group("gloo" if shared else "nccl", device_id=None if shared else device)
     machine = f"{torch.cuda.get_device_name(device)} x {dist.get_world_size()}"
     say(f"{machine}, PyTorch {torch.__version__}, {arguments.tokens} tokens a rank, bf16")
-    say("shape             back end    SMs | layer: fwd  fwd+bwd | GEMMs: fwd  fwd+bwd | ratio: fwd  both | peak GiB")
-    for name in arguments.shapes:
-        for backend in arguments.backends:
-            for sms in arguments.sms:
-                measure(name, backend, sms, arguments, device)
+    say(
+        "shape             back end    overlap              SMs | layer: fwd  fwd+bwd | GEMMs: fwd  fwd+bwd | "
+        "ratio: fwd  both | peak GiB"
+    )
+    choices = itertools.product(arguments.shapes, arguments.backends, arguments.overlap, arguments.sms)
+    for name, backend, overlap, sms in choices:
+        measure(name, backend, overlap, sms, arguments, device)
     dist.destroy_process_group()
 
 
-def measure(name: str, backend: str, sms: int | None, arguments: argparse.Namespace, device: torch.device) -> None:
-    """Print the line of one shape and back end."""
+def measure(
+    name: str, backend: str, overlap: str, sms: int | None, arguments: argparse.Namespace, device: torch.device
+) -> None:
+    """Print the line of one shape, back end and choice of strategies."""
     shape, size = SHAPES[name], dist.get_world_size()
-    config = layer_config(shape, size, backend, sms, arguments)
+    config = layer_config(shape, size, backend, overlap, sms, arguments)
     torch.manual_seed(1)
     layer = EPMoELayer(config, device=device, dtype=torch.bfloat16)
+    if arguments.main_grad:
+        give_main_grads(layer)
     torch.manual_seed(2 + dist.get_rank())
     x = torch.randn(arguments.tokens, shape.hidden, device=device).bfloat16().requires_grad_()
     grad = torch.randn_like(x)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
 
+    def forward() -> object:
+        halves = x.chunk(2)
+        if overlap == "two_batch":
+            return two_batch(*(layer.forward_steps(half) for half in halves))
+        return [layer(half) for half in halves] if overlap == "halves" else layer(x)
+
     def both() -> None:
         layer(x).backward(grad)
         clear(layer, x)
 
-    whole = Times(time_call(lambda: without_grad(lambda: layer(x))), time_call(both))
+    in_halves = overlap in HALVES
+    whole = Times(time_call(lambda: without_grad(forward)), math.nan if in_halves else time_call(both))
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30
     if arguments.trace is not None:
-        with trace(arguments.trace / f"{name}_{backend}_rank{dist.get_rank()}.json", layer) as profile:
-            both()
+        with trace(arguments.trace / f"{name}_{backend}_{overlap}_rank{dist.get_rank()}.json", layer) as profile:
+            without_grad(forward) if in_halves else both()
         say(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60))
     gemms = time_gemms(layer, shape, arguments.tokens * shape.top_k, backend, device)
     ratios = f"{whole.forward / gemms.forward:10.2f} {whole.both / gemms.both:5.2f}"
     times = " | ".join(f"{t.forward:10.2f} {t.both:8.2f}" for t in (whole, gemms))
-    say(f"{name:<17} {backend:<11} {sms or '':>3} | {times} | {ratios} | {peak:8.1f}")
+    say(f"{name:<17} {backend:<11} {overlap:<20} {sms or '':>3} | {times} | {ratios} | {peak:8.1f}")
 
 
-def layer_config(shape: Shape, size: int, backend: str, sms: int | None, arguments: argparse.Namespace) -> Config:
+def layer_config(
+    shape: Shape, size: int, backend: str, overlap: str, sms: int | None, arguments: argparse.Namespace
+) -> Config:
     """The configuration of a layer of ``shape`` over ``size`` ranks."""
     phase = PhaseConfig(num_sms=sms, max_tokens_per_rank=arguments.tokens)
+    strategies: Any = () if overlap in ("none", *HALVES) else tuple(overlap.split("+"))
     return Config(
         model=ModelConfig(hidden_size=shape.hidden, num_attention_heads=shape.hidden // 128),
         moe=MoEConfig(
@@ -112,9 +145,18 @@ def layer_config(shape: Shape, size: int, backend: str, sms: int | None, argumen
             top_k=shape.top_k,
             comm=arguments.comm,
             experts=ExpertsConfig(ffn_hidden_size=shape.ffn, activation="swiglu", backend=backend),  # type: ignore[arg-type]
+            shared_experts=SharedExpertsConfig(ffn_hidden_size=arguments.shared_ffn),
+            capacity_rows=arguments.capacity_rows,
         ),
-        phases=replace(PhasesConfig(), train=phase, prefill=phase),
+        phases=replace(PhasesConfig(), train=replace(phase, overlap=strategies), prefill=phase),
     )
+
+
+def give_main_grads(layer: EPMoELayer) -> None:
+    """Buffers that the experts add their gradients to, as Megatron's data parallelism gives them."""
+    for parameter in layer.experts.parameters():
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
+        parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
 
 
 def time_gemms(layer: EPMoELayer, shape: Shape, rows: int, backend: str, device: torch.device) -> Times:
@@ -186,6 +228,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="One MoE layer.")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--backends", nargs="+", default=["native", "grouped_mm"])
+    parser.add_argument("--overlap", nargs="+", default=["none"], help="none, halves, two_batch, or strategies by +")
+    parser.add_argument("--shared-ffn", type=int, default=0, help="inner width of shared experts, 0 for none")
+    parser.add_argument("--capacity-rows", type=int, help="rows to make room for; the host then waits for no sizes")
+    parser.add_argument("--main-grad", action="store_true", help="add expert gradients to fp32 buffers")
     parser.add_argument("--comm", choices=["auto", "portable", "nvlink"], default="auto")
     parser.add_argument("--tokens", type=int, default=4096, help="per rank")
     parser.add_argument("--sms", type=int, nargs="+", default=[None], help="SM budgets of communication")

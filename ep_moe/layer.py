@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from ep_moe.comm import communicator_factory
 from ep_moe.config import Config, ConfigError, check_ep_size
-from ep_moe.dispatcher import ExchangeShape
+from ep_moe.dispatcher import ExchangeShape, TokenDispatcher
 from ep_moe.experts import GroupedExperts, SharedExperts
-from ep_moe.overlap import Stages
+from ep_moe.overlap import OverlapScheduler, Stages
 from ep_moe.phases import PhaseSelector, most_tokens
 from ep_moe.router import TopKRouter
 from ep_moe.tracing import StageRanges
+from ep_moe.two_batch import Steps
 
 
 class EPMoELayer(nn.Module):
@@ -135,14 +136,7 @@ class EPMoELayer(nn.Module):
         Raises:
             ValueError: if a shape does not fit, or the phase's ``max_tokens_per_rank`` is exceeded.
         """
-        hidden = self.config.model.hidden_size
-        if hidden_states.dim() not in (2, 3) or hidden_states.shape[-1] != hidden:
-            raise ValueError(
-                f"hidden_states: expected [tokens, {hidden}] or [sequence, batch, {hidden}] (model.hidden_size), "
-                f"got {list(hidden_states.shape)}"
-            )
-        tokens = hidden_states.numel() // hidden
-        dispatcher, scheduler = self._phases.select(self.training, tokens, hidden_states.device)
+        x, dispatcher, scheduler = self._enter(hidden_states)
         run = self.ranges.run
         routing = run("route", self.router, hidden_states, padding_mask)
 
@@ -152,9 +146,44 @@ class EPMoELayer(nn.Module):
             rows = run("experts", self.experts, arrived.rows, arrived.weights, arrived.segments, deferred)
             return run("combine", dispatcher.combine, rows, arrived.handle)
 
-        x = to_compute_dtype(hidden_states.reshape(tokens, hidden))
         out = scheduler.run(Stages(routed, self.shared_experts), x)
         return out.to(hidden_states.dtype).view(hidden_states.shape)
+
+    def forward_steps(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Steps[Tensor]:
+        """:meth:`forward` for inference, in steps for :func:`ep_moe.two_batch.two_batch`.
+
+        Yields twice, while rows travel to the experts and back. Results are those of ``forward``, bit for bit.
+
+        Raises:
+            RuntimeError: if a gradient would be needed.
+            ValueError: as ``forward``.
+        """
+        x, dispatcher, _ = self._enter(hidden_states)
+        run = self.ranges.run
+        routing = run("route", self.router, hidden_states, padding_mask)
+        receive_rows = run("dispatch", dispatcher.start_dispatch, x, routing.topk_idx, routing.topk_weights)
+        shared = None if self.shared_experts is None else self.shared_experts(x)
+        yield
+        arrived = run("dispatch end", receive_rows)
+        rows = run("experts", self.experts, arrived.rows, arrived.weights, arrived.segments)
+        receive_sums = run("combine", dispatcher.start_combine, rows, arrived.handle)
+        yield
+        out = run("combine end", receive_sums)
+        if shared is not None:
+            out = out + shared
+        return out.to(hidden_states.dtype).view(hidden_states.shape)
+
+    def _enter(self, hidden_states: Tensor) -> tuple[Tensor, TokenDispatcher, OverlapScheduler]:
+        """The tokens as they travel, ``[tokens, hidden]``, and what serves the phase they belong to."""
+        hidden = self.config.model.hidden_size
+        if hidden_states.dim() not in (2, 3) or hidden_states.shape[-1] != hidden:
+            raise ValueError(
+                f"hidden_states: expected [tokens, {hidden}] or [sequence, batch, {hidden}] (model.hidden_size), "
+                f"got {list(hidden_states.shape)}"
+            )
+        tokens = hidden_states.numel() // hidden
+        dispatcher, scheduler = self._phases.select(self.training, tokens, hidden_states.device)
+        return to_compute_dtype(hidden_states.reshape(tokens, hidden)), dispatcher, scheduler
 
 
 def to_compute_dtype(x: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ep_moe.streams import record_use
+
 
 @dataclass(frozen=True)
 class Stages:
@@ -43,22 +45,31 @@ class OverlapScheduler:
         """The sum of routed and shared output for tokens ``x`` (``[tokens, hidden]``)."""
         if stages.shared is None:
             return stages.routed(x)
-        if self.shared_on_side_stream and x.is_cuda:
-            return self._run_beside(stages.routed, stages.shared, x)
-        shared = stages.shared(x)
-        return stages.routed(x) + shared
+        finish_shared = self.start_shared(stages.shared, x)
+        return stages.routed(x) + finish_shared()
 
-    def _run_beside(self, routed: Callable[[Tensor], Tensor], shared: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Shared experts on a stream of their own; autograd replays the placement in the backward pass."""
+    def start_shared(self, shared: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
+        """Start the shared experts on ``x``, on a stream of their own if a strategy says so.
+
+        Autograd replays the placement in the backward pass.
+
+        Returns:
+            A function to call once; it gives the output for use on the current stream.
+        """
+        if not (self.shared_on_side_stream and x.is_cuda):
+            out = shared(x)
+            return lambda: out
         if self._side_stream is None:
             self._side_stream = torch.cuda.Stream(x.device)
-        main, side = torch.cuda.current_stream(x.device), self._side_stream
-        side.wait_stream(main)
+        side = self._side_stream
+        side.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(side):
             shared_out = shared(x)
-        # The allocator must not reuse x for the main stream while the side stream may still read it.
-        x.record_stream(side)
-        routed_out = routed(x)
-        main.wait_stream(side)
-        shared_out.record_stream(main)
-        return routed_out + shared_out
+            record_use(x)  # in the backward pass too, so nobody can hold it for long enough instead
+
+        def finish() -> Tensor:
+            torch.cuda.current_stream(x.device).wait_stream(side)
+            record_use(shared_out)
+            return shared_out
+
+        return finish

@@ -49,11 +49,8 @@ class Pending(Generic[T]):
     def wait(self) -> T:
         """The result, for use on the current stream, which waits for the work to end; the host does not."""
         if self._done is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_event(self._done)
-            for tensor in _tensors_in(self._result):
-                if tensor.is_cuda:
-                    tensor.record_stream(current)
+            torch.cuda.current_stream(self._device).wait_event(self._done)
+            record_use(self._result)
         self._work = None
         return self._result
 
@@ -67,6 +64,16 @@ def start(work: Callable[[], T], stream: torch.cuda.Stream | None) -> Pending[T]
         stream: ``None`` runs the work at once, as on a CPU.
     """
     return Pending(work, stream)
+
+
+def record_use(value: Any) -> None:
+    """Tell the allocator that the current stream reads tensors that may have been allocated for another one.
+
+    ``value`` is a tensor, or a tuple, list or dataclass that holds some.
+    """
+    for tensor in _tensors_in(value):
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

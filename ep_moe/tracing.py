@@ -38,12 +38,13 @@ class StageRanges:
         if self.layer is None:
             return function(*args, **kwargs)
         name = f"{self.layer} {stage}"
+        if not torch.is_grad_enabled() or not any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            with _Range(name):
+                return function(*args, **kwargs)
         backward = _Range(f"{name} backward")
         marked: Any = _mark(backward.end, args)
         with _Range(name):
             result: Any = function(*marked, **kwargs)
-        if not any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            return result  # nothing would end the backward range
         if isinstance(result, Tensor):
             return _mark(backward.start, (result,))[0]
         fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}

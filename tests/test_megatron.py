@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -11,6 +11,7 @@ pytest.importorskip("megatron.core")
 
 import torch
 import torch.nn.functional as F
+from communicators import rank_device
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -186,52 +187,99 @@ def test_gradients_go_straight_into_main_grad(way: str, backend: str) -> None:
             assert value.any() and got[name].dtype == torch.float32 and torch.equal(got[name], value), name
 
 
-def _with_megatron_ddp(rank: int, world: int, overlap: tuple[Any, ...], overlap_grad_reduce: bool) -> list[str]:
+def _with_megatron_ddp(
+    rank: int, world: int, device: str, changes: dict[str, Any], overlap: tuple[Any, ...], overlap_grad_reduce: bool
+) -> list[str]:
     """Parameters whose ``main_grad`` after two micro-batches under Megatron's DDP is not the sum of their gradients."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    with expert_parallel(world):
+    with expert_parallel(world), mock.patch("torch.cuda.current_device", lambda: on):
+        on = rank_device(device, rank)
         torch.manual_seed(3)
-        device = torch.device("cuda", rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        config = transformer_config(bf16=True, params_dtype=torch.bfloat16)
+        config = transformer_config(**{"bf16": True, "params_dtype": torch.bfloat16, **changes})
         phases = PhasesConfig(train=PhaseConfig(overlap=overlap))
-        layer = gpt_model(config, phases=phases, comm="portable").decoder.layers[0].mlp.to(device)
+        layer = gpt_model(config, phases=phases, comm="portable").decoder.layers[0].mlp.to(on)
 
-        def passes(module: torch.nn.Module) -> Iterator[None]:
-            for seed in range(2):
-                generator = torch.Generator().manual_seed(10 * seed + rank)
-                x, upstream = torch.randn(2, 16, 2, HIDDEN, generator=generator).to(device, torch.bfloat16)
-                module(x.requires_grad_())[0].backward(upstream)
-                yield
+        def micro_batch(seed: int) -> None:
+            generator = torch.Generator().manual_seed(10 * seed + rank)
+            x, upstream = torch.randn(2, 16, 2, HIDDEN, generator=generator).to(on, torch.bfloat16)
+            if changes:
+                run_steps(layer, x.requires_grad_(), upstream, frees=True)
+            else:
+                layer(x.requires_grad_())[0].backward(upstream)
 
-        sums = {name: torch.zeros(p.shape, device=device) for name, p in layer.named_parameters()}
-        for _ in passes(layer):
+        sums = {name: torch.zeros(p.shape, device=on) for name, p in layer.named_parameters()}
+        for seed in range(2):
+            micro_batch(seed)
             for name, parameter in layer.named_parameters():
                 sums[name] += parameter.grad
                 parameter.grad = None
         settings = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, overlap_grad_reduce=overlap_grad_reduce, use_distributed_optimizer=False
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=overlap_grad_reduce,
+            use_distributed_optimizer=False,
+            delay_wgrad_compute=bool(changes.get("delay_wgrad_compute")),
         )
         wrapped = DistributedDataParallel(config, settings, layer)
         wrapped.zero_grad_buffer()
-        micro_batches = passes(wrapped)
         with wrapped.no_sync():
-            next(micro_batches)
-        next(micro_batches)
-        wrapped.finish_grad_sync()
-        assert all(p.grad_added_to_main_grad == name.startswith("experts.") for name, p in layer.named_parameters())
+            micro_batch(0)
+        micro_batch(1)
+        fused = {name for name, parameter in layer.named_parameters() if parameter.grad_added_to_main_grad}
+        assert fused == {"experts.fc1_weight", "experts.fc2_weight"}
+        assert all(parameter.grad is None for parameter in layer.parameters())
         return [name for name, p in layer.named_parameters() if not torch.equal(p.main_grad, sums[name])]
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("overlap", [(), ("wgrad",)], ids=["plain", "wgrad"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("overlap_grad_reduce", [False, True])
-def test_gpu_main_grad_under_megatrons_ddp(overlap: tuple[Any, ...], overlap_grad_reduce: bool) -> None:
-    assert run_ranks(1, _with_megatron_ddp, overlap, overlap_grad_reduce) == [[]]
+@pytest.mark.parametrize(
+    ("changes", "overlap"),
+    [({}, ()), ({}, ("wgrad",)), (OVERLAPPED, ()), ({**OVERLAPPED, "delay_wgrad_compute": True}, ())],
+    ids=["plain", "wgrad", "overlapped", "delayed"],
+)
+def test_main_grad_under_megatrons_ddp(
+    changes: dict[str, Any], overlap: tuple[Any, ...], overlap_grad_reduce: bool, device: str
+) -> None:
+    assert run_ranks(2, _with_megatron_ddp, device, changes, overlap, overlap_grad_reduce) == [[], []]
 
 
-def _cut_schedule_with_wgrad(rank: int, world: int) -> str:
+def _beside(rank: int, world: int, device: str, overlap: tuple[Any, ...], changes: dict[str, Any]) -> dict[str, Any]:
+    """Output and gradients of a layer with shared experts in two passes, and their order of computation."""
+    with expert_parallel(world):
+        torch.manual_seed(3)
+        config = transformer_config(moe_shared_expert_intermediate_size=16, moe_shared_expert_gate=True, **changes)
+        phases = PhasesConfig(train=PhaseConfig(overlap=overlap))
+        on = rank_device(device, rank)
+        layer = gpt_model(config, phases=phases, comm="portable").decoder.layers[0].mlp.to(on)
+        calls: list[str] = []
+        layer.shared_experts.register_forward_hook(lambda *_: calls.append("shared"))
+        layer.router.register_forward_hook(lambda *_: calls.append("route"))
+        found = {}
+        for seed in range(2):
+            generator = torch.Generator().manual_seed(10 * seed + rank)
+            x, upstream = torch.randn(2, 16, 2, HIDDEN, generator=generator).to(on)
+            out, _ = layer(x.requires_grad_())
+            out.backward(upstream)
+            found[f"out {seed}"], found[f"x {seed}"] = out.detach().cpu(), x.grad.cpu()
+        found |= {name: parameter.grad.cpu() for name, parameter in layer.named_parameters()}
+        return {"tensors": found, "calls": calls, "strategies": layer._phases._phases.train.overlap}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_strategies_change_no_bit(device: str) -> None:
+    plain = run_ranks(2, _beside, device, (), {})
+    asked = [
+        (("shared_experts",), {}, ("shared_experts",)),
+        (("wgrad",), {"moe_shared_expert_overlap": True}, ("wgrad", "shared_experts")),
+    ]
+    for overlap, changes, strategies in asked:
+        for want, got in zip(plain, run_ranks(2, _beside, device, overlap, changes), strict=True):
+            assert got["strategies"] == strategies and got["calls"] == want["calls"] == 2 * ["shared", "route"]
+            assert all(torch.equal(value, got["tensors"][name]) for name, value in want["tensors"].items())
+
+
+def _strategy_under_the_overlapped_schedule(rank: int, world: int) -> str:
     with expert_parallel(world):
         try:
             gpt_model(transformer_config(**OVERLAPPED), phases=PhasesConfig(train=PhaseConfig(overlap=("wgrad",))))
@@ -240,9 +288,9 @@ def _cut_schedule_with_wgrad(rank: int, world: int) -> str:
         return ""
 
 
-def test_wgrad_and_the_overlapped_schedule_exclude_each_other() -> None:
-    for message in run_ranks(2, _cut_schedule_with_wgrad):
-        assert "set TransformerConfig.delay_wgrad_compute instead" in message
+def test_the_overlapped_schedule_excludes_strategies() -> None:
+    for message in run_ranks(2, _strategy_under_the_overlapped_schedule):
+        assert message.startswith("phases.train.overlap = [wgrad]: under overlap_moe_expert_parallel_comm")
 
 
 def _attributes(rank: int, world: int) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ep_moe.comm import ExpertSegments
@@ -72,3 +73,24 @@ class TokenDispatcher(Protocol):
     def combine(self, rows: Tensor, handle: Any) -> Tensor:
         """Sum the rows of each token at its source: ``[num_rows, hidden]`` to ``[tokens, hidden]``."""
         ...
+
+    def start_dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Callable[[], DispatchedTokens]:
+        """Begin :meth:`dispatch`, for inference; others compute until the result is asked for.
+
+        Returns:
+            A function to call once; it gives the result for use on the current stream.
+
+        Raises:
+            RuntimeError: if a gradient would be needed.
+        """
+        ...
+
+    def start_combine(self, rows: Tensor, handle: Any) -> Callable[[], Tensor]:
+        """Begin :meth:`combine`, as :meth:`start_dispatch` begins a dispatch."""
+        ...
+
+
+def refuse_gradients(what: str, instead: str, *tensors: Tensor) -> None:
+    """Raise ``RuntimeError`` if ``tensors`` ask for gradients of ``what``, which has no backward pass."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(f"{what} computes no gradients: wrap the call in torch.no_grad(), or use {instead}")

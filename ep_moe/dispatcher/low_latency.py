@@ -7,6 +7,7 @@ real rows cost.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from ep_moe.comm import ExpertSegments
 from ep_moe.comm.fp8 import dequantize_e4m3
-from ep_moe.comm.low_latency import LowLatencyCommunicator
-from ep_moe.dispatcher.dispatcher import DispatchedTokens, WeightGradients
+from ep_moe.comm.low_latency import LowLatencyCommunicator, PackedRows, ScaleFormat
+from ep_moe.dispatcher.dispatcher import DispatchedTokens, WeightGradients, refuse_gradients
 
 
 @dataclass(frozen=True)
@@ -69,38 +70,73 @@ class LowLatencyDispatcher:
         Raises:
             RuntimeError: if a gradient would be needed: there is none.
         """
-        if torch.is_grad_enabled() and (x.requires_grad or topk_weights.requires_grad):
-            raise RuntimeError(
-                "low_latency mode computes no gradients: wrap the call in torch.no_grad(), or use mode: normal"
-            )
         if handle is not None:
             raise ValueError("handle: low_latency mode has no cached dispatch")
-        packed = self.communicator.dispatch(x.to(torch.bfloat16), topk_idx, scale_format="fp32" if self.fp8 else "none")
+        refuse_gradients("low_latency mode", "mode: normal", x, topk_weights)
+        packed = self.communicator.dispatch(x.to(torch.bfloat16), topk_idx, scale_format=self._scale_format)
+        return self._unpack(packed, x.dtype, topk_idx, topk_weights)
+
+    def combine(self, rows: Tensor, handle: LowLatencyHandle) -> Tensor:
+        """See :meth:`ep_moe.dispatcher.dispatcher.TokenDispatcher.combine`; weighted, rounded to bf16."""
+        packed = _pack(rows, handle)
+        return self.communicator.combine(packed, handle.topk_idx, handle.topk_weights, handle.packed).to(handle.dtype)
+
+    def start_dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Callable[[], DispatchedTokens]:
+        """See :meth:`ep_moe.dispatcher.dispatcher.TokenDispatcher.start_dispatch`; no SM is held meanwhile."""
+        refuse_gradients("low_latency mode", "mode: normal", x, topk_weights)
+        packed, receive = self.communicator.dispatch_send(
+            x.to(torch.bfloat16), topk_idx, scale_format=self._scale_format
+        )
+
+        def finish() -> DispatchedTokens:
+            receive()
+            return self._unpack(packed, x.dtype, topk_idx, topk_weights)
+
+        return finish
+
+    def start_combine(self, rows: Tensor, handle: LowLatencyHandle) -> Callable[[], Tensor]:
+        """See :meth:`ep_moe.dispatcher.dispatcher.TokenDispatcher.start_combine`; no SM is held meanwhile."""
+        out, receive = self.communicator.combine_send(
+            _pack(rows, handle), handle.topk_idx, handle.topk_weights, handle.packed
+        )
+
+        def finish() -> Tensor:
+            receive()
+            return out.to(handle.dtype)
+
+        return finish
+
+    @property
+    def _scale_format(self) -> ScaleFormat:
+        return "fp32" if self.fp8 else "none"
+
+    def _unpack(
+        self, packed: PackedRows, dtype: torch.dtype, topk_idx: Tensor, topk_weights: Tensor
+    ) -> DispatchedTokens:
+        """The real rows of packed buffers side by side."""
         local_experts, room, hidden = packed.rows.shape
         ends = packed.counts.cumsum(0, dtype=torch.int32)
         capacity = min(local_experts, topk_idx.shape[1]) * room
-        slots = torch.arange(capacity, dtype=torch.int32, device=x.device)
+        slots = torch.arange(capacity, dtype=torch.int32, device=topk_idx.device)
         expert = torch.searchsorted(ends, slots, right=True)
         inside = slots - (ends - packed.counts)[expert.clamp(max=local_experts - 1)]
         places = torch.where(expert < local_experts, expert * room + inside, local_experts * room)
         readable = places.clamp(max=local_experts * room - 1)
         if packed.scales is None:
-            rows = packed.rows.view(-1, hidden)[readable].to(x.dtype)
+            rows = packed.rows.view(-1, hidden)[readable].to(dtype)
         else:
             # FP8 dtypes lack indexing; as bytes they move like any other.
             values = packed.rows.view(torch.uint8).view(-1, hidden)[readable].view(torch.float8_e4m3fn)
-            rows = dequantize_e4m3(values, packed.scales.flatten(0, 1)[readable], x.dtype)
+            rows = dequantize_e4m3(values, packed.scales.flatten(0, 1)[readable], dtype)
         segments = ExpertSegments(packed.counts.to(torch.int64), ends, None, capacity)
-        handle = LowLatencyHandle(packed.handle, places, topk_idx, topk_weights.float(), segments, x.dtype)
+        handle = LowLatencyHandle(packed.handle, places, topk_idx, topk_weights.float(), segments, dtype)
         return DispatchedTokens(rows, None, segments, handle)
 
-    def combine(self, rows: Tensor, handle: LowLatencyHandle) -> Tensor:
-        """See :meth:`ep_moe.dispatcher.dispatcher.TokenDispatcher.combine`; weighted, rounded to bf16."""
-        local_experts, room = handle.packed.source_token.shape
-        # One row more, for what lies behind the last real row.
-        packed = torch.empty(local_experts * room + 1, rows.shape[1], dtype=torch.bfloat16, device=rows.device)
-        packed[handle.places] = rows.to(torch.bfloat16)
-        out = self.communicator.combine(
-            packed[:-1].view(local_experts, room, -1), handle.topk_idx, handle.topk_weights, handle.packed
-        )
-        return out.to(handle.dtype)
+
+def _pack(rows: Tensor, handle: LowLatencyHandle) -> Tensor:
+    """Expert-major rows in the buffer of their exchange."""
+    local_experts, room = handle.packed.source_token.shape
+    # One row more, for what lies behind the last real row.
+    packed = torch.empty(local_experts * room + 1, rows.shape[1], dtype=torch.bfloat16, device=rows.device)
+    packed[handle.places] = rows.to(torch.bfloat16)
+    return packed[:-1].view(local_experts, room, -1)

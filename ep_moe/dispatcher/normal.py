@@ -6,6 +6,7 @@ other, so the backward pass of dispatch is combine over the same handle and the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ep_moe.comm import Communicator, ExpertSegments
 from ep_moe.comm.fp8 import dequantize_e4m3
-from ep_moe.dispatcher.dispatcher import DispatchedTokens, WeightGradients
+from ep_moe.dispatcher.dispatcher import DispatchedTokens, WeightGradients, refuse_gradients
 from ep_moe.streams import communication_stream, start
 
 
@@ -81,6 +82,19 @@ class NormalDispatcher:
     def combine(self, rows: Tensor, handle: NormalHandle) -> Tensor:
         """See :meth:`ep_moe.dispatcher.dispatcher.TokenDispatcher.combine`."""
         return _Combine.apply(rows, handle.routes, self.communicator)
+
+    def start_dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Callable[[], DispatchedTokens]:
+        """See :meth:`ep_moe.dispatcher.dispatcher.TokenDispatcher.start_dispatch`; on a communication stream.
+
+        Without ``max_rows`` the host still waits for the sizes, until ``topk_idx`` is there and has been exchanged.
+        """
+        refuse_gradients("forward_steps", "forward", x, topk_weights)
+        return start(lambda: self.dispatch(x, topk_idx, topk_weights), communication_stream(x.device)).wait
+
+    def start_combine(self, rows: Tensor, handle: NormalHandle) -> Callable[[], Tensor]:
+        """See :meth:`ep_moe.dispatcher.dispatcher.TokenDispatcher.start_combine`; on a communication stream."""
+        refuse_gradients("forward_steps", "forward", rows)
+        return start(lambda: self.combine(rows, handle), communication_stream(rows.device)).wait
 
 
 class _Dispatch(torch.autograd.Function):

@@ -3,13 +3,16 @@
 Megatron's schedules ask ``isinstance(layer.mlp, MoELayer)`` and call the layer's steps one by one, so this is a
 real subclass that replaces every step. What the steps hand to each other (routing weights, expert-major rows) is
 ours; Megatron only passes it along. Like Megatron's own dispatchers the layer keeps the routes of the forward pass
-in progress between its steps, so a layer runs one forward pass at a time; the backward pass needs none of it.
+in progress between its steps, so a layer runs one forward pass at a time; the backward pass needs none of it. A
+schedule may run each step on another stream, so steps tell the allocator what they read of earlier ones.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,15 +25,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ep_moe.comm import communicator_factory
-from ep_moe.config import ConfigError, PhasesConfig
+from ep_moe.config import PHASES, PhasesConfig
 from ep_moe.dispatcher import ExchangeShape, TokenDispatcher
 from ep_moe.experts.deferred import DeferredGradients
 from ep_moe.layer import to_compute_dtype
 from ep_moe.megatron.experts import MegatronExperts
 from ep_moe.megatron.handover import Handover
 from ep_moe.megatron.router import MegatronRouter
-from ep_moe.megatron.translate import Backend, Comm, moe_config
+from ep_moe.megatron.translate import Backend, Comm, honour_overlap, moe_config
 from ep_moe.phases import PhaseSelector, most_tokens
+from ep_moe.streams import record_use
 from ep_moe.tracing import StageRanges
 
 logger = logging.getLogger(__name__)
@@ -82,12 +86,7 @@ class MegatronEPMoELayer(MoELayer):
             "device": "cpu" if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device()),
             "dtype": config.params_dtype,
         }
-        phases = phases if phases is not None else PhasesConfig()
-        if config.overlap_moe_expert_parallel_comm and "wgrad" in phases.train.overlap:
-            raise ConfigError(
-                "phases.train.overlap = [wgrad]: Megatron's overlapped schedule (overlap_moe_expert_parallel_comm) "
-                "cuts the backward pass between dispatch and experts; set TransformerConfig.delay_wgrad_compute instead"
-            )
+        phases = honour_overlap(config, phases if phases is not None else PhasesConfig())
         communicators = communicator_factory(
             comm, groups.ep, max_tokens=most_tokens(phases), timeout_s=moe.comm_timeout_s
         )
@@ -107,14 +106,19 @@ class MegatronEPMoELayer(MoELayer):
         )
         if self.use_shared_expert:
             assert submodules is not None
+            # Built as if nothing overlapped: Megatron's overlap is a part of its own dispatchers.
+            plain = copy.copy(config)
+            plain.moe_shared_expert_overlap = False
             self.shared_experts = build_module(
                 submodules.shared_experts,
-                config=config,
+                config=plain,
                 pg_collection=groups,
                 gate=config.moe_shared_expert_gate,
             )
         shape = ExchangeShape(moe.num_experts, config.hidden_size, self.experts.alignment, moe.capacity_rows)
         self._phases = PhaseSelector(phases, communicators, shape)
+        self._overlaps_shared = any("shared_experts" in getattr(phases, name).overlap for name in PHASES)
+        self._finish_shared: Callable[[], Tensor] | None = None
         self.ranges = StageRanges()
         self._tokens = Handover(stand_ins=config.overlap_moe_expert_parallel_comm)
         self._rows = Handover(stand_ins=config.overlap_moe_expert_parallel_comm)
@@ -128,12 +132,23 @@ class MegatronEPMoELayer(MoELayer):
         recompute = config.recompute_modules if config.recompute_granularity == "selective" else []
         self.moe_layer_recompute = "moe" in recompute
         self.shared_experts_recompute = "shared_experts" in recompute
+        self.shared_expert_overlap = False
         self.cudagraph_tensor_store = MoECudaGraphTensorStore()
         self.fwd_execution_map = ["route", "expert_compute", "postprocess"]
 
     def phase(self, name: str | None) -> contextlib.AbstractContextManager[None]:
         """See :meth:`ep_moe.layer.EPMoELayer.phase`."""
         return self._phases.set(name)
+
+    def shared_experts_compute(self, hidden_states: Tensor) -> Tensor | None:
+        """The output of Megatron's shared experts, or ``None`` if :meth:`postprocess` will wait for it."""
+        compute = super().shared_experts_compute
+        if not (self.use_shared_expert and self._overlaps_shared):
+            return compute(hidden_states)
+        tokens = hidden_states.numel() // hidden_states.shape[-1]
+        _, scheduler = self._phases.select(self.training, tokens, hidden_states.device)
+        self._finish_shared = scheduler.start_shared(compute, hidden_states)
+        return None
 
     def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Routing weights ``[tokens, top_k]`` and experts ``[tokens, top_k]`` of ``[sequence, batch, hidden]``."""
@@ -154,6 +169,7 @@ class MegatronEPMoELayer(MoELayer):
         """Bring tokens and routing weights to their experts: expert-major rows and the weight of each row."""
         assert self._topk_idx is not None
         hidden_states, probs = self._tokens.take(hidden_states, probs)
+        record_use((hidden_states, probs, self._topk_idx))
         behind = None if self.experts.delay_wgrad else self._deferred
         arrived = self.ranges.run(
             "dispatch", self.token_dispatcher.dispatch, hidden_states, self._topk_idx, probs, behind=behind
@@ -165,6 +181,7 @@ class MegatronEPMoELayer(MoELayer):
     def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor | None) -> tuple[Tensor, None]:
         """Apply the experts to their rows."""
         (rows,) = self._rows.take(hidden_states)
+        record_use((rows, probs, self._routes.segments))
         return self.ranges.run("experts", self.experts, rows, probs, self._routes.segments, self._deferred), None
 
     def combine(self, output: Tensor) -> Tensor:
@@ -174,4 +191,6 @@ class MegatronEPMoELayer(MoELayer):
     def postprocess(self, output: Tensor, shared_expert_output: Tensor | None) -> Tensor:
         """Back to the shape of the input, with the shared experts' output added."""
         output = output.view(self._shape)
+        if self._finish_shared is not None:
+            shared_expert_output, self._finish_shared = self._finish_shared(), None
         return output if shared_expert_output is None else output + shared_expert_output

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal, cast
 
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ep_moe.config import ConfigError, ExpertsConfig, MoEConfig, RouterConfig
+from ep_moe.config import PHASES, ConfigError, ExpertsConfig, MoEConfig, PhasesConfig, RouterConfig
 
 Activation = Literal["swiglu", "geglu", "gelu", "relu", "squared_relu"]
 Backend = Literal["auto", "native", "grouped_mm", "loop", "te"]
@@ -28,7 +29,6 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("moe_apply_probs_on_input", (False,), "routing weights are applied in the activation"),
     ("moe_latent_size", (None,), "latent projections are not implemented"),
     ("moe_pad_expert_input_to_capacity", (False,), "rows are never padded to the capacity"),
-    ("moe_shared_expert_overlap", (False,), "not implemented yet"),
     ("expert_tensor_parallel_size", (1, None), "experts are not split over tensor-parallel ranks"),
     ("fp8", (None, False), "experts compute in the dtype of their parameters"),
     ("fp4", (None, False), "experts compute in the dtype of their parameters"),
@@ -82,6 +82,28 @@ def check_supported(config: TransformerConfig) -> None:
             "TransformerConfig.moe_token_dispatcher_type = flex: Megatron's overlapped schedule reaches into its own "
             "flex dispatcher; set alltoall (the setting has no other effect on EPMoELayer)"
         )
+
+
+def honour_overlap(config: TransformerConfig, phases: PhasesConfig) -> PhasesConfig:
+    """``phases`` with the strategies that Megatron's configuration asks for as well.
+
+    Raises:
+        ConfigError: for strategies that Megatron's overlapped schedule leaves no place for.
+    """
+    if config.overlap_moe_expert_parallel_comm and phases.train.overlap:
+        raise ConfigError(
+            f"phases.train.overlap = [{', '.join(phases.train.overlap)}]: under overlap_moe_expert_parallel_comm "
+            "Megatron's schedule places the stages; leave it empty (and set TransformerConfig.delay_wgrad_compute)"
+        )
+    if not config.moe_shared_expert_overlap:
+        return phases
+    settings = {name: getattr(phases, name) for name in PHASES}
+    return PhasesConfig(
+        **{
+            name: dataclasses.replace(phase, overlap=tuple(dict.fromkeys((*phase.overlap, "shared_experts"))))
+            for name, phase in settings.items()
+        }
+    )
 
 
 def _router_config(config: TransformerConfig) -> RouterConfig:
