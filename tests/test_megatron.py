@@ -188,13 +188,13 @@ def test_gradients_go_straight_into_main_grad(way: str, backend: str) -> None:
 
 
 def _with_megatron_ddp(
-    rank: int, world: int, device: str, changes: dict[str, Any], overlap: tuple[Any, ...], overlap_grad_reduce: bool
+    rank: int, world: int, changes: dict[str, Any], overlap: tuple[Any, ...], overlap_grad_reduce: bool
 ) -> list[str]:
     """Parameters whose ``main_grad`` after two micro-batches under Megatron's DDP is not the sum of their gradients."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
+    on = torch.device("cpu")
     with expert_parallel(world), mock.patch("torch.cuda.current_device", lambda: on):
-        on = rank_device(device, rank)
         torch.manual_seed(3)
         config = transformer_config(**{"bf16": True, "params_dtype": torch.bfloat16, **changes})
         phases = PhasesConfig(train=PhaseConfig(overlap=overlap))
@@ -231,7 +231,6 @@ def _with_megatron_ddp(
         return [name for name, p in layer.named_parameters() if not torch.equal(p.main_grad, sums[name])]
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("overlap_grad_reduce", [False, True])
 @pytest.mark.parametrize(
     ("changes", "overlap"),
@@ -239,9 +238,10 @@ def _with_megatron_ddp(
     ids=["plain", "wgrad", "overlapped", "delayed"],
 )
 def test_main_grad_under_megatrons_ddp(
-    changes: dict[str, Any], overlap: tuple[Any, ...], overlap_grad_reduce: bool, device: str
+    changes: dict[str, Any], overlap: tuple[Any, ...], overlap_grad_reduce: bool
 ) -> None:
-    assert run_ranks(2, _with_megatron_ddp, device, changes, overlap, overlap_grad_reduce) == [[], []]
+    """On CPUs: gloo, which ranks that share a GPU need, does not reduce as Megatron asks there."""
+    assert run_ranks(2, _with_megatron_ddp, changes, overlap, overlap_grad_reduce) == [[], []]
 
 
 def _beside(rank: int, world: int, device: str, overlap: tuple[Any, ...], changes: dict[str, Any]) -> dict[str, Any]:
