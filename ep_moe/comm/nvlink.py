@@ -115,7 +115,7 @@ class NvlinkCommunicator:
         self.size = self._core.size
         self.device = device
         # Pinned host memory, which the layout kernel writes: LayoutArgs::host_counts.
-        self._host_counts = torch.zeros(3 + native.MAX_EXPERTS, dtype=torch.int32, pin_memory=True)
+        self._host_counts = torch.zeros(3 + native.MAX_EXPERTS, dtype=torch.int32, device="cpu", pin_memory=True)
 
     @property
     def symmetric_bytes(self) -> int:
