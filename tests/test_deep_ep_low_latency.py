@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from dataclasses import replace
 from typing import Any
@@ -10,17 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from communicators import rank_device
+from communicators import DEEP_EP_DEVICES, use_deep_ep
 from low_latency_cases import LowLatencyCase, expected_payload, expected_rows, expected_sums, make_inputs, same
 from ranks import run_ranks
 from torch import Tensor
 
 from ep_moe.compat.deep_ep import Buffer
 
-DEVICES = [
-    pytest.param("cpu", id="cpu"),
-    pytest.param("cuda", id="nvlink", marks=pytest.mark.gpu),
-]
 BASE = LowLatencyCase(tokens=(5, 8), max_tokens=8, hidden=640, local_experts=3, top_k=2)
 # use_fp8, round_scale, use_ue8m0 -> the format of the oracle
 FORMATS = {
@@ -31,8 +26,7 @@ FORMATS = {
 }
 
 
-def make_buffer(device: str) -> Buffer:
-    os.environ["EP_MOE_COMM"] = "portable" if device == "cpu" else "nvlink"
+def make_buffer() -> Buffer:
     size = Buffer.get_low_latency_rdma_size_hint(
         num_max_dispatch_tokens_per_rank=8, hidden=640, num_ranks=2, num_experts=6
     )
@@ -72,7 +66,7 @@ def wrong_rows(case: LowLatencyCase, rank: int, rows: Any, counts: Tensor, handl
 
 
 def _exchange(rank: int, world: int, device: str, case: LowLatencyCase, flags: tuple[bool, ...], how: str) -> list[str]:
-    on, buffer = rank_device(device, rank), make_buffer(device)
+    on, buffer = use_deep_ep(device, rank), make_buffer()
     case = replace(case, scale_format=FORMATS[flags])
     use_fp8, round_scale, use_ue8m0 = flags
     mine = make_inputs(case, rank)
@@ -110,14 +104,14 @@ def _exchange(rank: int, world: int, device: str, case: LowLatencyCase, flags: t
     return wrong
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEEP_EP_DEVICES)
 @pytest.mark.parametrize("how", ["plain", "async", "hook"])
 @pytest.mark.parametrize("flags", list(FORMATS))
 def test_rows_arrive_and_return(device: str, how: str, flags: tuple[bool, ...]) -> None:
     assert run_ranks(2, _exchange, device, BASE, flags, how) == [[], []]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEEP_EP_DEVICES)
 def test_no_tokens_and_strange_values(device: str) -> None:
     case = LowLatencyCase(tokens=(0, 8), max_tokens=8, hidden=128, local_experts=2, top_k=4, special=True)
     assert run_ranks(2, _exchange, device, case, (True, False, False), "hook") == [[], []]
@@ -125,7 +119,7 @@ def test_no_tokens_and_strange_values(device: str) -> None:
 
 def _two_batches(rank: int, world: int, device: str) -> list[str]:
     """Two handles alive, hooks called by another thread, dispatches ahead of combines."""
-    on, buffer, wrong = rank_device(device, rank), make_buffer(device), []
+    on, buffer, wrong = use_deep_ep(device, rank), make_buffer(), []
     cases = [replace(BASE, seed=seed) for seed in (1, 2)]
     inputs = [make_inputs(case, rank) for case in cases]
     tensors = [[t.to(on) for t in (i.x, i.topk_idx, i.topk_weights, i.experts_out)] for i in inputs]
@@ -151,13 +145,13 @@ def _two_batches(rank: int, world: int, device: str) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEEP_EP_DEVICES)
 def test_two_batches_in_flight(device: str) -> None:
     assert run_ranks(2, _two_batches, device) == [[], []]
 
 
 def _masks(rank: int, world: int, device: str) -> list[str]:
-    on, buffer, case = rank_device(device, rank), make_buffer(device), replace(BASE, tokens=(8, 8))
+    on, buffer, case = use_deep_ep(device, rank), make_buffer(), replace(BASE, tokens=(8, 8))
     mine, status = make_inputs(case, rank), torch.full((2,), 7, dtype=torch.int32, device=on)
     x, idx = mine.x.to(on), mine.topk_idx.to(on)
     wrong = []
@@ -181,13 +175,14 @@ def _masks(rank: int, world: int, device: str) -> list[str]:
     return wrong + wrong_rows(case, rank, rows, counts, handle, False)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEEP_EP_DEVICES)
 def test_masks(device: str) -> None:
     assert run_ranks(2, _masks, device) == [[], []]
 
 
 def _refusals(rank: int, world: int) -> list[str]:
-    buffer, mine = make_buffer("cpu"), make_inputs(replace(BASE, tokens=(8, 8)), rank)
+    use_deep_ep("cpu", rank)
+    buffer, mine = make_buffer(), make_inputs(replace(BASE, tokens=(8, 8)), rank)
     x, idx, weights, out = mine.x, mine.topk_idx, mine.topk_weights, mine.experts_out
     *_, handle, _, _ = buffer.low_latency_dispatch(x, idx, 8, 6)
     attempts = [
@@ -239,7 +234,7 @@ def test_size_hint_grows() -> None:
 
 def _captured(rank: int, world: int) -> list[str]:
     """A decode step in a CUDA graph, replayed with other inputs."""
-    on, buffer, case = rank_device("cuda", rank), make_buffer("cuda"), replace(BASE, tokens=(8, 8))
+    on, buffer, case = use_deep_ep("cuda", rank), make_buffer(), replace(BASE, tokens=(8, 8))
     cases, wrong = [replace(case, seed=seed) for seed in (3, 4, 5)], []
     static = [t.to(on) for t in vars(make_inputs(cases[0], rank)).values()]
 

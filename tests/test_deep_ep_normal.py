@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from communicators import rank_device
+from communicators import DEEP_EP_DEVICES, use_deep_ep
 from ranks import run_ranks
 from routing_cases import PATTERNS, Case, make_inputs
 from torch import Tensor
@@ -17,10 +16,6 @@ from torch import Tensor
 from ep_moe.comm import CapacityError
 from ep_moe.compat.deep_ep import Buffer, Config, EventHandle, EventOverlap
 
-DEVICES = [
-    pytest.param("cpu", id="cpu"),
-    pytest.param("cuda", id="nvlink", marks=pytest.mark.gpu),
-]
 BASE = Case(tokens=(7, 12), num_experts=8, top_k=3, hidden=64, dtype=torch.bfloat16)
 
 
@@ -64,9 +59,8 @@ def expected(case: Case, rank: int, alignment: int = 1) -> Expected:
     )
 
 
-def make_buffer(device: str, **options: Any) -> Buffer:
-    os.environ["EP_MOE_COMM"] = "portable" if device == "cpu" else "nvlink"
-    return Buffer(dist.group.WORLD, 1 << 20, 0, **options)
+def make_buffer() -> Buffer:
+    return Buffer(dist.group.WORLD, 1 << 20, 0)
 
 
 def full_dispatch(buffer: Buffer, x: Any, idx: Tensor, weights: Tensor | None, experts: int, **options: Any) -> Any:
@@ -84,7 +78,7 @@ def full_dispatch(buffer: Buffer, x: Any, idx: Tensor, weights: Tensor | None, e
 
 
 def _exchange(rank: int, world: int, device: str, case: Case, alignment: int) -> list[str]:
-    on, buffer = rank_device(device, rank), make_buffer(device)
+    on, buffer = use_deep_ep(device, rank), make_buffer()
     x, idx, weights = (t.to(on) for t in make_inputs(case, rank))
     want = expected(case, rank, alignment)
     rows, got_idx, got_weights, per_expert, handle, event = full_dispatch(
@@ -112,14 +106,14 @@ def _exchange(rank: int, world: int, device: str, case: Case, alignment: int) ->
     return [name for name, good in checks.items() if not good]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEEP_EP_DEVICES)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_rows_arrive_in_order_and_return(device: str, pattern: str) -> None:
     case = replace(BASE, pattern=pattern)
     assert run_ranks(2, _exchange, device, case, 1) == [[], []]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEEP_EP_DEVICES)
 @pytest.mark.parametrize(
     ("case", "alignment"),
     [
@@ -133,7 +127,7 @@ def test_uneven_ranks_and_alignment(device: str, case: Case, alignment: int) -> 
 
 
 def _layout(rank: int, world: int, device: str, case: Case) -> list[str]:
-    buffer, on = make_buffer(device), rank_device(device, rank)
+    on, buffer = use_deep_ep(device, rank), make_buffer()
     idx = make_inputs(case, rank)[1]
     per_rank, per_node, per_expert, in_rank, event = buffer.get_dispatch_layout(idx.to(on), case.num_experts)
     owners = [{e // case.local_experts for e in experts if e >= 0} for experts in idx.tolist()]
@@ -149,7 +143,7 @@ def _layout(rank: int, world: int, device: str, case: Case) -> list[str]:
     return [name for name, good in checks.items() if not good]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEEP_EP_DEVICES)
 @pytest.mark.parametrize("pattern", ["random", "some_unrouted", "unrouted"])
 def test_layout(device: str, pattern: str) -> None:
     assert run_ranks(2, _layout, device, replace(BASE, pattern=pattern)) == [[], []]
@@ -157,7 +151,7 @@ def test_layout(device: str, pattern: str) -> None:
 
 def _scaled(rank: int, world: int, device: str, column_major: bool) -> list[str]:
     """Rows of e4m3 with scales; they tell their source."""
-    on, buffer, case = rank_device(device, rank), make_buffer(device), replace(BASE, hidden=256)
+    on, buffer, case = use_deep_ep(device, rank), make_buffer(), replace(BASE, hidden=256)
     want = expected(case, rank)
 
     def inputs(source: int) -> tuple[Tensor, Tensor]:
@@ -189,14 +183,14 @@ def _scaled(rank: int, world: int, device: str, column_major: bool) -> list[str]
     return [name for name, good in checks.items() if not good]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEEP_EP_DEVICES)
 @pytest.mark.parametrize("column_major", [False, True])
 def test_rows_with_scales(device: str, column_major: bool) -> None:
     assert run_ranks(2, _scaled, device, column_major) == [[], []]
 
 
 def _bias(rank: int, world: int, device: str) -> list[str]:
-    on, buffer = rank_device(device, rank), make_buffer(device)
+    on, buffer = use_deep_ep(device, rank), make_buffer()
     x, idx, _ = (t.to(on) for t in make_inputs(BASE, rank))
     rows, got_idx, none, *_, handle, _ = full_dispatch(buffer, x, idx, None, BASE.num_experts)
     plain, no_weights, _ = buffer.combine(rows, handle)
@@ -212,14 +206,14 @@ def _bias(rank: int, world: int, device: str) -> list[str]:
     return [name for name, good in checks.items() if not good]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEEP_EP_DEVICES)
 def test_bias_and_no_weights(device: str) -> None:
     assert run_ranks(2, _bias, device) == [[], []]
 
 
 def _worst(rank: int, world: int, device: str, pattern: str) -> list[str]:
-    on, case = rank_device(device, rank), replace(BASE, pattern=pattern)
-    buffer, worst = make_buffer(device), 40
+    on, case = use_deep_ep(device, rank), replace(BASE, pattern=pattern)
+    buffer, worst = make_buffer(), 40
     x, idx, weights = (t.to(on) for t in make_inputs(case, rank))
     want = expected(case, rank)
     exact_rows, *_, exact_handle, _ = full_dispatch(buffer, x, idx, weights, case.num_experts)
@@ -243,15 +237,15 @@ def _worst(rank: int, world: int, device: str, pattern: str) -> list[str]:
     return [name for name, good in checks.items() if not good]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEEP_EP_DEVICES)
 @pytest.mark.parametrize("pattern", ["random", "unrouted", "repeated", "one_rank"])
 def test_worst_case_shapes(device: str, pattern: str) -> None:
     assert run_ranks(2, _worst, device, pattern) == [[], []]
 
 
 def _too_many(rank: int, world: int, device: str) -> str:
-    on, case = rank_device(device, rank), replace(BASE, tokens=(8, 8), pattern="one_expert")
-    buffer = make_buffer(device)
+    on, case = use_deep_ep(device, rank), replace(BASE, tokens=(8, 8), pattern="one_expert")
+    buffer = make_buffer()
     x, idx, weights = (t.to(on) for t in make_inputs(case, rank))
     try:  # one expert of the last rank gets all 16 tokens
         full_dispatch(buffer, x, idx, weights, case.num_experts, num_worst_tokens=12)
@@ -263,14 +257,14 @@ def _too_many(rank: int, world: int, device: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEEP_EP_DEVICES)
 def test_too_many_rows_are_found_out(device: str) -> None:
     first, second = run_ranks(2, _too_many, device)
     assert first == "" and "num_worst_tokens: 4 rows more arrived" in second
 
 
 def _events(rank: int, world: int, device: str) -> list[str]:
-    on, buffer = rank_device(device, rank), make_buffer(device)
+    on, buffer = use_deep_ep(device, rank), make_buffer()
     x, idx, weights = (t.to(on) for t in make_inputs(BASE, rank))
     plain = full_dispatch(buffer, x, idx, weights, BASE.num_experts)
     kwargs: dict[str, Any] = {"async_finish": True, "allocate_on_comm_stream": True}
@@ -302,14 +296,14 @@ def _events(rank: int, world: int, device: str) -> list[str]:
     return [name for name, good in checks.items() if not good]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEEP_EP_DEVICES)
 def test_events(device: str) -> None:
     assert run_ranks(2, _events, device) == [[], []]
 
 
 def _by_rank(rank: int, world: int, device: str) -> list[str]:
     """Without experts: rows, the list and the way back."""
-    on, buffer, case = rank_device(device, rank), make_buffer(device), replace(BASE, pattern="some_unrouted")
+    on, buffer, case = use_deep_ep(device, rank), make_buffer(), replace(BASE, pattern="some_unrouted")
     x, idx, _ = (t.to(on) for t in make_inputs(case, rank))
     want = expected(case, rank, alignment=4)
     per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, case.num_experts)
@@ -331,13 +325,14 @@ def _by_rank(rank: int, world: int, device: str) -> list[str]:
     return [name for name, good in checks.items() if not good]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEEP_EP_DEVICES)
 def test_tokens_of_known_ranks(device: str) -> None:
     assert run_ranks(2, _by_rank, device) == [[], []]
 
 
 def _refusals(rank: int, world: int) -> list[str]:
-    buffer = make_buffer("cpu")
+    use_deep_ep("cpu", rank)
+    buffer = make_buffer()
     x, idx, weights = make_inputs(BASE, rank)
     rows, _, got_weights, _, handle, _ = full_dispatch(buffer, x, idx, weights, BASE.num_experts)
     per_expert = buffer.get_dispatch_layout(idx, BASE.num_experts)[2]
