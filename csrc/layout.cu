@@ -30,6 +30,8 @@ struct LayoutArgs {
   int32_t* row_of_slot;           // out [max_rows]: the row that fills each slot, or -1 in padding
   uint8_t* owners;                // out [tokens]: bit r says that rank r has an expert of this token
   float* slot_weights;            // out [max_rows], 0 in padding; or nullptr
+  int64_t* received_topk_idx;     // out [rows][top_k]: local expert or -1, of rows that are received; or nullptr
+  float* received_topk_weights;   // out [rows][top_k], 0 where the expert is elsewhere; or nullptr
   int64_t* counts;                // out [local_experts]: real slots there is room for
   int32_t* ends;                  // out [local_experts]: end of each segment, padding included, at most max_rows
   int32_t* histogram;             // scratch [ranks * blocks][bins]
@@ -313,6 +315,16 @@ __device__ void fill_padding(const LayoutArgs& args, const Tables& tables) {
   }
 }
 
+// What a received row's source wants done with it, one entry.
+__device__ __forceinline__ void place_received(const LayoutArgs& args, const ChunkEntry& entry, int row,
+                                               const float* weights) {
+  const int64_t place = static_cast<int64_t>(row) * args.top_k + entry.k;
+  if (args.received_topk_idx != nullptr) args.received_topk_idx[place] = entry.expert;
+  if (args.received_topk_weights == nullptr) return;
+  args.received_topk_weights[place] =
+      entry.expert < 0 ? 0.0f : weights[entry.token * args.comm.shape.max_top_k + entry.k];
+}
+
 // The places of all entries of one chunk of every rank's tokens.
 __device__ void place_chunk(const LayoutArgs& args, const Routing& routing, const Tables& tables, const float* weights,
                             int first_token) {
@@ -343,6 +355,7 @@ __device__ void place_chunk(const LayoutArgs& args, const Routing& routing, cons
     if (slot >= args.max_rows) slot = -1;
     args.slots[entry.token * top_k + entry.k] = slot;
     if (entry.k == 0) args.rows[entry.token] = row;
+    if (row >= 0) place_received(args, entry, row, weights);
     if (slot < 0) continue;
     args.row_of_slot[slot] = row;
     if (args.slot_weights != nullptr)

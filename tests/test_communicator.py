@@ -68,10 +68,32 @@ def run_exchange(rank: int, world: int, kind: str, device: str, case: Case, alig
         "received": received,
         "received_weights": once.weights,
         "received_row_of_slot": once.row_of_slot,
+        "no_routing": arrived.routing,
+        "received_topk_idx": once.routing.topk_idx,
+        "received_topk_weights": once.routing.topk_weights,
+        "rows_per_rank": once.routing.rows_per_rank,
         "received_cached": communicator.dispatch_cached(x * 2, arrived.handle, "rows"),
         "received_combined": communicator.combine(received * 0.5, once.handle, "rows"),
     }
     return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in out.items()}
+
+
+def check_routing(case: Case, rank: int, result: dict, arrivals: list[tuple[int, int]]) -> None:
+    """Compare the routing of received rows with the oracle."""
+    inputs = [make_inputs(case, source) for source in range(case.ranks)]
+    assert result["no_routing"] is None
+    topk_idx, topk_weights = torch.empty(0, case.top_k, dtype=torch.int64), inputs[0][2][:0]
+    for source, token in arrivals:
+        local = inputs[source][1][token] - rank * case.local_experts
+        mine = (local >= 0) & (local < case.local_experts)
+        topk_idx = torch.cat([topk_idx, torch.where(mine, local, -1)[None]])
+        topk_weights = torch.cat([topk_weights, torch.where(mine, inputs[source][2][token], 0)[None]])
+    assert torch.equal(result["received_topk_idx"], topk_idx)
+    assert torch.equal(result["received_topk_weights"], topk_weights)
+    assert result["rows_per_rank"].dtype == torch.int64
+    assert result["rows_per_rank"].tolist() == [
+        sum(other == source for other, _ in arrivals) for source in range(case.ranks)
+    ]
 
 
 def check_exchange(case: Case, results: list[dict], alignment: int, fp8: bool) -> None:
@@ -106,6 +128,7 @@ def check_exchange(case: Case, results: list[dict], alignment: int, fp8: bool) -
             assert torch.equal(result[name], weights)
         assert torch.equal(result["row_of_slot"], row_of_slot)
         assert torch.equal(result["received_row_of_slot"], row_of_slot)
+        check_routing(case, rank, result, arrivals)
         received = [sources[source][token] for source, token in arrivals]
         cached_once = [inputs[source][0][token] * 2 for source, token in arrivals]
         empty = torch.zeros(0, case.hidden, dtype=case.dtype)

@@ -62,6 +62,21 @@ class ExpertSegments:
 
 
 @dataclass(frozen=True)
+class ReceivedRouting:
+    """The routing of received rows, as their source ranks gave it.
+
+    Attributes:
+        topk_idx: int64 ``[received, top_k]``, local expert, or -1 where the expert is elsewhere or there is no row.
+        topk_weights: ``[received, top_k]``, 0 where ``topk_idx`` is -1; ``None`` if none were sent.
+        rows_per_rank: int64 ``[ranks]``, rows from each rank.
+    """
+
+    topk_idx: Tensor
+    topk_weights: Tensor | None
+    rows_per_rank: Tensor
+
+
+@dataclass(frozen=True)
 class Dispatched:
     """What arrives at a rank.
 
@@ -74,6 +89,7 @@ class Dispatched:
         row_of_slot: int32 ``[segments.num_rows]``, the row that belongs in each slot, -1 for padding; whatever the
             layout of ``rows``.
         handle: opaque to callers; names this exchange in ``dispatch_cached`` and ``combine``.
+        routing: of each row, in the layout ``rows``; otherwise ``None``.
     """
 
     rows: Tensor
@@ -82,6 +98,7 @@ class Dispatched:
     segments: ExpertSegments
     row_of_slot: Tensor
     handle: Any
+    routing: ReceivedRouting | None
 
 
 class Communicator(Protocol):

@@ -15,7 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_moe.comm import nvlink_args as native
-from ep_moe.comm.communicator import Dispatched, ExpertSegments, RowLayout, check_dispatch_shapes
+from ep_moe.comm.communicator import (
+    Dispatched,
+    ExpertSegments,
+    ReceivedRouting,
+    RowLayout,
+    check_dispatch_shapes,
+)
 from ep_moe.comm.nvlink_core import NvlinkCore, pointer
 from ep_moe.comm.nvlink_faults import PeerTimeoutError
 from ep_moe.comm.nvlink_wire import ELEMENTS, MOVED, SHARED_BYTES, WireFormat, wire_format
@@ -78,6 +84,8 @@ class _Layout:
     counts: Tensor
     ends: Tensor
     slot_weights: Tensor | None
+    received_topk_idx: Tensor | None
+    received_topk_weights: Tensor | None
 
 
 class NvlinkCommunicator:
@@ -154,7 +162,7 @@ class NvlinkCommunicator:
         topk_idx = topk_idx.contiguous()
         with core:
             while True:
-                table = self._lay_out(topk_idx, topk_weights, num_experts, alignment, max_rows, num_sms)
+                table = self._lay_out(topk_idx, topk_weights, num_experts, layout, alignment, max_rows, num_sms)
                 # Staging needs no sizes: it runs while the host waits for them.
                 self._stage(x, scales, wire)
                 if max_rows is not None:
@@ -174,7 +182,9 @@ class NvlinkCommunicator:
         weights = None
         if topk_weights is not None and table.slot_weights is not None:
             weights = table.slot_weights[: segments.num_rows].to(topk_weights.dtype)
-        return Dispatched(rows, row_scales, weights, segments, table.row_of_slot[: segments.num_rows], routes)
+        row_of_slot = table.row_of_slot[: segments.num_rows]
+        routing = _received_routing(table, topk_weights, received)
+        return Dispatched(rows, row_scales, weights, segments, row_of_slot, routes, routing)
 
     def dispatch_cached(self, x: Tensor, handle: NvlinkHandle, layout: RowLayout = "expert_major") -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_cached`; rows of e4m3 may travel too."""
@@ -241,6 +251,7 @@ class NvlinkCommunicator:
         topk_idx: Tensor,
         topk_weights: Tensor | None,
         num_experts: int,
+        layout: RowLayout,
         alignment: int,
         max_rows: int | None,
         num_sms: int | None,
@@ -254,6 +265,16 @@ class NvlinkCommunicator:
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=self.device)
 
+        received_topk_idx, received_topk_weights = None, None
+        if layout == "rows":
+            shape = (min(most_rows, self.size * max_tokens), top_k)
+            received_topk_idx = empty(*shape, dtype=torch.int64)
+            if topk_weights is not None:
+                received_topk_weights = empty(*shape, dtype=torch.float32)
+            if max_rows is not None:  # the host does not learn how many rows there are: those behind the last say so
+                received_topk_idx.fill_(-1)
+                if received_topk_weights is not None:
+                    received_topk_weights.zero_()
         table = _Layout(
             slots=empty(self.size, max_tokens, top_k),
             rows=empty(self.size, max_tokens),
@@ -262,6 +283,8 @@ class NvlinkCommunicator:
             counts=empty(local_experts, dtype=torch.int64),
             ends=empty(local_experts),
             slot_weights=None if topk_weights is None else empty(most_rows, dtype=torch.float32),
+            received_topk_idx=received_topk_idx,
+            received_topk_weights=received_topk_weights,
         )
         histogram = empty(self.size * comm.blocks * (local_experts + 1))
         sent_weights = None if topk_weights is None else topk_weights.float().contiguous()
@@ -275,6 +298,8 @@ class NvlinkCommunicator:
             row_of_slot=table.row_of_slot.data_ptr(),
             owners=table.owners.data_ptr(),
             slot_weights=pointer(table.slot_weights),
+            received_topk_idx=pointer(received_topk_idx),
+            received_topk_weights=pointer(received_topk_weights),
             counts=table.counts.data_ptr(),
             ends=table.ends.data_ptr(),
             histogram=histogram.data_ptr(),
@@ -375,3 +400,13 @@ class NvlinkCommunicator:
                 slot_tokens=handle.slots.shape[1],
             )
             self._core.launch("weights", arguments)
+
+
+def _received_routing(table: _Layout, topk_weights: Tensor | None, received: int) -> ReceivedRouting | None:
+    """What the layout kernel wrote about received rows, if it was asked to."""
+    if table.received_topk_idx is None:
+        return None
+    weights = None
+    if topk_weights is not None and table.received_topk_weights is not None:
+        weights = table.received_topk_weights[:received].to(topk_weights.dtype)
+    return ReceivedRouting(table.received_topk_idx[:received], weights, (table.rows >= 0).sum(1))

@@ -94,6 +94,8 @@ class LayoutArgs(ctypes.Structure):
         ("row_of_slot", c_void_p),
         ("owners", c_void_p),
         ("slot_weights", c_void_p),
+        ("received_topk_idx", c_void_p),
+        ("received_topk_weights", c_void_p),
         ("counts", c_void_p),
         ("ends", c_void_p),
         ("histogram", c_void_p),

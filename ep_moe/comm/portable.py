@@ -17,6 +17,7 @@ from ep_moe.comm.communicator import (
     CapacityError,
     Dispatched,
     ExpertSegments,
+    ReceivedRouting,
     RowLayout,
     check_dispatch_shapes,
     check_expert_range,
@@ -93,11 +94,21 @@ class PortableCommunicator:
             (topk_idx.shape[0], topk_idx.shape[1]), send, send_counts, recv_counts, experts, segments
         )
         arrived, *arrived_scales = (self._spread(tensor, handle, layout) for tensor in payload)
-        weights = None if topk_weights is None else self.dispatch_weights(topk_weights, handle)
+        weights, arrived_weights = None, None
+        if topk_weights is not None:
+            arrived_weights = self._exchange(topk_weights[send.tokens], send_counts, recv_counts)
+            weights = self._by_slot(arrived_weights, handle)
         if max_rows is not None and needed > max_rows:  # only now: the other ranks expect this rank's messages
             raise CapacityError(f"max_rows = {max_rows}: {needed} rows arrived at rank {self.rank}")
         row_of_slot = torch.full((segments.num_rows,), -1, dtype=torch.int32, device=x.device)
         row_of_slot[experts.slots] = (experts.entries // handle.shape[1]).to(torch.int32)
+        routing = None
+        if layout == "rows":
+            routing = ReceivedRouting(
+                topk_idx=local_experts.to(torch.int64),
+                topk_weights=None if arrived_weights is None else torch.where(local_experts < 0, 0, arrived_weights),
+                rows_per_rank=torch.tensor(recv_counts, dtype=torch.int64, device=x.device),
+            )
         return Dispatched(
             rows=arrived,
             scales=arrived_scales[0] if arrived_scales else None,
@@ -105,6 +116,7 @@ class PortableCommunicator:
             segments=segments,
             row_of_slot=row_of_slot,
             handle=handle,
+            routing=routing,
         )
 
     def dispatch_cached(self, x: Tensor, handle: PortableHandle, layout: RowLayout = "expert_major") -> Tensor:
@@ -118,9 +130,7 @@ class PortableCommunicator:
         if topk_weights.shape != handle.shape:
             raise ValueError(f"topk_weights: expected {list(handle.shape)}, got {list(topk_weights.shape)}")
         arrived = self._exchange(topk_weights[handle.send.tokens], handle.send_counts, handle.recv_counts)
-        row_weights = topk_weights.new_zeros(handle.segments.num_rows)
-        row_weights[handle.experts.slots] = arrived.flatten()[handle.experts.entries]
-        return row_weights
+        return self._by_slot(arrived, handle)
 
     def combine(self, rows: Tensor, handle: PortableHandle, layout: RowLayout = "expert_major") -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.combine`."""
@@ -132,6 +142,12 @@ class PortableCommunicator:
         partial = rows if layout == "rows" else self._sum_slots(rows, handle, accumulate)
         returned = self._exchange(partial, handle.recv_counts, handle.send_counts)
         return self._sum_over_ranks(returned, handle, accumulate).to(rows.dtype)
+
+    def _by_slot(self, arrived_weights: Tensor, handle: PortableHandle) -> Tensor:
+        """Weights ``[received, top_k]`` as ``[num_rows]``, 0 for padding."""
+        row_weights = arrived_weights.new_zeros(handle.segments.num_rows)
+        row_weights[handle.experts.slots] = arrived_weights.flatten()[handle.experts.entries]
+        return row_weights
 
     def _sum_slots(self, rows: Tensor, handle: PortableHandle, accumulate: torch.dtype) -> Tensor:
         """The sum of each received token's slots, rounded once: ``[received, hidden]``."""

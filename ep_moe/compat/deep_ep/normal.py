@@ -1,7 +1,7 @@
 """Normal mode: dispatch and combine of rows that arrive once each, over any communicator.
 
-What travels with a row, scales, experts and weights, follows as a second tensor along the same routes: so it is the
-same for every communicator, and everything arrives in the order of the rows.
+Scales that a communicator would not send with the rows, because their dtype or number is another, follow as a second
+tensor along the same routes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ep_moe.comm import CapacityError, Communicator, Dispatched
+from ep_moe.comm import CapacityError, Communicator
+from ep_moe.comm.fp8 import BLOCK
 
 Rows = Tensor | tuple[Tensor, Tensor]
 
@@ -71,15 +72,14 @@ def dispatch_layout(topk_idx: Tensor, num_experts: int, ranks: int) -> tuple[Ten
         raise ValueError(f"topk_idx: expected int64 [tokens, top_k], got {topk_idx.dtype} {list(topk_idx.shape)}")
     if num_experts < 1 or num_experts % ranks:
         raise ValueError(f"num_experts: expected a multiple of the {ranks} ranks of the group, got {num_experts}")
-    # One place more, for entries that are not routed.
-    owners = torch.where(topk_idx < 0, ranks, topk_idx // (num_experts // ranks))
-    in_rank = torch.zeros(topk_idx.shape[0], ranks + 1, dtype=torch.bool, device=topk_idx.device)
-    in_rank.scatter_(1, owners, True)
-    in_rank = in_rank[:, :ranks].contiguous()
-    experts = torch.where(topk_idx < 0, num_experts, topk_idx).flatten()
-    per_expert = torch.zeros(num_experts + 1, dtype=torch.int32, device=topk_idx.device)
-    per_expert.scatter_add_(0, experts, torch.ones_like(experts, dtype=torch.int32))
-    return in_rank.sum(0, dtype=torch.int32), per_expert[:num_experts], in_rank
+    device = topk_idx.device
+    owners = topk_idx.div(num_experts // ranks, rounding_mode="floor")  # -1 stays -1
+    in_rank = (owners.unsqueeze(2) == torch.arange(ranks, device=device)).any(1)
+    # One place more on both sides, for what is no expert; dispatch reports those behind the last.
+    places = topk_idx.flatten().clamp(-1, num_experts) + 1
+    per_expert = torch.zeros(num_experts + 2, dtype=torch.int32, device=device)
+    per_expert.scatter_add_(0, places, torch.ones(1, dtype=torch.int32, device=device).expand_as(places))
+    return in_rank.sum(0, dtype=torch.int32), per_expert[1:-1], in_rank
 
 
 class RowLimit:
@@ -146,38 +146,34 @@ def dispatch(
     max_rows = None
     if num_worst_tokens:  # a row fills at most top_k slots, and each expert's padding some
         max_rows = num_worst_tokens * top_k + local_experts * (alignment - 1)
+    with_rows = scales is not None and _travel_with_rows(data, scales)
     arrived = communicator.dispatch(
-        _movable(data),
+        data if with_rows else _movable(data),
         topk_idx,
-        None,
+        topk_weights,
         num_experts=num_experts,
+        scales=scales if with_rows else None,
         layout="rows",
         alignment=alignment,
         max_rows=max_rows,
         num_sms=num_sms,
     )
-    rank = torch.full((data.shape[0], 1), communicator.rank, dtype=torch.int32, device=data.device)
-    columns = [topk_idx.to(torch.int32), rank, *([] if topk_weights is None else [topk_weights])]
-    columns += [] if scales is None else [_columns(scales)]
-    companions = _dispatch_columns(communicator, arrived.handle, columns)
-    num_rows = num_worst_tokens or arrived.rows.shape[0]
-    rows, experts, source, *others = (_resize(tensor, num_rows) for tensor in (arrived.rows, *companions))
-    local = experts - communicator.rank * local_experts
-    mine = (local >= 0) & (local < local_experts)
+    row_scales = arrived.scales
+    if scales is not None and not with_rows:
+        row_scales = _dispatch_scales(communicator, arrived.handle, scales)
+    routing, received = arrived.routing, arrived.rows.shape[0]
+    assert routing is not None
     if num_worst_tokens:
-        received = _received_rows(arrived)
-        limit.note(received, num_worst_tokens)
-        there = (torch.arange(num_rows, device=data.device) < received).unsqueeze(1)
-        mine = mine & there
-        source = torch.where(there, source, communicator.size)
-    weights = None if topk_weights is None else others.pop(0).view(torch.float32)
+        limit.note(routing.rows_per_rank.sum(), num_worst_tokens)
+    num_rows = num_worst_tokens or received
+    weights = routing.topk_weights
     return Received(
-        rows=_join(rows, x, others[0] if others else None),
-        topk_idx=torch.where(mine, local, -1).to(torch.int64),
-        topk_weights=None if weights is None else torch.where(mine, weights, 0.0),
+        rows=_join(arrived.rows, row_scales, x, num_rows),
+        topk_idx=_resize(routing.topk_idx, num_rows, -1),
+        topk_weights=None if weights is None else _resize(weights, num_rows),
         tokens_per_expert=[] if num_worst_tokens else list(arrived.segments.host_sizes()),
-        rank_prefix_matrix=_rank_prefix_matrix(source, communicator),
-        routes=Routes(communicator, arrived.handle, num_rows, arrived.rows.shape[0], top_k),
+        rank_prefix_matrix=_rank_prefix_matrix(routing.rows_per_rank, communicator.rank),
+        routes=Routes(communicator, arrived.handle, num_rows, received, top_k),
     )
 
 
@@ -221,11 +217,8 @@ def dispatch_cached(x: Rows, routes: Routes) -> Rows:
     """Send ``x`` along the routes of an earlier dispatch: the same rows in the same order."""
     data, scales = _split(x)
     rows = routes.communicator.dispatch_cached(_movable(data), routes.handle, "rows")
-    arrived_scales = None
-    if scales is not None:
-        (arrived_scales,) = _dispatch_columns(routes.communicator, routes.handle, [_columns(scales)])
-        arrived_scales = _resize(arrived_scales, routes.num_rows)
-    return _join(_resize(rows, routes.num_rows), x, arrived_scales)
+    row_scales = None if scales is None else _dispatch_scales(routes.communicator, routes.handle, scales)
+    return _join(rows, row_scales, x, routes.num_rows)
 
 
 def combine(
@@ -300,13 +293,15 @@ def _split(x: Rows) -> tuple[Tensor, Tensor | None]:
     return data, scales
 
 
-def _join(rows: Tensor, like: Rows, scales: Tensor | None) -> Rows:
-    """Rows in the dtype of ``like``, with scales in the dtype and rank of its scales."""
+def _join(rows: Tensor, scales: Tensor | None, like: Rows, num_rows: int) -> Rows:
+    """The first ``num_rows`` in the dtype of ``like``, with scales in the dtype and rank of its scales."""
     data, like_scales = _split(like)
-    rows = rows.view(data.dtype)
+    # FP8 dtypes lack most operations; as bytes they move like any other.
+    rows = rows.view(torch.uint8) if data.element_size() == 1 else rows
+    rows = _resize(rows, num_rows).view(data.dtype)
     if scales is None or like_scales is None:
         return rows
-    scales = scales.contiguous().view(like_scales.dtype)
+    scales = _resize(scales.view(like_scales.dtype), num_rows)
     return rows, scales.squeeze(1) if like_scales.dim() == 1 else scales
 
 
@@ -319,43 +314,34 @@ def _movable(data: Tensor) -> Tensor:
     return data.contiguous().view(torch.bfloat16)
 
 
-def _columns(scales: Tensor) -> Tensor:
-    """Scales as ``[tokens, any]``."""
-    return scales.unsqueeze(1) if scales.dim() == 1 else scales
+def _travel_with_rows(data: Tensor, scales: Tensor) -> bool:
+    """Whether a communicator sends such scales in the rows."""
+    expected = [data.shape[0], data.shape[1] // BLOCK]
+    whole = data.dtype == torch.float8_e4m3fn and data.shape[1] % BLOCK == 0
+    return whole and scales.dtype == torch.float32 and list(scales.shape) == expected
 
 
-def _dispatch_columns(communicator: Communicator, handle: Any, columns: list[Tensor]) -> list[Tensor]:
-    """Send tensors ``[tokens, any]`` of four bytes an element side by side; they arrive as int32 views."""
-    widths = [column.shape[1] for column in columns]
-    total = -(-sum(widths) // _WORDS) * _WORDS
-    packed = torch.zeros(columns[0].shape[0], total, dtype=torch.int32, device=columns[0].device)
-    start = 0
-    for column, width in zip(columns, widths, strict=True):
-        packed[:, start : start + width] = column.contiguous().view(torch.int32)
-        start += width
-    # Bytes to a communicator, which knows floating point only.
-    arrived = communicator.dispatch_cached(packed.view(torch.float32), handle, "rows").view(torch.int32)
-    return list(arrived[:, :start].split(widths, dim=1))
+def _dispatch_scales(communicator: Communicator, handle: Any, scales: Tensor) -> Tensor:
+    """Send scales ``[tokens, any]`` or ``[tokens]`` along the routes of ``handle``: int32 ``[received, any]``."""
+    columns = scales.unsqueeze(1) if scales.dim() == 1 else scales
+    width = columns.shape[1]
+    # Bits, as a dtype that every communicator moves, in rows of the size that kernels take.
+    words = pad(columns.contiguous().view(torch.int32), (0, -width % _WORDS))
+    arrived = communicator.dispatch_cached(words.view(torch.float32), handle, "rows")
+    return arrived.view(torch.int32)[:, :width].contiguous()
 
 
-def _resize(rows: Tensor, num_rows: int) -> Tensor:
-    """The first ``num_rows`` rows, or zeros behind them."""
+def _resize(rows: Tensor, num_rows: int, fill: int = 0) -> Tensor:
+    """The first ``num_rows`` rows, with ``fill`` behind them."""
     missing = num_rows - rows.shape[0]
     if missing > 0:
-        return torch.cat([rows, rows.new_zeros(missing, rows.shape[1])])
+        return torch.cat([rows, rows.new_full((missing, rows.shape[1]), fill)])
     return rows[:num_rows] if missing < 0 else rows
 
 
-def _received_rows(arrived: Dispatched) -> Tensor:
-    """How many rows arrived, as one element on the device: every row has a slot."""
-    slots = torch.arange(arrived.row_of_slot.shape[0], device=arrived.row_of_slot.device)
-    return torch.where(slots < arrived.segments.ends[-1], arrived.row_of_slot, -1).amax() + 1
-
-
-def _rank_prefix_matrix(source: Tensor, communicator: Communicator) -> Tensor:
-    """See :class:`Received`; ``source`` is int32 ``[rows, 1]``, the rank that each row came from."""
-    size, rank = communicator.size, communicator.rank
-    matrix = torch.full((size, size), -1, dtype=torch.int32, device=source.device)
-    ranks = torch.arange(size, dtype=torch.int32, device=source.device)
-    matrix[:, rank] = (source <= ranks).sum(0, dtype=torch.int32)
+def _rank_prefix_matrix(rows_per_rank: Tensor, rank: int) -> Tensor:
+    """See :class:`Received`."""
+    ranks = rows_per_rank.shape[0]
+    matrix = torch.full((ranks, ranks), -1, dtype=torch.int32, device=rows_per_rank.device)
+    matrix[:, rank] = rows_per_rank.cumsum(0)
     return matrix
