@@ -123,7 +123,7 @@ def normal_mode(arguments: argparse.Namespace, device: torch.device) -> Iterator
     worst = dist.get_world_size() * arguments.tokens
     yield (
         "dispatch, bf16, no host sync",
-        lambda: dispatch(max_rows=worst * arguments.top_k),
+        lambda: dispatch(max_rows=worst),
         lambda: buffer.dispatch(x, num_worst_tokens=worst, **layout, **routing),
     )
     arrived = native.dispatch(x, topk_idx, topk_weights, num_experts=experts, layout="rows")

@@ -30,8 +30,8 @@ struct LayoutArgs {
   int32_t* row_of_slot;           // out [max_rows]: the row that fills each slot, or -1 in padding
   uint8_t* owners;                // out [tokens]: bit r says that rank r has an expert of this token
   float* slot_weights;            // out [max_rows], 0 in padding; or nullptr
-  int64_t* received_topk_idx;     // out [rows][top_k]: local expert or -1, of rows that are received; or nullptr
-  float* received_topk_weights;   // out [rows][top_k], 0 where the expert is elsewhere; or nullptr
+  int64_t* received_topk_idx;     // out [max_received][top_k]: local expert or -1, of received rows; or nullptr
+  float* received_topk_weights;   // out [max_received][top_k], 0 where the expert is elsewhere; or nullptr
   int64_t* counts;                // out [local_experts]: real slots there is room for
   int32_t* ends;                  // out [local_experts]: end of each segment, padding included, at most max_rows
   int32_t* histogram;             // scratch [ranks * blocks][bins]
@@ -40,9 +40,9 @@ struct LayoutArgs {
   int32_t tokens;
   int32_t top_k;
   int32_t num_experts;
-  int32_t alignment;  // of segments
-  int32_t max_rows;   // slots there is room for; what lies beyond gets none
-  int32_t reserved;
+  int32_t alignment;     // of segments
+  int32_t max_rows;      // slots there is room for; what lies beyond gets none
+  int32_t max_received;  // rows there is room for; what lies beyond has no place
 };
 
 namespace {
@@ -293,6 +293,9 @@ __device__ void publish_sizes(const LayoutArgs& args, const Tables& tables, int 
       report_fault(comm, Fault::kTokens, Step::kRouting, comm.rank, round, most_tokens, comm.shape.max_tokens);
     if (lane == 0 && slots > args.max_rows)
       report_fault(comm, Fault::kOverflow, Step::kRouting, comm.rank, round, slots, args.max_rows);
+    else if (lane == 0 && tables.total[local_experts] > args.max_received)
+      report_fault(comm, Fault::kOverflow, Step::kRouting, comm.rank, round, tables.total[local_experts],
+                   args.max_received);
     return;
   }
   for (int bin = lane; bin < tables.bins; bin += 32) args.host_counts[2 + bin] = tables.total[bin];
@@ -351,7 +354,7 @@ __device__ void place_chunk(const LayoutArgs& args, const Routing& routing, cons
       const int pair = entry.source * bins + entry.expert;
       slot = tables.next[pair] + (repeated ? count_before(entry, routing, top_k) : __popc(tables.masks[pair] & before));
     }
-    if (row >= args.max_rows) row = -1;
+    if (row >= args.max_received) row = -1;
     if (slot >= args.max_rows) slot = -1;
     args.slots[entry.token * top_k + entry.k] = slot;
     if (entry.k == 0) args.rows[entry.token] = row;

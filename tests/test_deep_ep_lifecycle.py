@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -169,7 +170,30 @@ def test_groups_are_made_anew(device: str, tmp_path: Any) -> None:
         assert pool.run(_phases, device, str(tmp_path)) == [[True] * 4] * 2
 
 
-@pytest.mark.parametrize("end", ["", "buffer.destroy()", "dist.destroy_process_group()"])
+def _dropped(rank: int, world: int, device: str) -> bool:
+    """Rank 0 drops its buffer while rank 1 is elsewhere; both go on with another."""
+    on = use_deep_ep(device, rank)
+    buffer: Buffer | None = Buffer(dist.group.WORLD)
+    want = exchange(buffer, on, rank)  # type: ignore[arg-type]
+    if rank == 0:
+        buffer = None
+        gc.collect()
+    dist.barrier()
+    buffer = None
+    gc.collect()
+    return same(exchange(Buffer(dist.group.WORLD), on, rank), want)
+
+
+@pytest.mark.parametrize("device", DEEP_EP_DEVICES)
+def test_destructors_talk_to_nobody(device: str) -> None:
+    assert run_ranks(2, _dropped, device) == [True, True]
+
+
+# The group is always destroyed: PyTorch itself may abort at the end if gloo's threads still run.
+GROUP_ENDS = "dist.destroy_process_group()"
+
+
+@pytest.mark.parametrize("end", [GROUP_ENDS, f"buffer.destroy(); {GROUP_ENDS}", f"{GROUP_ENDS}; buffer.destroy()"])
 def test_interpreter_ends(end: str, tmp_path: Any) -> None:
     program = (
         "import torch, torch.distributed as dist\n"

@@ -82,7 +82,7 @@ class Dispatched:
 
     Attributes:
         rows: in the dtype that travelled; ``[segments.num_rows, hidden]`` in slots, padding zero, or
-            ``[received, hidden]``, each once.
+            ``[received, hidden]``, each once; with ``max_rows`` that many, those behind the last being garbage.
         scales: fp32 ``[rows, hidden / 128]`` when the rows are e4m3, otherwise ``None``.
         weights: ``[segments.num_rows]`` routing weight of each slot, 0 for padding; ``None`` if none were sent.
         segments: which slots belong to which local expert.
@@ -135,8 +135,9 @@ class Communicator(Protocol):
             fp8: quantise the rows to e4m3 with one fp32 scale per 128 channels and send those.
             layout: of the rows that arrive.
             alignment: every expert's segment is padded with zero rows to a multiple of this.
-            max_rows: slots to make room for, padding included. The host then need not learn the sizes, and waits for
-                nothing; ``None`` makes exactly the room there must be.
+            max_rows: rows to make room for: slots, padding included, or, in the layout ``rows``, received rows. The
+                host then need not learn the sizes, and waits for nothing; ``None`` makes exactly the room that is
+                needed.
             num_sms: SMs that kernels of this exchange and of its handle may occupy; ``None`` for the library's choice.
 
         Raises:

@@ -86,6 +86,7 @@ class _Layout:
     slot_weights: Tensor | None
     received_topk_idx: Tensor | None
     received_topk_weights: Tensor | None
+    max_received: int
 
 
 class NvlinkCommunicator:
@@ -166,8 +167,8 @@ class NvlinkCommunicator:
                 # Staging needs no sizes: it runs while the host waits for them.
                 self._stage(x, scales, wire)
                 if max_rows is not None:
-                    segments = ExpertSegments(table.counts, table.ends, None, max_rows)
-                    received = min(max_rows, table.rows.numel())
+                    segments = ExpertSegments(table.counts, table.ends, None, table.row_of_slot.shape[0])
+                    received = table.max_received
                     break
                 most_tokens, counts = self._wait_for_counts(local_experts)
                 if most_tokens <= core.max_tokens:
@@ -259,7 +260,13 @@ class NvlinkCommunicator:
         """Launch the routing exchange: where every arriving row goes, and the weight of each slot."""
         local_experts, max_tokens = num_experts // self.size, self._core.max_tokens
         tokens, top_k = topk_idx.shape
-        most_rows = self.size * max_tokens * top_k + local_experts * (alignment - 1) if max_rows is None else max_rows
+        # As many as can arrive, where the host will learn how many do, and slots that have no tensor in this layout.
+        most_received = self.size * max_tokens
+        most_rows = most_received * top_k + local_experts * (alignment - 1)
+        if max_rows is not None and layout == "rows":
+            most_received = max_rows
+        elif max_rows is not None:
+            most_rows, most_received = max_rows, min(max_rows, most_received)
         comm = self._core.arguments(num_sms or 64)
 
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -267,10 +274,9 @@ class NvlinkCommunicator:
 
         received_topk_idx, received_topk_weights = None, None
         if layout == "rows":
-            shape = (min(most_rows, self.size * max_tokens), top_k)
-            received_topk_idx = empty(*shape, dtype=torch.int64)
+            received_topk_idx = empty(most_received, top_k, dtype=torch.int64)
             if topk_weights is not None:
-                received_topk_weights = empty(*shape, dtype=torch.float32)
+                received_topk_weights = empty(most_received, top_k, dtype=torch.float32)
             if max_rows is not None:  # the host does not learn how many rows there are: those behind the last say so
                 received_topk_idx.fill_(-1)
                 if received_topk_weights is not None:
@@ -285,6 +291,7 @@ class NvlinkCommunicator:
             slot_weights=None if topk_weights is None else empty(most_rows, dtype=torch.float32),
             received_topk_idx=received_topk_idx,
             received_topk_weights=received_topk_weights,
+            max_received=most_received,
         )
         histogram = empty(self.size * comm.blocks * (local_experts + 1))
         sent_weights = None if topk_weights is None else topk_weights.float().contiguous()
@@ -309,6 +316,7 @@ class NvlinkCommunicator:
             num_experts=num_experts,
             alignment=alignment,
             max_rows=most_rows,
+            max_received=most_received,
         )
         self._core.launch("layout", arguments)
         return table

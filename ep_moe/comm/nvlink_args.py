@@ -105,7 +105,7 @@ class LayoutArgs(ctypes.Structure):
         ("num_experts", c_int32),
         ("alignment", c_int32),
         ("max_rows", c_int32),
-        ("reserved", c_int32),
+        ("max_received", c_int32),
     )
 
 

@@ -90,7 +90,6 @@ class Buffer:
         self.explicitly_destroy = explicitly_destroy
         self._stream = CommunicationStream()
         self._communicators: dict[torch.device, Communicator] = {}
-        self._limits: dict[torch.device, normal.RowLimit] = {}
         self._room: dict[torch.device, int] = {}
         self._low_latency: dict[tuple[torch.device, int, int, int], LowLatencyCommunicator] = {}
         self._masked: set[int] = set()
@@ -107,7 +106,7 @@ class Buffer:
         for device in self._communicators.keys() | {key[0] for key in self._low_latency}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-        for kept in (self._communicators, self._limits, self._room, self._low_latency, self._scratch):
+        for kept in (self._communicators, self._room, self._low_latency, self._scratch):
             kept.clear()
         self._destroyed = True
 
@@ -270,12 +269,9 @@ class Buffer:
             return rows, None, None, None, handle, event
         if num_tokens_per_expert is None:
             raise ValueError("num_tokens_per_expert: needed without handle; get_dispatch_layout returns it")
-        limit = self._limit(data.device)
-        limit.check()
         named: dict[str, Any] = {
             "num_worst_tokens": num_worst_tokens,
             "num_sms": (config or Buffer.get_dispatch_config(self.group_size)).sm_budget,
-            "limit": limit,
         }
 
         def operation() -> normal.Received:
@@ -293,8 +289,6 @@ class Buffer:
 
         inputs = [x, topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert]
         arrived, event = self._stream.run(data.device, operation, inputs, previous_event, async_finish)
-        if data.device.type == "cpu":
-            limit.check()
         handle = (arrived.rank_prefix_matrix, arrived.routes)
         return arrived.rows, arrived.topk_idx, arrived.topk_weights, arrived.tokens_per_expert, handle, event
 
@@ -521,11 +515,6 @@ class Buffer:
                 communicator.mask_rank(rank)
             self._low_latency[key] = communicator
         return self._low_latency[key]
-
-    def _limit(self, device: torch.device) -> normal.RowLimit:
-        if device not in self._limits:
-            self._limits[device] = normal.RowLimit(device)
-        return self._limits[device]
 
     def _make_room(
         self, communicator: Communicator, x: Tensor, num_worst_tokens: int, experts: int, top_k: int

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ep_moe.comm import CapacityError, Communicator
+from ep_moe.comm import Communicator
 from ep_moe.comm.fp8 import BLOCK
 
 Rows = Tensor | tuple[Tensor, Tensor]
@@ -29,15 +29,13 @@ class Routes:
     Attributes:
         communicator: that has them.
         handle: its name for them.
-        num_rows: rows as the caller sees them.
-        arrived_rows: rows of the communicator's tensors; another number with ``num_worst_tokens``.
+        num_rows: rows of tensors.
         top_k: experts per token.
     """
 
     communicator: Communicator
     handle: Any
     num_rows: int
-    arrived_rows: int
     top_k: int
 
 
@@ -82,31 +80,6 @@ def dispatch_layout(topk_idx: Tensor, num_experts: int, ranks: int) -> tuple[Ten
     return in_rank.sum(0, dtype=torch.int32), per_expert[1:-1], in_rank
 
 
-class RowLimit:
-    """Whether more rows arrived than a caller made room for, learnt without a wait of the host for a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._missing = torch.zeros((), dtype=torch.int32, device=device)
-        self._reported = torch.zeros((), dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
-
-    def note(self, received: Tensor, allowed: int) -> None:
-        """Report ``received`` rows (one element on the device), of ``allowed``."""
-        torch.maximum(self._missing, (received - allowed).to(torch.int32), out=self._missing)
-        self._reported.copy_(self._missing, non_blocking=True)
-
-    def check(self) -> None:
-        """Raise what has been reported so far, once.
-
-        Raises:
-            CapacityError: if rows did not fit.
-        """
-        missing = int(self._reported)
-        if missing > 0:
-            self._missing.zero_()
-            self._reported.zero_()
-            raise CapacityError(f"num_worst_tokens: {missing} rows more arrived; results of that dispatch lack them")
-
-
 def dispatch(
     communicator: Communicator,
     x: Rows,
@@ -117,7 +90,6 @@ def dispatch(
     alignment: int,
     num_worst_tokens: int,
     num_sms: int | None,
-    limit: RowLimit,
 ) -> Received:
     """Bring each token once to every rank that has an expert of it.
 
@@ -131,10 +103,10 @@ def dispatch(
         alignment: of ``tokens_per_expert``.
         num_worst_tokens: rows of the results, or 0 for those that arrive.
         num_sms: SMs to use, or ``None``.
-        limit: told whether ``num_worst_tokens`` sufficed.
 
     Raises:
         ValueError: if arguments do not fit.
+        CapacityError: if more than ``num_worst_tokens`` rows arrived; by this call or by a later one.
     """
     data, scales = _split(x)
     if topk_weights is not None and (topk_weights.dtype != torch.float32 or topk_weights.shape != topk_idx.shape):
@@ -142,10 +114,6 @@ def dispatch(
             f"topk_weights: expected torch.float32 {list(topk_idx.shape)} as topk_idx, "
             f"got {topk_weights.dtype} {list(topk_weights.shape)}"
         )
-    local_experts, top_k = num_experts // communicator.size, topk_idx.shape[1]
-    max_rows = None
-    if num_worst_tokens:  # a row fills at most top_k slots, and each expert's padding some
-        max_rows = num_worst_tokens * top_k + local_experts * (alignment - 1)
     with_rows = scales is not None and _travel_with_rows(data, scales)
     arrived = communicator.dispatch(
         data if with_rows else _movable(data),
@@ -155,25 +123,21 @@ def dispatch(
         scales=scales if with_rows else None,
         layout="rows",
         alignment=alignment,
-        max_rows=max_rows,
+        max_rows=num_worst_tokens or None,
         num_sms=num_sms,
     )
     row_scales = arrived.scales
     if scales is not None and not with_rows:
         row_scales = _dispatch_scales(communicator, arrived.handle, scales)
-    routing, received = arrived.routing, arrived.rows.shape[0]
+    routing = arrived.routing
     assert routing is not None
-    if num_worst_tokens:
-        limit.note(routing.rows_per_rank.sum(), num_worst_tokens)
-    num_rows = num_worst_tokens or received
-    weights = routing.topk_weights
     return Received(
-        rows=_join(arrived.rows, row_scales, x, num_rows),
-        topk_idx=_resize(routing.topk_idx, num_rows, -1),
-        topk_weights=None if weights is None else _resize(weights, num_rows),
+        rows=_join(arrived.rows, row_scales, x),
+        topk_idx=routing.topk_idx,
+        topk_weights=routing.topk_weights,
         tokens_per_expert=[] if num_worst_tokens else list(arrived.segments.host_sizes()),
         rank_prefix_matrix=_rank_prefix_matrix(routing.rows_per_rank, communicator.rank),
-        routes=Routes(communicator, arrived.handle, num_rows, received, top_k),
+        routes=Routes(communicator, arrived.handle, arrived.rows.shape[0], topk_idx.shape[1]),
     )
 
 
@@ -186,7 +150,6 @@ def dispatch_by_rank(
     alignment: int,
     num_worst_tokens: int,
     num_sms: int | None,
-    limit: RowLimit,
 ) -> Received:
     """As :func:`dispatch`, of tokens whose ranks are known (bool ``[tokens, ranks]``) and whose experts are not.
 
@@ -199,7 +162,7 @@ def dispatch_by_rank(
         raise ValueError(f"is_token_in_rank: expected torch.bool {expected} without topk_idx, got {is_token_in_rank}")
     # Routes depend on ranks alone: one expert a rank.
     ranks = torch.arange(communicator.size, dtype=torch.int64, device=data.device)
-    named: dict[str, Any] = {"num_worst_tokens": num_worst_tokens, "num_sms": num_sms, "limit": limit}
+    named: dict[str, Any] = {"num_worst_tokens": num_worst_tokens, "num_sms": num_sms}
     arrived = dispatch(
         communicator,
         x,
@@ -218,7 +181,7 @@ def dispatch_cached(x: Rows, routes: Routes) -> Rows:
     data, scales = _split(x)
     rows = routes.communicator.dispatch_cached(_movable(data), routes.handle, "rows")
     row_scales = None if scales is None else _dispatch_scales(routes.communicator, routes.handle, scales)
-    return _join(rows, row_scales, x, routes.num_rows)
+    return _join(rows, row_scales, x)
 
 
 def combine(
@@ -242,9 +205,9 @@ def combine(
                 f"got {topk_weights.dtype} {list(topk_weights.shape)}"
             )
         weights = pad(topk_weights, (0, -routes.top_k % _WORDS))
-    out = routes.communicator.combine(_resize(x, routes.arrived_rows), routes.handle, "rows")
+    out = routes.communicator.combine(x, routes.handle, "rows")
     if weights is not None:
-        weights = routes.communicator.combine(_resize(weights, routes.arrived_rows), routes.handle, "rows")
+        weights = routes.communicator.combine(weights, routes.handle, "rows")
         weights = weights[:, : routes.top_k].contiguous()
     for index, tensor in enumerate(bias):
         if tensor.shape != out.shape:
@@ -293,15 +256,13 @@ def _split(x: Rows) -> tuple[Tensor, Tensor | None]:
     return data, scales
 
 
-def _join(rows: Tensor, scales: Tensor | None, like: Rows, num_rows: int) -> Rows:
-    """The first ``num_rows`` in the dtype of ``like``, with scales in the dtype and rank of its scales."""
+def _join(rows: Tensor, scales: Tensor | None, like: Rows) -> Rows:
+    """Rows in the dtype of ``like``, with scales in the dtype and rank of its scales."""
     data, like_scales = _split(like)
-    # FP8 dtypes lack most operations; as bytes they move like any other.
-    rows = rows.view(torch.uint8) if data.element_size() == 1 else rows
-    rows = _resize(rows, num_rows).view(data.dtype)
+    rows = rows.view(data.dtype)
     if scales is None or like_scales is None:
         return rows
-    scales = _resize(scales.view(like_scales.dtype), num_rows)
+    scales = scales.view(like_scales.dtype)
     return rows, scales.squeeze(1) if like_scales.dim() == 1 else scales
 
 
@@ -329,14 +290,6 @@ def _dispatch_scales(communicator: Communicator, handle: Any, scales: Tensor) ->
     words = pad(columns.contiguous().view(torch.int32), (0, -width % _WORDS))
     arrived = communicator.dispatch_cached(words.view(torch.float32), handle, "rows")
     return arrived.view(torch.int32)[:, :width].contiguous()
-
-
-def _resize(rows: Tensor, num_rows: int, fill: int = 0) -> Tensor:
-    """The first ``num_rows`` rows, with ``fill`` behind them."""
-    missing = num_rows - rows.shape[0]
-    if missing > 0:
-        return torch.cat([rows, rows.new_full((missing, rows.shape[1]), fill)])
-    return rows[:num_rows] if missing < 0 else rows
 
 
 def _rank_prefix_matrix(rows_per_rank: Tensor, rank: int) -> Tensor:
