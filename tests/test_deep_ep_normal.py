@@ -347,6 +347,7 @@ def _refusals(rank: int, world: int) -> list[str]:
         lambda: buffer.dispatch((x, weights), topk_idx=idx, num_tokens_per_expert=per_expert),
         lambda: buffer.combine(rows[1:], handle),
         lambda: buffer.combine(rows, handle, topk_weights=got_weights[1:]),
+        lambda: buffer.combine(rows, handle, bias=(x, x[1:])),
         lambda: Config(0),
         lambda: Buffer.set_num_sms(0),
     ]
@@ -372,6 +373,7 @@ def test_bad_arguments_are_named() -> None:
         "x: expected rows of one byte an element and scales",
         "x: expected [",
         "topk_weights: expected torch.float32",
+        "in place 1, got [",
         "num_sms: expected at least 1, got 0",
         "new_num_sms: expected at least 1, got 0",
     ]

@@ -373,7 +373,7 @@ class Buffer:
             ValueError: before anything is sent, naming the argument, what was given and what is allowed.
             PeerTimeoutError: if a rank did not come; by this call or a later one.
         """
-        _one_of(async_finish, return_recv_hook)
+        _check_not_both(async_finish, return_recv_hook)
         sizes = (num_max_dispatch_tokens_per_rank, x.shape[-1], num_experts)
         communicator = self._low_latency_communicator(x.device, *sizes)
         inputs = [x, topk_idx, cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats]
@@ -431,7 +431,7 @@ class Buffer:
             ValueError, PeerTimeoutError: as :meth:`low_latency_dispatch`.
         """
         self._check_alive()
-        _one_of(async_finish, return_recv_hook)
+        _check_not_both(async_finish, return_recv_hook)
         if use_logfmt:
             raise NotImplementedError("use_logfmt: LogFMT is not offered; combine sends bf16")
         routes = _low_latency_handle(handle).routes
@@ -538,7 +538,7 @@ def _low_latency_handle(handle: LowLatencyHandle) -> LowLatencyHandle:
     return handle
 
 
-def _one_of(async_finish: bool, return_recv_hook: bool) -> None:
+def _check_not_both(async_finish: bool, return_recv_hook: bool) -> None:
     if async_finish and return_recv_hook:
         raise ValueError("async_finish, return_recv_hook: at most one; a hook receives on the stream that calls it")
 

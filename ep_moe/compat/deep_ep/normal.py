@@ -29,13 +29,15 @@ class Routes:
     Attributes:
         communicator: that has them.
         handle: its name for them.
-        num_rows: rows of tensors.
+        num_rows: rows of tensors here.
+        tokens: that this rank dispatched.
         top_k: experts per token.
     """
 
     communicator: Communicator
     handle: Any
     num_rows: int
+    tokens: int
     top_k: int
 
 
@@ -137,7 +139,7 @@ def dispatch(
         topk_weights=routing.topk_weights,
         tokens_per_expert=[] if num_worst_tokens else list(arrived.segments.host_sizes()),
         rank_prefix_matrix=_rank_prefix_matrix(routing.rows_per_rank, communicator.rank),
-        routes=Routes(communicator, arrived.handle, arrived.rows.shape[0], topk_idx.shape[1]),
+        routes=Routes(communicator, arrived.handle, arrived.rows.shape[0], topk_idx.shape[0], topk_idx.shape[1]),
     )
 
 
@@ -205,13 +207,16 @@ def combine(
                 f"got {topk_weights.dtype} {list(topk_weights.shape)}"
             )
         weights = pad(topk_weights, (0, -routes.top_k % _WORDS))
+    expected = [routes.tokens, x.shape[1]]
+    for index, tensor in enumerate(bias):
+        if list(tensor.shape) != expected or tensor.device != x.device:
+            raise ValueError(
+                f"bias: expected {expected} on {x.device} in place {index}, got {list(tensor.shape)} on {tensor.device}"
+            )
     out = routes.communicator.combine(x, routes.handle, "rows")
     if weights is not None:
         weights = routes.communicator.combine(weights, routes.handle, "rows")
         weights = weights[:, : routes.top_k].contiguous()
-    for index, tensor in enumerate(bias):
-        if tensor.shape != out.shape:
-            raise ValueError(f"bias: expected {list(out.shape)} in place {index}, got {list(tensor.shape)}")
     if bias:
         accumulate = torch.promote_types(out.dtype, torch.float32)
         total = out.to(accumulate)
