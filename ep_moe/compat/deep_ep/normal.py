@@ -161,7 +161,8 @@ def dispatch_by_rank(
     data, _ = _split(x)
     expected = [data.shape[0], communicator.size]
     if is_token_in_rank is None or is_token_in_rank.dtype != torch.bool or list(is_token_in_rank.shape) != expected:
-        raise ValueError(f"is_token_in_rank: expected torch.bool {expected} without topk_idx, got {is_token_in_rank}")
+        given = "None" if is_token_in_rank is None else f"{is_token_in_rank.dtype} {list(is_token_in_rank.shape)}"
+        raise ValueError(f"is_token_in_rank: expected torch.bool {expected} without topk_idx, got {given}")
     # Routes depend on ranks alone: one expert a rank.
     ranks = torch.arange(communicator.size, dtype=torch.int64, device=data.device)
     named: dict[str, Any] = {"num_worst_tokens": num_worst_tokens, "num_sms": num_sms}
