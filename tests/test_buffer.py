@@ -15,6 +15,7 @@ from communicators import DEEP_EP_DEVICES, use_deep_ep
 from ranks import run_ranks
 from routing_cases import Case, make_inputs
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ep_moe import Buffer
 
@@ -69,6 +70,35 @@ def _published_normal(rank: int, world: int, device: str) -> list[str]:
 @pytest.mark.parametrize("device", DEEP_EP_DEVICES)
 def test_published_normal_mode(device: str) -> None:
     assert run_ranks(2, _published_normal, device) == [[], []]
+
+
+def _recomputed(rank: int, world: int, device: str) -> list[bool]:
+    """Three layers on one buffer, so that several handles are alive until the backward pass."""
+    on, buffer = use_deep_ep(device, rank), Buffer(dist.group.WORLD)
+    x, topk_idx, topk_weights = (t.to(on) for t in make_inputs(CASE, rank))
+    mine = matrices()[rank * 4 : rank * 4 + 4].to(on)
+
+    def layer(x: Tensor, topk_weights: Tensor) -> Tensor:
+        recv_x, recv_topk_idx, recv_topk_weights, handle, _ = buffer.dispatch(x, topk_idx, topk_weights, 8)
+        out, _ = buffer.combine(local_experts(recv_x, recv_topk_idx, recv_topk_weights, mine), handle)
+        return x + out
+
+    results = []
+    for recompute in (False, True):
+        leaves = [x.clone().requires_grad_(), topk_weights.clone().requires_grad_()]
+        hidden = leaves[0]
+        for _ in range(3):
+            hidden = (
+                checkpoint(layer, hidden, leaves[1], use_reentrant=False) if recompute else layer(hidden, leaves[1])
+            )
+        hidden.square().sum().backward()
+        results.append([hidden.detach(), leaves[0].grad, leaves[1].grad])
+    return [torch.equal(plain, again) for plain, again in zip(*results, strict=True)]
+
+
+@pytest.mark.parametrize("device", DEEP_EP_DEVICES)
+def test_recompute_changes_nothing(device: str) -> None:
+    assert run_ranks(2, _recomputed, device) == [[True] * 3] * 2
 
 
 def _published_low_latency(rank: int, world: int, device: str, hooks: bool) -> bool:
