@@ -129,7 +129,7 @@ def measure(
         kind = f"{'fp8' if fp8 else 'bf16'} {layout}"
         yield line(name, kind, sms, "dispatch", dispatch, floor, x.device)
         if name == "nvlink":
-            replay = capture(lambda call=dispatch: call(max_rows=problem.slots))  # type: ignore[misc]
+            replay = capture(lambda call=dispatch, written=written: call(max_rows=written))  # type: ignore[misc]
             yield line(name, kind, sms, "dispatch, captured", replay, floor, x.device)
     if fp8:
         return

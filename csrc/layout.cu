@@ -30,6 +30,8 @@ struct LayoutArgs {
   int32_t* row_of_slot;           // out [max_rows]: the row that fills each slot, or -1 in padding
   uint8_t* owners;                // out [tokens]: bit r says that rank r has an expert of this token
   float* slot_weights;            // out [max_rows], 0 in padding; or nullptr
+  int64_t* received_topk_idx;     // out [max_received][top_k]: local expert or -1, of received rows; or nullptr
+  float* received_topk_weights;   // out [max_received][top_k], 0 where the expert is elsewhere; or nullptr
   int64_t* counts;                // out [local_experts]: real slots there is room for
   int32_t* ends;                  // out [local_experts]: end of each segment, padding included, at most max_rows
   int32_t* histogram;             // scratch [ranks * blocks][bins]
@@ -38,9 +40,9 @@ struct LayoutArgs {
   int32_t tokens;
   int32_t top_k;
   int32_t num_experts;
-  int32_t alignment;  // of segments
-  int32_t max_rows;   // slots there is room for; what lies beyond gets none
-  int32_t reserved;
+  int32_t alignment;     // of segments
+  int32_t max_rows;      // slots there is room for; what lies beyond gets none
+  int32_t max_received;  // rows there is room for; what lies beyond has no place
 };
 
 namespace {
@@ -291,6 +293,9 @@ __device__ void publish_sizes(const LayoutArgs& args, const Tables& tables, int 
       report_fault(comm, Fault::kTokens, Step::kRouting, comm.rank, round, most_tokens, comm.shape.max_tokens);
     if (lane == 0 && slots > args.max_rows)
       report_fault(comm, Fault::kOverflow, Step::kRouting, comm.rank, round, slots, args.max_rows);
+    else if (lane == 0 && tables.total[local_experts] > args.max_received)
+      report_fault(comm, Fault::kOverflow, Step::kRouting, comm.rank, round, tables.total[local_experts],
+                   args.max_received);
     return;
   }
   for (int bin = lane; bin < tables.bins; bin += 32) args.host_counts[2 + bin] = tables.total[bin];
@@ -311,6 +316,16 @@ __device__ void fill_padding(const LayoutArgs& args, const Tables& tables) {
       if (args.slot_weights != nullptr) args.slot_weights[slot] = 0.0f;
     }
   }
+}
+
+// What a received row's source wants done with it, one entry.
+__device__ __forceinline__ void place_received(const LayoutArgs& args, const ChunkEntry& entry, int row,
+                                               const float* weights) {
+  const int64_t place = static_cast<int64_t>(row) * args.top_k + entry.k;
+  if (args.received_topk_idx != nullptr) args.received_topk_idx[place] = entry.expert;
+  if (args.received_topk_weights == nullptr) return;
+  args.received_topk_weights[place] =
+      entry.expert < 0 ? 0.0f : weights[entry.token * args.comm.shape.max_top_k + entry.k];
 }
 
 // The places of all entries of one chunk of every rank's tokens.
@@ -339,10 +354,11 @@ __device__ void place_chunk(const LayoutArgs& args, const Routing& routing, cons
       const int pair = entry.source * bins + entry.expert;
       slot = tables.next[pair] + (repeated ? count_before(entry, routing, top_k) : __popc(tables.masks[pair] & before));
     }
-    if (row >= args.max_rows) row = -1;
+    if (row >= args.max_received) row = -1;
     if (slot >= args.max_rows) slot = -1;
     args.slots[entry.token * top_k + entry.k] = slot;
     if (entry.k == 0) args.rows[entry.token] = row;
+    if (row >= 0) place_received(args, entry, row, weights);
     if (slot < 0) continue;
     args.row_of_slot[slot] = row;
     if (args.slot_weights != nullptr)

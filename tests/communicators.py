@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -60,3 +62,18 @@ def make_low_latency_communicator(
 
 
 _low_latency: dict[tuple[str, int, int, int, int, int], LowLatencyCommunicator] = {}
+
+
+DEEP_EP_DEVICES = [
+    pytest.param("cpu", id="cpu"),
+    pytest.param("cuda", id="nvlink", marks=pytest.mark.gpu),
+]
+
+
+def use_deep_ep(device: str, rank: int) -> torch.device:
+    """Let buffers of the DeepEP interface use the communicator that belongs to ``device``; the device of the rank."""
+    os.environ["EP_MOE_COMM"] = "portable" if device == "cpu" else "nvlink"
+    on = rank_device(device, rank)
+    if on.type == "cuda":
+        torch.cuda.set_device(on)
+    return on

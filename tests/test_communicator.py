@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -68,10 +69,32 @@ def run_exchange(rank: int, world: int, kind: str, device: str, case: Case, alig
         "received": received,
         "received_weights": once.weights,
         "received_row_of_slot": once.row_of_slot,
+        "no_routing": arrived.routing,
+        "received_topk_idx": once.routing.topk_idx,
+        "received_topk_weights": once.routing.topk_weights,
+        "rows_per_rank": once.routing.rows_per_rank,
         "received_cached": communicator.dispatch_cached(x * 2, arrived.handle, "rows"),
         "received_combined": communicator.combine(received * 0.5, once.handle, "rows"),
     }
     return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in out.items()}
+
+
+def check_routing(case: Case, rank: int, result: dict, arrivals: list[tuple[int, int]]) -> None:
+    """Compare the routing of received rows with the oracle."""
+    inputs = [make_inputs(case, source) for source in range(case.ranks)]
+    assert result["no_routing"] is None
+    topk_idx, topk_weights = torch.empty(0, case.top_k, dtype=torch.int64), inputs[0][2][:0]
+    for source, token in arrivals:
+        local = inputs[source][1][token] - rank * case.local_experts
+        mine = (local >= 0) & (local < case.local_experts)
+        topk_idx = torch.cat([topk_idx, torch.where(mine, local, -1)[None]])
+        topk_weights = torch.cat([topk_weights, torch.where(mine, inputs[source][2][token], 0)[None]])
+    assert torch.equal(result["received_topk_idx"], topk_idx)
+    assert torch.equal(result["received_topk_weights"], topk_weights)
+    assert result["rows_per_rank"].dtype == torch.int64
+    assert result["rows_per_rank"].tolist() == [
+        sum(other == source for other, _ in arrivals) for source in range(case.ranks)
+    ]
 
 
 def check_exchange(case: Case, results: list[dict], alignment: int, fp8: bool) -> None:
@@ -106,6 +129,7 @@ def check_exchange(case: Case, results: list[dict], alignment: int, fp8: bool) -
             assert torch.equal(result[name], weights)
         assert torch.equal(result["row_of_slot"], row_of_slot)
         assert torch.equal(result["received_row_of_slot"], row_of_slot)
+        check_routing(case, rank, result, arrivals)
         received = [sources[source][token] for source, token in arrivals]
         cached_once = [inputs[source][0][token] * 2 for source, token in arrivals]
         empty = torch.zeros(0, case.hidden, dtype=case.dtype)
@@ -182,6 +206,58 @@ def _with_capacity(rank: int, world: int, kind: str, device: str, case: Case, sp
     except CapacityError as caught:
         error = str(caught).replace(str(needed), "needed").replace(str(room), "room")
     return checks, error
+
+
+def _with_row_capacity(rank: int, world: int, kind: str, device: str, case: Case, spare: int) -> tuple[dict, str]:
+    on = rank_device(device, rank)
+    communicator = make_communicator(kind, dist.group.WORLD)
+    x, idx, weights = (t.to(on) for t in make_inputs(case, rank))
+    once = functools.partial(communicator.dispatch, x, idx, weights, num_experts=case.num_experts, layout="rows")
+    want = once()
+    needed, error = want.rows.shape[0], ""
+    room = needed + spare
+    checks = {}
+    try:
+        got = once(max_rows=room)
+        if spare < 0:  # kernels report too little room to a later call
+            torch.cuda.synchronize()
+            once()
+        y = torch.full((room, case.hidden), float("nan"), device=on, dtype=case.dtype)
+        y[:needed] = want.rows
+        assert got.routing is not None and want.routing is not None
+        assert got.routing.topk_weights is not None and want.routing.topk_weights is not None
+        checks = {
+            "sizes": [t.shape[0] for t in (got.rows, got.routing.topk_idx, got.routing.topk_weights)] == [room] * 3,
+            "rows": torch.equal(got.rows[:needed], want.rows),
+            "topk_idx": torch.equal(got.routing.topk_idx[:needed], want.routing.topk_idx),
+            "no more": bool((got.routing.topk_idx[needed:] == -1).all()),
+            "topk_weights": torch.equal(got.routing.topk_weights[:needed], want.routing.topk_weights),
+            "no weights": bool((got.routing.topk_weights[needed:] == 0).all()),
+            "rows_per_rank": torch.equal(got.routing.rows_per_rank, want.routing.rows_per_rank),
+            "cached": torch.equal(communicator.dispatch_cached(x, got.handle, "rows")[:needed], want.rows),
+            "combined": torch.equal(
+                communicator.combine(y, got.handle, "rows"), communicator.combine(want.rows, want.handle, "rows")
+            ),
+        }
+    except CapacityError as caught:
+        error = str(caught).replace(str(needed), "needed").replace(str(room), "room")
+    return checks, error
+
+
+@pytest.mark.parametrize(("kind", "device"), COMMUNICATORS)
+@pytest.mark.parametrize("spare", [0, 1, 100])
+def test_a_capacity_of_received_rows(kind: str, device: str, spare: int) -> None:
+    case = Case(tokens=(23, 31), num_experts=6, top_k=3, hidden=16, pattern="some_unrouted")
+    for checks, error in run_ranks(2, _with_row_capacity, kind, device, case, spare):
+        assert all(checks.values()) and not error, (checks, error)
+
+
+@pytest.mark.parametrize(("kind", "device"), COMMUNICATORS)
+def test_too_small_a_capacity_of_received_rows_is_an_error(kind: str, device: str) -> None:
+    # One expert on both ranks gets all tokens, so that both lack room.
+    case = Case(tokens=(30, 30), num_experts=2, top_k=2, hidden=16)
+    for rank, (_, error) in enumerate(run_ranks(2, _with_row_capacity, kind, device, case, -4)):
+        assert error == f"max_rows = room: needed rows arrived at rank {rank}"
 
 
 @pytest.mark.parametrize(("kind", "device"), COMMUNICATORS)

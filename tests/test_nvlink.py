@@ -69,6 +69,10 @@ def _compare(rank: int, world: int, first_seed: int, count: int) -> list[str]:
             "row_of_slot": torch.equal(got.row_of_slot, want.row_of_slot),
             "received": torch.equal(once.rows.view(torch.uint8), wanted_once.rows.view(torch.uint8)),
             "received scales": not fp8 or torch.equal(once.scales, wanted_once.scales),  # type: ignore[arg-type]
+            "received routing": all(
+                torch.equal(a, b)
+                for a, b in zip(vars(once.routing).values(), vars(wanted_once.routing).values(), strict=True)
+            ),
             "received cached": torch.equal(
                 ours.dispatch_cached(x, got.handle, "rows"), oracle.dispatch_cached(x, want.handle, "rows")
             ),

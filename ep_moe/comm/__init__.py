@@ -1,6 +1,13 @@
 """Communicators: moving token rows between ranks."""
 
-from ep_moe.comm.communicator import CapacityError, Communicator, Dispatched, ExpertSegments, RowLayout
+from ep_moe.comm.communicator import (
+    CapacityError,
+    Communicator,
+    Dispatched,
+    ExpertSegments,
+    ReceivedRouting,
+    RowLayout,
+)
 from ep_moe.comm.factory import CommunicatorFactory, communicator_factory
 from ep_moe.comm.low_latency import LowLatencyCommunicator, PackedRows
 from ep_moe.comm.nvlink import NvlinkCommunicator
@@ -22,6 +29,7 @@ __all__ = [
     "PeerTimeoutError",
     "PortableCommunicator",
     "PortableLowLatencyCommunicator",
+    "ReceivedRouting",
     "RowLayout",
     "communicator_factory",
 ]

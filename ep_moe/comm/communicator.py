@@ -62,18 +62,34 @@ class ExpertSegments:
 
 
 @dataclass(frozen=True)
+class ReceivedRouting:
+    """The routing of received rows, as their source ranks gave it.
+
+    Attributes:
+        topk_idx: int64 ``[received, top_k]``, local expert, or -1 where the expert is elsewhere or there is no row.
+        topk_weights: ``[received, top_k]``, 0 where ``topk_idx`` is -1; ``None`` if none were sent.
+        rows_per_rank: int64 ``[ranks]``, rows from each rank.
+    """
+
+    topk_idx: Tensor
+    topk_weights: Tensor | None
+    rows_per_rank: Tensor
+
+
+@dataclass(frozen=True)
 class Dispatched:
     """What arrives at a rank.
 
     Attributes:
         rows: in the dtype that travelled; ``[segments.num_rows, hidden]`` in slots, padding zero, or
-            ``[received, hidden]``, each once.
+            ``[received, hidden]``, each once; with ``max_rows`` that many, those behind the last being garbage.
         scales: fp32 ``[rows, hidden / 128]`` when the rows are e4m3, otherwise ``None``.
         weights: ``[segments.num_rows]`` routing weight of each slot, 0 for padding; ``None`` if none were sent.
         segments: which slots belong to which local expert.
         row_of_slot: int32 ``[segments.num_rows]``, the row that belongs in each slot, -1 for padding; whatever the
             layout of ``rows``.
         handle: opaque to callers; names this exchange in ``dispatch_cached`` and ``combine``.
+        routing: of each row, in the layout ``rows``; otherwise ``None``.
     """
 
     rows: Tensor
@@ -82,6 +98,7 @@ class Dispatched:
     segments: ExpertSegments
     row_of_slot: Tensor
     handle: Any
+    routing: ReceivedRouting | None
 
 
 class Communicator(Protocol):
@@ -118,8 +135,9 @@ class Communicator(Protocol):
             fp8: quantise the rows to e4m3 with one fp32 scale per 128 channels and send those.
             layout: of the rows that arrive.
             alignment: every expert's segment is padded with zero rows to a multiple of this.
-            max_rows: slots to make room for, padding included. The host then need not learn the sizes, and waits for
-                nothing; ``None`` makes exactly the room there must be.
+            max_rows: rows to make room for: slots, padding included, or, in the layout ``rows``, received rows. The
+                host then need not learn the sizes, and waits for nothing; ``None`` makes exactly the room that is
+                needed.
             num_sms: SMs that kernels of this exchange and of its handle may occupy; ``None`` for the library's choice.
 
         Raises:

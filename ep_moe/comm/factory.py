@@ -65,16 +65,17 @@ class CommunicatorFactory:
         if self.comm == "portable" or (self.comm == "auto" and device.type != "cuda"):
             return PortableCommunicator(self.group)
         key = (self.group.group_name, device)
-        if key not in _shared:
+        shared = _shared.get(key)
+        # Names recur: a group may have been destroyed and another made.
+        if shared is None or shared.group is not self.group:
             obstacle = self._nvlink_obstacle(device)
             if obstacle is not None and self.comm == "auto":
                 return PortableCommunicator(self.group)
             if obstacle is not None:
                 raise ConfigError(f"moe.comm = nvlink: {obstacle}")
-            # Held by a name until the caller has it: the dictionary alone does not keep it alive.
-            communicator = NvlinkCommunicator(self.group, device, max_tokens=self.max_tokens, timeout_s=self.timeout_s)
-            _shared[key] = communicator
-        return _shared[key]
+            shared = NvlinkCommunicator(self.group, device, max_tokens=self.max_tokens, timeout_s=self.timeout_s)
+            _shared[key] = shared
+        return shared
 
     def build_low_latency(
         self, device: torch.device, max_tokens: int, hidden: int, num_experts: int
@@ -87,18 +88,18 @@ class CommunicatorFactory:
         """
         sizes = (max_tokens, hidden, num_experts)
         key = (self.group.group_name, device, *sizes)
-        if key not in _shared_low_latency:
+        shared = _shared_low_latency.get(key)
+        if shared is None or shared.group is not self.group:
             obstacle = None if self.comm == "portable" else self._nvlink_obstacle(device)
             if obstacle is not None and self.comm == "nvlink":
                 raise ConfigError(f"moe.comm = nvlink: {obstacle}")
-            communicator: LowLatencyCommunicator
             named = {"max_tokens": max_tokens, "hidden": hidden, "num_experts": num_experts}
             if self.comm == "portable" or obstacle is not None:
-                communicator = PortableLowLatencyCommunicator(self.group, **named)
+                shared = PortableLowLatencyCommunicator(self.group, **named)
             else:
-                communicator = NvlinkLowLatencyCommunicator(self.group, device, timeout_s=self.timeout_s, **named)
-            _shared_low_latency[key] = communicator
-        return _shared_low_latency[key]
+                shared = NvlinkLowLatencyCommunicator(self.group, device, timeout_s=self.timeout_s, **named)
+            _shared_low_latency[key] = shared
+        return shared
 
     def _nvlink_obstacle(self, device: torch.device) -> str | None:
         """Why the ranks cannot exchange through symmetric memory, or ``None``; the same answer on all of them."""

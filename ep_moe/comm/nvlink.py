@@ -15,7 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_moe.comm import nvlink_args as native
-from ep_moe.comm.communicator import Dispatched, ExpertSegments, RowLayout, check_dispatch_shapes
+from ep_moe.comm.communicator import (
+    Dispatched,
+    ExpertSegments,
+    ReceivedRouting,
+    RowLayout,
+    check_dispatch_shapes,
+)
 from ep_moe.comm.nvlink_core import NvlinkCore, pointer
 from ep_moe.comm.nvlink_faults import PeerTimeoutError
 from ep_moe.comm.nvlink_wire import ELEMENTS, MOVED, SHARED_BYTES, WireFormat, wire_format
@@ -78,6 +84,9 @@ class _Layout:
     counts: Tensor
     ends: Tensor
     slot_weights: Tensor | None
+    received_topk_idx: Tensor | None
+    received_topk_weights: Tensor | None
+    max_received: int
 
 
 class NvlinkCommunicator:
@@ -115,7 +124,7 @@ class NvlinkCommunicator:
         self.size = self._core.size
         self.device = device
         # Pinned host memory, which the layout kernel writes: LayoutArgs::host_counts.
-        self._host_counts = torch.zeros(3 + native.MAX_EXPERTS, dtype=torch.int32, pin_memory=True)
+        self._host_counts = torch.zeros(3 + native.MAX_EXPERTS, dtype=torch.int32, device="cpu", pin_memory=True)
 
     @property
     def symmetric_bytes(self) -> int:
@@ -154,12 +163,12 @@ class NvlinkCommunicator:
         topk_idx = topk_idx.contiguous()
         with core:
             while True:
-                table = self._lay_out(topk_idx, topk_weights, num_experts, alignment, max_rows, num_sms)
+                table = self._lay_out(topk_idx, topk_weights, num_experts, layout, alignment, max_rows, num_sms)
                 # Staging needs no sizes: it runs while the host waits for them.
                 self._stage(x, scales, wire)
                 if max_rows is not None:
-                    segments = ExpertSegments(table.counts, table.ends, None, max_rows)
-                    received = min(max_rows, table.rows.numel())
+                    segments = ExpertSegments(table.counts, table.ends, None, table.row_of_slot.shape[0])
+                    received = table.max_received
                     break
                 most_tokens, counts = self._wait_for_counts(local_experts)
                 if most_tokens <= core.max_tokens:
@@ -176,7 +185,9 @@ class NvlinkCommunicator:
         weights = None
         if topk_weights is not None and table.slot_weights is not None:
             weights = table.slot_weights[: segments.num_rows].to(topk_weights.dtype)
-        return Dispatched(rows, row_scales, weights, segments, table.row_of_slot[: segments.num_rows], routes)
+        row_of_slot = table.row_of_slot[: segments.num_rows]
+        routing = _received_routing(table, topk_weights, received)
+        return Dispatched(rows, row_scales, weights, segments, row_of_slot, routes, routing)
 
     def dispatch_cached(self, x: Tensor, handle: NvlinkHandle, layout: RowLayout = "expert_major") -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_cached`; rows of e4m3 may travel too."""
@@ -243,6 +254,7 @@ class NvlinkCommunicator:
         topk_idx: Tensor,
         topk_weights: Tensor | None,
         num_experts: int,
+        layout: RowLayout,
         alignment: int,
         max_rows: int | None,
         num_sms: int | None,
@@ -250,12 +262,27 @@ class NvlinkCommunicator:
         """Launch the routing exchange: where every arriving row goes, and the weight of each slot."""
         local_experts, max_tokens = num_experts // self.size, self._core.max_tokens
         tokens, top_k = topk_idx.shape
-        most_rows = self.size * max_tokens * top_k + local_experts * (alignment - 1) if max_rows is None else max_rows
+        # As many as can arrive, where the host will learn how many do, and slots that have no tensor in this layout.
+        most_received = self.size * max_tokens
+        most_rows = most_received * top_k + local_experts * (alignment - 1)
+        if max_rows is not None and layout == "rows":
+            most_received = max_rows
+        elif max_rows is not None:
+            most_rows, most_received = max_rows, min(max_rows, most_received)
         comm = self._core.arguments(num_sms or 64)
 
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=self.device)
 
+        received_topk_idx, received_topk_weights = None, None
+        if layout == "rows":
+            received_topk_idx = empty(most_received, top_k, dtype=torch.int64)
+            if topk_weights is not None:
+                received_topk_weights = empty(most_received, top_k, dtype=torch.float32)
+            if max_rows is not None:  # the host does not learn how many rows there are: those behind the last say so
+                received_topk_idx.fill_(-1)
+                if received_topk_weights is not None:
+                    received_topk_weights.zero_()
         table = _Layout(
             slots=empty(self.size, max_tokens, top_k),
             rows=empty(self.size, max_tokens),
@@ -264,6 +291,9 @@ class NvlinkCommunicator:
             counts=empty(local_experts, dtype=torch.int64),
             ends=empty(local_experts),
             slot_weights=None if topk_weights is None else empty(most_rows, dtype=torch.float32),
+            received_topk_idx=received_topk_idx,
+            received_topk_weights=received_topk_weights,
+            max_received=most_received,
         )
         histogram = empty(self.size * comm.blocks * (local_experts + 1))
         sent_weights = None if topk_weights is None else topk_weights.float().contiguous()
@@ -277,6 +307,8 @@ class NvlinkCommunicator:
             row_of_slot=table.row_of_slot.data_ptr(),
             owners=table.owners.data_ptr(),
             slot_weights=pointer(table.slot_weights),
+            received_topk_idx=pointer(received_topk_idx),
+            received_topk_weights=pointer(received_topk_weights),
             counts=table.counts.data_ptr(),
             ends=table.ends.data_ptr(),
             histogram=histogram.data_ptr(),
@@ -286,6 +318,7 @@ class NvlinkCommunicator:
             num_experts=num_experts,
             alignment=alignment,
             max_rows=most_rows,
+            max_received=most_received,
         )
         self._core.launch("layout", arguments)
         return table
@@ -377,3 +410,13 @@ class NvlinkCommunicator:
                 slot_tokens=handle.slots.shape[1],
             )
             self._core.launch("weights", arguments)
+
+
+def _received_routing(table: _Layout, topk_weights: Tensor | None, received: int) -> ReceivedRouting | None:
+    """What the layout kernel wrote about received rows, if it was asked to."""
+    if table.received_topk_idx is None:
+        return None
+    weights = None
+    if topk_weights is not None and table.received_topk_weights is not None:
+        weights = table.received_topk_weights[:received].to(topk_weights.dtype)
+    return ReceivedRouting(table.received_topk_idx[:received], weights, (table.rows >= 0).sum(1))

@@ -94,6 +94,8 @@ class LayoutArgs(ctypes.Structure):
         ("row_of_slot", c_void_p),
         ("owners", c_void_p),
         ("slot_weights", c_void_p),
+        ("received_topk_idx", c_void_p),
+        ("received_topk_weights", c_void_p),
         ("counts", c_void_p),
         ("ends", c_void_p),
         ("histogram", c_void_p),
@@ -103,7 +105,7 @@ class LayoutArgs(ctypes.Structure):
         ("num_experts", c_int32),
         ("alignment", c_int32),
         ("max_rows", c_int32),
-        ("reserved", c_int32),
+        ("max_received", c_int32),
     )
 
 

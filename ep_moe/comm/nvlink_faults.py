@@ -37,7 +37,7 @@ class FaultMonitor:
         """
         self._rank, self._timeout_s, self._after_timeout = rank, timeout_s, after_timeout
         self._reported = reported
-        self._memory = torch.zeros(ctypes.sizeof(native.FaultReport), dtype=torch.uint8, pin_memory=True)
+        self._memory = torch.zeros(ctypes.sizeof(native.FaultReport), dtype=torch.uint8, device="cpu", pin_memory=True)
         self._report = native.FaultReport.from_address(self._memory.data_ptr())
 
     @property

@@ -189,7 +189,8 @@ class NvlinkLowLatencyCommunicator:
     @property
     def masked(self) -> Tensor:
         """Bool ``[ranks]``, on the CPU: ranks that take no part any more."""
-        return torch.tensor([bool(self._masked >> rank & 1) for rank in range(self.size)])
+        masked = [bool(self._masked >> rank & 1) for rank in range(self.size)]
+        return torch.tensor(masked, dtype=torch.bool, device="cpu")
 
     def mask_rank(self, rank: int, failed: bool = True) -> None:
         """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.mask_rank`; waits for the device."""

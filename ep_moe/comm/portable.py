@@ -17,6 +17,7 @@ from ep_moe.comm.communicator import (
     CapacityError,
     Dispatched,
     ExpertSegments,
+    ReceivedRouting,
     RowLayout,
     check_dispatch_shapes,
     check_expert_range,
@@ -36,6 +37,7 @@ class PortableHandle:
         send: which (token, rank) pairs left this rank.
         send_counts: rows to each rank.
         recv_counts: rows from each rank.
+        received: rows of a tensor in the layout ``rows``; more than arrived if there is room for more.
         experts: where the arrived rows lie in the expert-major tensor.
         segments: of the expert-major tensor as it was handed out.
     """
@@ -44,12 +46,13 @@ class PortableHandle:
     send: SendLayout
     send_counts: list[int]
     recv_counts: list[int]
+    received: int
     experts: ExpertLayout
     segments: ExpertSegments
 
     def num_rows(self, layout: RowLayout) -> int:
         """Rows of a tensor in ``layout``."""
-        return sum(self.recv_counts) if layout == "rows" else self.segments.num_rows
+        return self.received if layout == "rows" else self.segments.num_rows
 
 
 class PortableCommunicator:
@@ -86,18 +89,32 @@ class PortableCommunicator:
         send_counts, recv_counts, expert_counts = self._exchange_counts(send, signature)
         local_experts = self._exchange(send.local_experts, send_counts, recv_counts)
         experts = expert_layout(local_experts, expert_counts, alignment)
-        segments, needed = experts.segments, experts.segments.num_rows
+        segments, slots, received = experts.segments, experts.segments.num_rows, sum(recv_counts)
+        needed = received if layout == "rows" else slots
         if max_rows is not None:
-            segments = ExpertSegments(segments.counts, segments.ends, None, max(max_rows, needed))
-        handle = PortableHandle(
-            (topk_idx.shape[0], topk_idx.shape[1]), send, send_counts, recv_counts, experts, segments
-        )
+            room = max(max_rows, needed)
+            slots, received = (slots, room) if layout == "rows" else (room, received)
+            segments = ExpertSegments(segments.counts, segments.ends, None, slots)
+        shape = (topk_idx.shape[0], topk_idx.shape[1])
+        handle = PortableHandle(shape, send, send_counts, recv_counts, received, experts, segments)
         arrived, *arrived_scales = (self._spread(tensor, handle, layout) for tensor in payload)
-        weights = None if topk_weights is None else self.dispatch_weights(topk_weights, handle)
+        weights, arrived_weights = None, None
+        if topk_weights is not None:
+            arrived_weights = self._exchange(topk_weights[send.tokens], send_counts, recv_counts)
+            weights = self._by_slot(arrived_weights, handle)
         if max_rows is not None and needed > max_rows:  # only now: the other ranks expect this rank's messages
             raise CapacityError(f"max_rows = {max_rows}: {needed} rows arrived at rank {self.rank}")
         row_of_slot = torch.full((segments.num_rows,), -1, dtype=torch.int32, device=x.device)
         row_of_slot[experts.slots] = (experts.entries // handle.shape[1]).to(torch.int32)
+        routing = None
+        if layout == "rows":
+            routing = ReceivedRouting(
+                topk_idx=_with_room(local_experts.to(torch.int64), received, -1),
+                topk_weights=None
+                if arrived_weights is None
+                else _with_room(torch.where(local_experts < 0, 0, arrived_weights), received),
+                rows_per_rank=torch.tensor(recv_counts, dtype=torch.int64, device=x.device),
+            )
         return Dispatched(
             rows=arrived,
             scales=arrived_scales[0] if arrived_scales else None,
@@ -105,6 +122,7 @@ class PortableCommunicator:
             segments=segments,
             row_of_slot=row_of_slot,
             handle=handle,
+            routing=routing,
         )
 
     def dispatch_cached(self, x: Tensor, handle: PortableHandle, layout: RowLayout = "expert_major") -> Tensor:
@@ -118,9 +136,7 @@ class PortableCommunicator:
         if topk_weights.shape != handle.shape:
             raise ValueError(f"topk_weights: expected {list(handle.shape)}, got {list(topk_weights.shape)}")
         arrived = self._exchange(topk_weights[handle.send.tokens], handle.send_counts, handle.recv_counts)
-        row_weights = topk_weights.new_zeros(handle.segments.num_rows)
-        row_weights[handle.experts.slots] = arrived.flatten()[handle.experts.entries]
-        return row_weights
+        return self._by_slot(arrived, handle)
 
     def combine(self, rows: Tensor, handle: PortableHandle, layout: RowLayout = "expert_major") -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.combine`."""
@@ -129,9 +145,15 @@ class PortableCommunicator:
                 f"rows: expected [{handle.num_rows(layout)}, hidden] as dispatched, got {list(rows.shape)}"
             )
         accumulate = torch.promote_types(rows.dtype, torch.float32)
-        partial = rows if layout == "rows" else self._sum_slots(rows, handle, accumulate)
+        partial = rows[: sum(handle.recv_counts)] if layout == "rows" else self._sum_slots(rows, handle, accumulate)
         returned = self._exchange(partial, handle.recv_counts, handle.send_counts)
         return self._sum_over_ranks(returned, handle, accumulate).to(rows.dtype)
+
+    def _by_slot(self, arrived_weights: Tensor, handle: PortableHandle) -> Tensor:
+        """Weights ``[received, top_k]`` as ``[num_rows]``, 0 for padding."""
+        row_weights = arrived_weights.new_zeros(handle.segments.num_rows)
+        row_weights[handle.experts.slots] = arrived_weights.flatten()[handle.experts.entries]
+        return row_weights
 
     def _sum_slots(self, rows: Tensor, handle: PortableHandle, accumulate: torch.dtype) -> Tensor:
         """The sum of each received token's slots, rounded once: ``[received, hidden]``."""
@@ -176,7 +198,7 @@ class PortableCommunicator:
         data = x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
         arrived = self._exchange(data[handle.send.tokens], handle.send_counts, handle.recv_counts)
         if layout == "rows":
-            return arrived.view(x.dtype)
+            return _with_room(arrived, handle.received).view(x.dtype)
         rows = data.new_zeros((handle.segments.num_rows, data.shape[1]))
         rows[experts.slots] = arrived[experts.entries // handle.shape[1]]
         return rows.view(x.dtype)
@@ -203,6 +225,12 @@ class PortableCommunicator:
             out.view(torch.uint8), rows.to(staging).view(torch.uint8), recv_counts, send_counts, group=self.group
         )
         return out.to(rows.device)
+
+
+def _with_room(rows: Tensor, num_rows: int, fill: int = 0) -> Tensor:
+    """``rows``, and ``fill`` behind them up to ``num_rows``."""
+    missing = num_rows - rows.shape[0]
+    return rows if missing == 0 else torch.cat([rows, rows.new_full((missing, rows.shape[1]), fill)])
 
 
 def _signature(x: Tensor, topk_idx: Tensor, topk_weights: Tensor | None, fp8: bool) -> list[int]:

@@ -67,7 +67,7 @@ class PortableLowLatencyCommunicator:
         self.size = dist.get_world_size(group)
         check_sizes(max_tokens, hidden, num_experts, self.size)
         self.max_tokens, self.hidden, self.num_experts = max_tokens, hidden, num_experts
-        self.masked = torch.zeros(self.size, dtype=torch.bool)
+        self.masked = torch.zeros(self.size, dtype=torch.bool, device="cpu")
         self._waiting: dict[str, list[int]] = {"dispatch": [], "combine": []}
         self._sent = {"dispatch": 0, "combine": 0}
 

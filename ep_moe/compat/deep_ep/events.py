@@ -1,0 +1,131 @@
+"""Events, and the stream on which operations run that the caller's stream does not wait for.
+
+Without CUDA everything is done when a call returns: events hold nothing and waiting for them does nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class EventHandle:
+    """A point of the stream that is current where it is made.
+
+    Attributes:
+        event: the CUDA event, or ``None`` where CUDA has not been used.
+    """
+
+    def __init__(self) -> None:
+        self.event: torch.cuda.Event | None = None
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            self.event = torch.cuda.current_stream().record_event()
+
+    def current_stream_wait(self) -> None:
+        """Make the current stream wait for it."""
+        if self.event is not None:
+            torch.cuda.current_stream().wait_event(self.event)
+
+
+class EventOverlap:
+    """What an operation returns to be waited for; as a context manager it waits at the end.
+
+    Attributes:
+        event: the point to wait for, or ``None`` if there is nothing to wait for.
+        extra_tensors: kept alive as long as this object.
+    """
+
+    def __init__(self, event: EventHandle | None = None, extra_tensors: tuple[Tensor, ...] | None = None) -> None:
+        self.event = event
+        self.extra_tensors = extra_tensors
+
+    def current_stream_wait(self) -> None:
+        """Make the current stream wait for it."""
+        if self.event is not None:
+            self.event.current_stream_wait()
+
+    def __enter__(self) -> EventOverlap:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.current_stream_wait()
+
+
+class CommunicationStream:
+    """Runs operations of one buffer; beside the caller's stream if asked to."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def of(self, device: torch.device) -> torch.cuda.Stream:
+        """The communication stream of a GPU."""
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
+
+    def run(
+        self,
+        device: torch.device,
+        operation: Callable[[], T],
+        inputs: Iterable[Any],
+        previous_event: EventOverlap | None,
+        async_finish: bool,
+    ) -> tuple[T, EventOverlap]:
+        """Run ``operation``, on the communication stream if ``previous_event`` or ``async_finish`` is given.
+
+        Args:
+            device: of the tensors.
+            operation: works on the current stream.
+            inputs: all tensors it uses, within tuples, lists and dataclasses.
+            previous_event: waited for before, instead of everything that is on the current stream.
+            async_finish: leave it to the caller to wait for the event.
+
+        Returns:
+            What ``operation`` returned, and the event after it, which holds nothing unless ``async_finish``.
+        """
+        if device.type != "cuda":
+            return operation(), EventOverlap(EventHandle() if async_finish else None)
+        current = torch.cuda.current_stream(device)
+        if not async_finish and previous_event is None:
+            result = operation()
+            # A handle's tensors may come from another stream than the one that uses them now.
+            _record(inputs, current)
+            return result, EventOverlap()
+        beside = self.of(device)
+        before = None if previous_event is None or previous_event.event is None else previous_event.event.event
+        if before is None:
+            beside.wait_stream(current)
+        else:
+            beside.wait_event(before)
+        with torch.cuda.stream(beside):
+            result = operation()
+            event = EventOverlap(EventHandle() if async_finish else None)
+        _record(inputs, beside)
+        _record([result], current)
+        if not async_finish:
+            current.wait_stream(beside)
+        return result, event
+
+
+def _record(values: Iterable[Any], stream: torch.cuda.Stream) -> None:
+    """Keep the memory of tensors from being used anew before ``stream`` is done with them."""
+    for tensor in _tensors(values):
+        if tensor.is_cuda:
+            tensor.record_stream(stream)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name))
