@@ -24,27 +24,9 @@ from ep_moe import EPMoELayer
 from ep_moe.comm import ExpertSegments
 from ep_moe.config import Config, ExpertsConfig, ModelConfig, MoEConfig, PhaseConfig, PhasesConfig
 from ep_moe.experts.backends import GroupedLinear, select_backend
+from shapes import SHAPES, Shape
 
 REPEATS, WARM_UP = 20, 5
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A layer: local experts are per rank."""
-
-    hidden: int
-    ffn: int
-    local_experts: int
-    top_k: int
-
-
-SHAPES = {
-    "deepseek_v3": Shape(7168, 2048, 128, 8),  # 256 experts on 2 GPUs
-    "deepseek_v3_ep8": Shape(7168, 2048, 32, 8),  # what a rank of 8 sees
-    "qwen3_235b": Shape(4096, 1536, 64, 8),  # 128 experts on 2 GPUs
-    "qwen3_235b_ep8": Shape(4096, 1536, 16, 8),
-    "mixtral_8x7b": Shape(4096, 14336, 4, 2),  # 8 experts on 2 GPUs
-}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import argparse
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ def measure(
     except SkippedError as error:
         skipped = Spread(math.nan, math.nan, math.nan)
         line = setting.line("round trip", False, False, skipped, setting.floors["round trip"])
-        yield shown(Line(**{**vars(line), "skipped": str(error)}))
+        yield shown(replace(line, skipped=str(error)))
         return
     for graph in (False, True):
         for hook in (False, True) if exchange.dispatch_send is not None else (False,):
