@@ -32,7 +32,7 @@ from ep_moe.experts.grouped import GroupedExperts
 from grouped_gemm import GemmWork, gemm_work, random_counts, wasted_share, wasted_share_fitted
 from machine import Machine, add_ranks_argument, launch, measure_rates, say, start
 from results import save
-from shapes import SHAPES, Shape
+from shapes import SHAPES, TWO_GPU_SHAPES, Shape
 from timing import Spread, spread_of, time_call
 
 BACKENDS = [name for name in get_args(field_types(ExpertsConfig)["backend"]) if name != "auto"]
@@ -289,7 +289,7 @@ def draw(lines: list[Line], pyplot: Any) -> Any:
 def parse_arguments() -> argparse.Namespace:
     """What to measure."""
     parser = argparse.ArgumentParser(description="The experts of one rank.")
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=TWO_GPU_SHAPES)
     parser.add_argument("--counts", nargs="+", choices=["random", "skewed"], default=["random", "skewed"])
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
     parser.add_argument("--tokens", type=int, default=4096, help="per rank")

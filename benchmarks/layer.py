@@ -1,20 +1,21 @@
 """One MoE layer, forward and forward plus backward: the whole, its GEMMs alone, and where the rest goes.
 
-    torchrun --nproc-per-node=2 benchmarks/layer.py --shapes deepseek_v3 mixtral --trace traces
+    python benchmarks/layer.py --ranks 2 --shapes deepseek_v3 mixtral_8x7b --trace traces --out results
 
-Shapes give each GPU the rows of its model's layer: the local experts of a rank, with random routing of 4,096 tokens a
-rank to them. With one process all rows are local. Times are medians over calls of the slowest rank, bf16; gradients are
-written, not accumulated. The GEMMs alone are the layer's grouped GEMMs on rows of the same segments.
+One process a GPU (or under ``torchrun``). Shapes give each GPU the rows of its model's layer: the local experts of a
+rank, with random routing of 4,096 tokens a rank to them. With one process all rows are local. Times are medians over
+calls of the slowest rank, bf16; gradients are written, not accumulated. The GEMMs alone are the layer's grouped GEMMs
+on rows of the same segments.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,9 +25,25 @@ from ep_moe import EPMoELayer
 from ep_moe.comm import ExpertSegments
 from ep_moe.config import Config, ExpertsConfig, ModelConfig, MoEConfig, PhaseConfig, PhasesConfig
 from ep_moe.experts.backends import GroupedLinear, select_backend
-from shapes import SHAPES, Shape
+from machine import Machine, add_ranks_argument, launch, say, start
+from results import save
+from shapes import SHAPES, Shape, shapes_for
+from timing import time_call
 
-REPEATS, WARM_UP = 20, 5
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table; milliseconds, and GiB that a step takes beyond weights and inputs."""
+
+    shape: str
+    experts: int
+    backend: str
+    sms: int | None
+    forward: float
+    both: float
+    gemms_forward: float
+    gemms_both: float
+    peak_gib: float
 
 
 @dataclass(frozen=True)
@@ -40,23 +57,24 @@ class Times:
 def main() -> None:
     """Measure the shapes asked for."""
     arguments = parse_arguments()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    shared = int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count()
-    dist.init_process_group("gloo" if shared else "nccl", device_id=None if shared else device)
-    machine = f"{torch.cuda.get_device_name(device)} x {dist.get_world_size()}"
-    say(f"{machine}, PyTorch {torch.__version__}, {arguments.tokens} tokens a rank, bf16")
+    launch(arguments.ranks)
+    machine = start()
+    say(f"{arguments.tokens} tokens a rank, bf16")
     say("shape             back end    SMs | layer: fwd  fwd+bwd | GEMMs: fwd  fwd+bwd | ratio: fwd  both | peak GiB")
-    for name in arguments.shapes:
-        for backend in arguments.backends:
-            for sms in arguments.sms:
-                measure(name, backend, sms, arguments, device)
+    lines = [
+        measure(name, backend, sms, arguments, machine)
+        for name in arguments.shapes or shapes_for(machine.ranks)
+        for backend in arguments.backends
+        for sms in arguments.sms
+    ]
+    save("layer", arguments.out, machine, vars(arguments), lines, functools.partial(draw, lines))
+    dist.barrier()
     dist.destroy_process_group()
 
 
-def measure(name: str, backend: str, sms: int | None, arguments: argparse.Namespace, device: torch.device) -> None:
-    """Print the line of one shape and back end."""
-    shape, size = SHAPES[name], dist.get_world_size()
+def measure(name: str, backend: str, sms: int | None, arguments: argparse.Namespace, machine: Machine) -> Line:
+    """Measure and print one shape and back end."""
+    shape, size, device = SHAPES[name], machine.ranks, machine.device
     config = layer_config(shape, size, backend, sms, arguments)
     torch.manual_seed(1)
     layer = EPMoELayer(config, device=device, dtype=torch.bfloat16)
@@ -70,14 +88,16 @@ def measure(name: str, backend: str, sms: int | None, arguments: argparse.Namesp
         layer(x).backward(grad)
         clear(layer, x)
 
-    whole = Times(time_call(lambda: without_grad(lambda: layer(x))), time_call(both))
+    whole = time_both(lambda: without_grad(lambda: layer(x)), both, machine)
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30
     if arguments.trace is not None:
         trace(both, arguments.trace / f"{name}_{backend}.json")
-    gemms = time_gemms(layer, shape, arguments.tokens * shape.top_k, backend, device)
+    gemms = time_gemms(layer, shape, arguments.tokens * shape.top_k, backend, machine)
     ratios = f"{whole.forward / gemms.forward:10.2f} {whole.both / gemms.both:5.2f}"
     times = " | ".join(f"{t.forward:10.2f} {t.both:8.2f}" for t in (whole, gemms))
     say(f"{name:<17} {backend:<11} {sms or '':>3} | {times} | {ratios} | {peak:8.1f}")
+    figures = (whole.forward, whole.both, gemms.forward, gemms.both, peak)
+    return Line(name, shape.local_experts * size, backend, sms, *figures)
 
 
 def layer_config(shape: Shape, size: int, backend: str, sms: int | None, arguments: argparse.Namespace) -> Config:
@@ -95,8 +115,9 @@ def layer_config(shape: Shape, size: int, backend: str, sms: int | None, argumen
     )
 
 
-def time_gemms(layer: EPMoELayer, shape: Shape, rows: int, backend: str, device: torch.device) -> Times:
+def time_gemms(layer: EPMoELayer, shape: Shape, rows: int, backend: str, machine: Machine) -> Times:
     """The two projections of the experts on random rows, with what backward computes of them."""
+    device = machine.device
     counts = torch.bincount(torch.randint(shape.local_experts, (rows,)), minlength=shape.local_experts)
     segments = ExpertSegments(counts.to(device), counts.cumsum(0).int().to(device), tuple(counts.tolist()))
     linear: GroupedLinear = select_backend(
@@ -115,7 +136,7 @@ def time_gemms(layer: EPMoELayer, shape: Shape, rows: int, backend: str, device:
         torch.autograd.backward(forward(), (grad1, grad2))
         clear(layer, first, second)
 
-    return Times(time_call(lambda: without_grad(forward)), time_call(both))
+    return time_both(lambda: without_grad(forward), both, machine)
 
 
 def without_grad(call: Callable[[], object]) -> object:
@@ -131,21 +152,9 @@ def clear(layer: EPMoELayer, *tensors: Tensor) -> None:
         tensor.grad = None
 
 
-def time_call(call: Callable[[], object]) -> float:
-    """Median milliseconds of ``call`` on the slowest rank."""
-    times = []
-    for repeat in range(WARM_UP + REPEATS):
-        dist.barrier()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        slowest = torch.tensor(start.elapsed_time(end), device="cuda")
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        if repeat >= WARM_UP:
-            times.append(float(slowest))
-    return statistics.median(times)
+def time_both(forward: Callable[[], object], both: Callable[[], object], machine: Machine) -> Times:
+    """Medians of the two."""
+    return Times(*(time_call(call, machine).median / 1e3 for call in (forward, both)))
 
 
 def trace(call: Callable[[], object], path: Path) -> None:
@@ -160,21 +169,32 @@ def trace(call: Callable[[], object], path: Path) -> None:
         print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60))
 
 
-def say(text: str) -> None:
-    """Print on rank 0."""
-    if dist.get_rank() == 0:
-        print(text, flush=True)
+def draw(lines: list[Line], pyplot: Any) -> Any:
+    """Bars of the layer, a line where its GEMMs alone are."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(14, 5))
+    labels = [f"{x.shape}\n{x.backend}" + (f", {x.sms} SMs" if x.sms is not None else "") for x in lines]
+    for axis, whole, gemms in ((axes[0], "forward", "gemms_forward"), (axes[1], "both", "gemms_both")):
+        axis.bar(labels, [getattr(x, whole) for x in lines], 0.6, label="layer")
+        for place, line in enumerate(lines):
+            least = getattr(line, gemms)
+            axis.hlines(least, place - 0.3, place + 0.3, color="black", label=None if place else "its GEMMs alone")
+        axis.set(title="forward" if whole == "forward" else "forward + backward", ylabel="ms")
+        axis.tick_params(axis="x", labelrotation=30, labelsize=7)
+        axis.legend()
+    return figure
 
 
 def parse_arguments() -> argparse.Namespace:
     """What to measure."""
     parser = argparse.ArgumentParser(description="One MoE layer.")
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="default: whole models")
     parser.add_argument("--backends", nargs="+", default=["grouped_mm"])
     parser.add_argument("--comm", choices=["auto", "portable", "nvlink"], default="auto")
     parser.add_argument("--tokens", type=int, default=4096, help="per rank")
     parser.add_argument("--sms", type=int, nargs="+", default=[None], help="SM budgets of communication")
     parser.add_argument("--trace", type=Path, help="folder for a timeline of each line")
+    parser.add_argument("--out", type=Path, help="folder for layer.json and layer.png")
+    add_ranks_argument(parser)
     return parser.parse_args()
 
 
