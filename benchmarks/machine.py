@@ -65,8 +65,10 @@ def add_ranks_argument(parser: argparse.ArgumentParser) -> None:
 
 def launch(ranks: int | None) -> None:
     """Go on only as one of the processes of ``torchrun``; become it otherwise, with ``ranks`` processes."""
+    if torch.cuda.device_count() == 0:
+        raise SystemExit("no GPU here: this benchmark measures GPUs")
     if "LOCAL_RANK" not in os.environ:
-        count = ranks if ranks is not None else max(torch.cuda.device_count(), 1)
+        count = ranks if ranks is not None else torch.cuda.device_count()
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
         os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
 
@@ -74,8 +76,6 @@ def launch(ranks: int | None) -> None:
 def start() -> Machine:
     """Join the group of all processes."""
     gpus = torch.cuda.device_count()
-    if gpus == 0:
-        raise SystemExit("no GPU here: this benchmark measures GPUs")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % gpus)
     torch.cuda.set_device(device)
     shared = int(os.environ["LOCAL_WORLD_SIZE"]) > gpus
