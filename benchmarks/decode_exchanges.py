@@ -131,7 +131,7 @@ def _normal_communicator(machine: Machine, max_tokens: int) -> NvlinkCommunicato
 def _deep_ep_buffer(machine: Machine, max_tokens: int, hidden: int, experts: int) -> Any:
     try:
         from deep_ep import Buffer
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise SkippedError(f"deep_ep cannot be imported: {error}") from error
     size = Buffer.get_low_latency_rdma_size_hint(max_tokens, hidden, machine.ranks, experts)
     return Buffer(machine.group, 0, size, low_latency_mode=True, num_qps_per_rank=experts // machine.ranks)

@@ -29,7 +29,7 @@ from ep_moe.config import ConfigError, ExpertsConfig
 from ep_moe.config_fields import field_types
 from ep_moe.experts.backends import GroupedLinear, select_backend
 from ep_moe.experts.grouped import GroupedExperts
-from grouped_gemm import GemmWork, gemm_work, random_counts, wasted_share, wasted_share_fitted
+from gemm_cost import GemmWork, gemm_work, random_counts, wasted_share, wasted_share_fitted
 from machine import Machine, add_ranks_argument, launch, measure_rates, say, start
 from results import save
 from shapes import SHAPES, TWO_GPU_SHAPES, Shape

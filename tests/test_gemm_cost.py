@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grouped_gemm import WIDEST_TILE, gemm_work, random_counts, wasted_share, wasted_share_fitted
+from gemm_cost import WIDEST_TILE, gemm_work, random_counts, wasted_share, wasted_share_fitted
 
 COUNTS = st.lists(st.integers(0, 700), min_size=1, max_size=6).filter(any)
 
