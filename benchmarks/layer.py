@@ -1,11 +1,11 @@
 """One MoE layer, forward and forward plus backward: the whole, its GEMMs alone, and where the rest goes.
 
-    torchrun --nproc-per-node=2 benchmarks/layer.py --shapes deepseek_v3 mixtral_8x7b --overlap none wgrad
+    python benchmarks/layer.py --ranks 2 --shapes deepseek_v3 mixtral_8x7b --overlap none wgrad --out results
 
-Shapes give each GPU the rows of its model's layer: the local experts of a rank, with random routing of 4,096 tokens a
-rank to them. With one process all rows are local. Times are medians over calls of the slowest rank, bf16; gradients
-are written, or with ``--main-grad`` added to fp32 buffers. The GEMMs alone are the layer's grouped GEMMs on rows of the
-same segments.
+One process a GPU (or under ``torchrun``). Shapes give each GPU the rows of its model's layer: the local experts of a
+rank, with random routing of 4,096 tokens a rank to them. With one process all rows are local. Times are medians over
+calls of the slowest rank, bf16; gradients are written, or with ``--main-grad`` added to fp32 buffers. The GEMMs alone
+are the layer's grouped GEMMs on rows of the same segments.
 
 ``--overlap`` takes strategies of docs/overlap.md, several joined by ``+``. With ``two_batch`` the tokens come as two
 halves in turns, forward only; hold it against ``halves``, the same two one after the other.
@@ -14,10 +14,9 @@ halves in turns, forward only; hold it against ``halves``, the same two one afte
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import math
-import os
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,28 +41,28 @@ from ep_moe.experts.backends import select_backend
 from ep_moe.experts.gemm import grouped_linear
 from ep_moe.tracing import trace
 from ep_moe.two_batch import two_batch
+from machine import Machine, add_ranks_argument, launch, say, start
+from results import save
+from shapes import SHAPES, Shape, shapes_for
+from timing import time_call
 
-REPEATS, WARM_UP = 20, 5
 HALVES = ("halves", "two_batch")  # forward of two micro-batches
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A layer: local experts are per rank."""
+class Line:
+    """One line of the table; milliseconds, and GiB that a step takes beyond weights and inputs."""
 
-    hidden: int
-    ffn: int
-    local_experts: int
-    top_k: int
-
-
-SHAPES = {
-    "deepseek_v3": Shape(7168, 2048, 128, 8),  # 256 experts on 2 GPUs
-    "deepseek_v3_ep8": Shape(7168, 2048, 32, 8),  # what a rank of 8 sees
-    "qwen3_235b": Shape(4096, 1536, 64, 8),  # 128 experts on 2 GPUs
-    "qwen3_235b_ep8": Shape(4096, 1536, 16, 8),
-    "mixtral_8x7b": Shape(4096, 14336, 4, 2),  # 8 experts on 2 GPUs
-}
+    shape: str
+    experts: int
+    backend: str
+    overlap: str
+    sms: int | None
+    forward: float
+    both: float
+    gemms_forward: float
+    gemms_both: float
+    peak_gib: float
 
 
 @dataclass(frozen=True)
@@ -77,27 +76,26 @@ class Times:
 def main() -> None:
     """Measure the shapes asked for."""
     arguments = parse_arguments()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    shared = int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count()
-    dist.init_process_group("gloo" if shared else "nccl", device_id=None if shared else device)
-    machine = f"{torch.cuda.get_device_name(device)} x {dist.get_world_size()}"
-    say(f"{machine}, PyTorch {torch.__version__}, {arguments.tokens} tokens a rank, bf16")
+    launch(arguments.ranks)
+    machine = start()
+    say(f"{arguments.tokens} tokens a rank, bf16")
     say(
         "shape             back end    overlap              SMs | layer: fwd  fwd+bwd | GEMMs: fwd  fwd+bwd | "
         "ratio: fwd  both | peak GiB"
     )
-    choices = itertools.product(arguments.shapes, arguments.backends, arguments.overlap, arguments.sms)
-    for name, backend, overlap, sms in choices:
-        measure(name, backend, overlap, sms, arguments, device)
+    shapes = arguments.shapes or shapes_for(machine.ranks)
+    choices = itertools.product(shapes, arguments.backends, arguments.overlap, arguments.sms)
+    lines = [measure(name, backend, overlap, sms, arguments, machine) for name, backend, overlap, sms in choices]
+    save("layer", arguments.out, machine, vars(arguments), lines, functools.partial(draw, lines))
+    dist.barrier()
     dist.destroy_process_group()
 
 
 def measure(
-    name: str, backend: str, overlap: str, sms: int | None, arguments: argparse.Namespace, device: torch.device
-) -> None:
-    """Print the line of one shape, back end and choice of strategies."""
-    shape, size = SHAPES[name], dist.get_world_size()
+    name: str, backend: str, overlap: str, sms: int | None, arguments: argparse.Namespace, machine: Machine
+) -> Line:
+    """Measure and print one shape, back end and choice of strategies."""
+    shape, size, device = SHAPES[name], machine.ranks, machine.device
     config = layer_config(shape, size, backend, overlap, sms, arguments)
     torch.manual_seed(1)
     layer = EPMoELayer(config, device=device, dtype=torch.bfloat16)
@@ -120,16 +118,18 @@ def measure(
         clear(layer, x)
 
     in_halves = overlap in HALVES
-    whole = Times(time_call(lambda: without_grad(forward)), math.nan if in_halves else time_call(both))
+    whole = time_both(lambda: without_grad(forward), None if in_halves else both, machine)
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30
     if arguments.trace is not None:
         with trace(arguments.trace / f"{name}_{backend}_{overlap}_rank{dist.get_rank()}.json", layer) as profile:
             without_grad(forward) if in_halves else both()
         say(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60))
-    gemms = time_gemms(layer, shape, arguments.tokens * shape.top_k, backend, device)
+    gemms = time_gemms(layer, shape, arguments.tokens * shape.top_k, backend, machine)
     ratios = f"{whole.forward / gemms.forward:10.2f} {whole.both / gemms.both:5.2f}"
     times = " | ".join(f"{t.forward:10.2f} {t.both:8.2f}" for t in (whole, gemms))
     say(f"{name:<17} {backend:<11} {overlap:<20} {sms or '':>3} | {times} | {ratios} | {peak:8.1f}")
+    figures = (whole.forward, whole.both, gemms.forward, gemms.both, peak)
+    return Line(name, shape.local_experts * size, backend, overlap, sms, *figures)
 
 
 def layer_config(
@@ -159,8 +159,9 @@ def give_main_grads(layer: EPMoELayer) -> None:
         parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
 
 
-def time_gemms(layer: EPMoELayer, shape: Shape, rows: int, backend: str, device: torch.device) -> Times:
+def time_gemms(layer: EPMoELayer, shape: Shape, rows: int, backend: str, machine: Machine) -> Times:
     """The two projections of the experts on random rows, with what backward computes of them."""
+    device = machine.device
     counts = torch.bincount(torch.randint(shape.local_experts, (rows,)), minlength=shape.local_experts)
     segments = ExpertSegments(counts.to(device), counts.cumsum(0).int().to(device), tuple(counts.tolist()))
     gemm = select_backend(
@@ -184,7 +185,7 @@ def time_gemms(layer: EPMoELayer, shape: Shape, rows: int, backend: str, device:
         torch.autograd.backward(forward(), (grad1, grad2))
         clear(layer, first, second)
 
-    return Times(time_call(lambda: without_grad(forward)), time_call(both))
+    return time_both(lambda: without_grad(forward), both, machine)
 
 
 def without_grad(call: Callable[[], object]) -> object:
@@ -200,33 +201,30 @@ def clear(layer: EPMoELayer, *tensors: Tensor) -> None:
         tensor.grad = None
 
 
-def time_call(call: Callable[[], object]) -> float:
-    """Median milliseconds of ``call`` on the slowest rank."""
-    times = []
-    for repeat in range(WARM_UP + REPEATS):
-        dist.barrier()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        slowest = torch.tensor(start.elapsed_time(end), device="cuda")
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        if repeat >= WARM_UP:
-            times.append(float(slowest))
-    return statistics.median(times)
+def time_both(forward: Callable[[], object], both: Callable[[], object] | None, machine: Machine) -> Times:
+    """Medians of the two; NaN for one that is missing."""
+    return Times(*(math.nan if call is None else time_call(call, machine).median / 1e3 for call in (forward, both)))
 
 
-def say(text: str) -> None:
-    """Print on rank 0."""
-    if dist.get_rank() == 0:
-        print(text, flush=True)
+def draw(lines: list[Line], pyplot: Any) -> Any:
+    """Bars of the layer, a line where its GEMMs alone are."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(14, 5))
+    labels = [f"{x.shape}\n{x.backend}, {x.overlap}" + ("" if x.sms is None else f", {x.sms} SMs") for x in lines]
+    for axis, whole, gemms in ((axes[0], "forward", "gemms_forward"), (axes[1], "both", "gemms_both")):
+        axis.bar(labels, [getattr(x, whole) for x in lines], 0.6, label="layer")
+        for place, line in enumerate(lines):
+            least = getattr(line, gemms)
+            axis.hlines(least, place - 0.3, place + 0.3, color="black", label=None if place else "its GEMMs alone")
+        axis.set(title="forward" if whole == "forward" else "forward + backward", ylabel="ms")
+        axis.tick_params(axis="x", labelrotation=30, labelsize=7)
+        axis.legend()
+    return figure
 
 
 def parse_arguments() -> argparse.Namespace:
     """What to measure."""
     parser = argparse.ArgumentParser(description="One MoE layer.")
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="default: whole models")
     parser.add_argument("--backends", nargs="+", default=["native", "grouped_mm"])
     parser.add_argument("--overlap", nargs="+", default=["none"], help="none, halves, two_batch, or strategies by +")
     parser.add_argument("--shared-ffn", type=int, default=0, help="inner width of shared experts, 0 for none")
@@ -236,6 +234,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=4096, help="per rank")
     parser.add_argument("--sms", type=int, nargs="+", default=[None], help="SM budgets of communication")
     parser.add_argument("--trace", type=Path, help="folder for a timeline of each line")
+    parser.add_argument("--out", type=Path, help="folder for layer.json and layer.png")
+    add_ranks_argument(parser)
     return parser.parse_args()
 
 

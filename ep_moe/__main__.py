@@ -1,4 +1,4 @@
-"""Commands of the package: ``python -m ep_moe doctor``."""
+"""Commands of the package: ``python -m ep_moe doctor``, ``python -m ep_moe plan``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from ep_moe import doctor
+from ep_moe.plan import command as plan
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -13,8 +14,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ep_moe")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="print what this machine can run, and what to do about each gap")
-    parser.parse_args(arguments)
-    return doctor.main()
+    plan.add_arguments(commands.add_parser("plan", help=plan.DESCRIPTION, description=plan.DESCRIPTION))
+    parsed = parser.parse_args(arguments)
+    return doctor.main() if parsed.command == "doctor" else plan.main(parsed)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-for folder in (ROOT, ROOT / "tests", ROOT / "examples"):
+for folder in (ROOT, ROOT / "tests", ROOT / "examples", ROOT / "benchmarks"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 # Rank processes are spawned: they find the same modules through the environment.

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from communicators import COMMUNICATORS, make_communicator, rank_device
+from gpu_ranks import gpu_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import RankError, run_ranks
@@ -24,6 +25,7 @@ CASES = [
     Case(tokens=(9,), num_experts=3, top_k=2, hidden=12),
     Case(tokens=(4, 0, 6, 1), num_experts=8, top_k=4, hidden=16, dtype=torch.bfloat16),
     Case(tokens=(3, 3, 3, 3), num_experts=4, top_k=4, hidden=8, dtype=torch.float16),
+    *(Case((3, 0, 5, 8, 1, 2, 9, 4)[:ranks], num_experts=2 * ranks, top_k=3, hidden=8) for ranks in gpu_ranks()),
 ]
 
 

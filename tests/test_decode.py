@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from communicators import rank_device
+from gpu_ranks import gpu_ranks
 from ranks import run_ranks
 from torch import Tensor
 
@@ -113,7 +114,7 @@ def _captured(rank: int, world: int) -> list[bool]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", gpu_ranks(1, 2))
 def test_a_decode_step_can_be_captured(ranks: int) -> None:
     for same in run_ranks(ranks, _captured):
         assert all(same)

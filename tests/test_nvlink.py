@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from communicators import make_communicator, rank_device
+from gpu_ranks import gpu_ranks, gpu_ranks_and_counts
 from ranks import run_ranks
 from routing_cases import PATTERNS, Case, make_inputs
 
@@ -94,7 +95,7 @@ def _compare(rank: int, world: int, first_seed: int, count: int) -> list[str]:
     return problems
 
 
-@pytest.mark.parametrize(("ranks", "count"), [(1, 250), (2, 400), (4, 250), (8, 100)])
+@pytest.mark.parametrize(("ranks", "count"), gpu_ranks_and_counts({1: 250, 2: 400, 4: 250, 8: 100}, 1000))
 def test_random_cases_equal_the_portable_communicator(ranks: int, count: int) -> None:
     for start in range(0, count, 50):
         for problems in run_ranks(ranks, _compare, 1000 * ranks + start, 50):
@@ -104,13 +105,13 @@ def test_random_cases_equal_the_portable_communicator(ranks: int, count: int) ->
 def _absent_rank(rank: int, world: int) -> tuple[str, float, float]:
     on = rank_device("cuda", rank)
     communicator = NvlinkCommunicator(dist.group.WORLD, on, max_tokens=32, timeout_s=2.0)
-    case = Case(tokens=(8, 8), num_experts=4, top_k=2, hidden=64)
+    case = Case(tokens=(8,) * world, num_experts=2 * world, top_k=2, hidden=64)
     x, idx, weights = (t.to(on) for t in make_inputs(case, rank))
-    communicator.dispatch(x, idx, weights, num_experts=4)
+    communicator.dispatch(x, idx, weights, num_experts=case.num_experts)
     start, message = time.monotonic(), ""
-    if rank == 0:
+    if rank < world - 1:
         try:
-            communicator.dispatch(x, idx, weights, num_experts=4)
+            communicator.dispatch(x, idx, weights, num_experts=case.num_experts)
         except PeerTimeoutError as error:
             message = str(error)
     waited = time.monotonic() - start
@@ -118,10 +119,12 @@ def _absent_rank(rank: int, world: int) -> tuple[str, float, float]:
     return message, waited, float(torch.ones(10, device=on).sum())
 
 
-def test_a_rank_that_never_arrives_is_named() -> None:
-    (message, waited, alive), _ = run_ranks(2, _absent_rank)
-    assert "rank 0 waited 2 s for rank 1" in message and "step: routing" in message
-    assert waited < 10 and alive == 10
+@pytest.mark.parametrize("ranks", gpu_ranks(2))
+def test_a_rank_that_never_arrives_is_named(ranks: int) -> None:
+    *others, _ = run_ranks(ranks, _absent_rank)
+    for rank, (message, waited, alive) in enumerate(others):
+        assert f"rank {rank} waited 2 s for rank {ranks - 1}" in message and "step: routing" in message
+        assert waited < 10 and alive == 10
 
 
 def _bad_expert(rank: int, world: int) -> tuple[str, bool]:
@@ -270,9 +273,9 @@ def _replay(rank: int, world: int, replays: int) -> list[int]:
     return wrong
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_captured_exchanges_equal_eager_ones(ranks: int) -> None:
-    for wrong in run_ranks(ranks, _replay, 50):
+@pytest.mark.parametrize(("ranks", "replays"), gpu_ranks_and_counts({1: 50, 2: 50, 4: 50}, 1000))
+def test_captured_exchanges_equal_eager_ones(ranks: int, replays: int) -> None:
+    for wrong in run_ranks(ranks, _replay, replays):
         assert wrong == []
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from communicators import rank_device
+from gpu_ranks import gpu_ranks, gpu_ranks_and_counts
 from ranks import run_ranks
 from routing_cases import Case, make_inputs
 from torch import Tensor
@@ -75,7 +76,7 @@ def _replays(rank: int, world: int, replays: int) -> int:
     return int(wrong)
 
 
-@pytest.mark.parametrize(("ranks", "replays"), [(1, 10_000), (2, 200), (4, 50), (8, 5)])
+@pytest.mark.parametrize(("ranks", "replays"), gpu_ranks_and_counts({1: 10_000, 2: 200, 4: 50, 8: 5}, 10_000))
 def test_replays_with_changing_routing(ranks: int, replays: int) -> None:
     assert run_ranks(ranks, _replays, replays) == [0] * ranks
 
@@ -117,7 +118,7 @@ def call_in_thread(stream: torch.cuda.Stream, hook: object) -> None:
     thread.join()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", gpu_ranks(1, 2))
 def test_hooks_in_other_threads_and_streams(ranks: int) -> None:
     for right in run_ranks(ranks, _streams_and_threads):
         assert all(right)
@@ -195,7 +196,7 @@ def _absent_rank(rank: int, world: int) -> tuple[str, int, float, list[bool]]:
     return message, named, waited, right
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", gpu_ranks(2, 3))
 def test_a_rank_that_stops_is_named_and_can_be_masked(ranks: int) -> None:
     *others, _ = run_ranks(ranks, _absent_rank)
     for rank, (message, named, waited, right) in enumerate(others):

@@ -1,0 +1,34 @@
+"""The MoE layers that benchmarks measure: what one GPU of a model's expert-parallel group holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer; gated, so that the first projection has twice the width ``ffn``."""
+
+    hidden: int
+    ffn: int
+    local_experts: int  # of a rank
+    top_k: int
+
+
+SHAPES = {
+    "deepseek_v3": Shape(7168, 2048, 128, 8),  # 256 experts on 2 GPUs
+    "deepseek_v3_ep4": Shape(7168, 2048, 64, 8),
+    "deepseek_v3_ep8": Shape(7168, 2048, 32, 8),  # what a rank of 8 sees
+    "qwen3_235b": Shape(4096, 1536, 64, 8),  # 128 experts on 2 GPUs
+    "qwen3_235b_ep4": Shape(4096, 1536, 32, 8),
+    "qwen3_235b_ep8": Shape(4096, 1536, 16, 8),
+    "mixtral_8x7b": Shape(4096, 14336, 4, 2),  # 8 experts on 2 GPUs
+    "mixtral_8x7b_ep4": Shape(4096, 14336, 2, 2),
+    "mixtral_8x7b_ep8": Shape(4096, 14336, 1, 2),
+}
+TWO_GPU_SHAPES = ["deepseek_v3", "deepseek_v3_ep8", "qwen3_235b", "qwen3_235b_ep8", "mixtral_8x7b"]
+
+
+def shapes_for(ranks: int) -> list[str]:
+    """The models whole on 4 or 8 ranks; otherwise those of two, with the load of eight for the larger ones."""
+    return [name for name in SHAPES if name.endswith(f"_ep{ranks}")] or TWO_GPU_SHAPES

@@ -1,0 +1,35 @@
+"""Symmetric memory that a rank needs: the layouts of ``csrc/include``, and what forwarding between nodes adds."""
+
+from __future__ import annotations
+
+from ep_moe.plan.routing import Topology
+from ep_moe.plan.traffic import row_bytes
+
+LOW_LATENCY_BUFFERS = 4
+CHUNK_TOKENS, CHUNKS_IN_FLIGHT = 128, 2  # of each other node, in normal mode between nodes
+
+
+def normal_buffer(topology: Topology, max_tokens: int, hidden: int) -> int:
+    """Bytes for normal mode with rows of bf16 at most.
+
+    Own rows twice and a landing place for the sums of each other rank of the node; between nodes, chunks of rows and
+    of sums from each other node. Routing and flags, under 1%, are left out.
+    """
+    size = row_bytes(hidden, fp8=False)
+    here = (2 + topology.ranks_per_node - 1) * max_tokens
+    forwarded = 2 * CHUNKS_IN_FLIGHT * CHUNK_TOKENS * (topology.nodes - 1)
+    return (here + forwarded) * size
+
+
+def low_latency_buffer(topology: Topology, max_tokens: int, hidden: int, top_k: int, fp8: bool) -> int:
+    """Bytes for low-latency mode: every rank's tokens may arrive, and sums for every token, in four buffers.
+
+    Between nodes also the rows that the GPUs with this one's index on other nodes send here to be passed on, and the
+    sums that they pass back.
+    """
+    routing = -(-top_k // 8) * 8 * 2
+    rows = row_bytes(hidden, fp8)
+    sums = row_bytes(hidden, fp8=False)
+    direct = topology.ranks * (routing + rows + sums + 4 * top_k)
+    forwarded = (topology.nodes - 1) * (rows + sums)
+    return LOW_LATENCY_BUFFERS * max_tokens * (direct + forwarded)

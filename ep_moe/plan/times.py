@@ -1,0 +1,149 @@
+"""How long exchanges take by the model: what moves, over the rate of what is busiest.
+
+Normal mode is a pipeline whose stages run at the same time, so its slowest stage counts: network card, links of the
+node, SMs that store, memory. Before it come the layout and, for FP8, quantisation. Low-latency mode is a fixed time and
+the bytes behind it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ep_moe.comm.communicator import RowLayout
+from ep_moe.plan.rates import Rates, microseconds
+from ep_moe.plan.traffic import Traffic, row_bytes
+
+SM_STEP, MOST_SMS = 8, 128
+LOW_LATENCY_BLOCKS = 264  # two on each of 132 SMs
+_BF16_BYTES = 2
+
+Limit = Literal["RDMA", "NVLink", "SMs", "memory"]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One dispatch or combine.
+
+    Attributes:
+        time: microseconds.
+        limit: the slowest stage.
+        sms: that it occupies.
+        nvlink_bytes: into a rank.
+        rdma_bytes: into a rank.
+        messages: that a rank sends over RDMA.
+        queue_pairs: that a rank needs for them: to each other node as many as its messages keep busy.
+    """
+
+    time: float
+    limit: Limit
+    sms: int
+    nvlink_bytes: float
+    rdma_bytes: float
+    messages: float
+    queue_pairs: int
+
+
+def normal_dispatch(
+    traffic: Traffic, rates: Rates, *, fp8: bool, layout: RowLayout = "expert_major", sms: int | None = None
+) -> Exchange:
+    """Dispatch in normal mode.
+
+    Args:
+        traffic: of a rank.
+        rates: of the hardware.
+        fp8: rows travel as FP8.
+        layout: of what arrives.
+        sms: SM budget; ``None`` for the fewest with which storing is not the slowest stage.
+    """
+    size = row_bytes(traffic.hidden, fp8)
+    stored = size * (traffic.slots if layout == "expert_major" else traffic.rows)
+    # Rows that a GPU passes on to ranks of its node were stored there by the network card.
+    memory = size * (traffic.rows + traffic.rdma_rows) + stored
+    stages: dict[Limit, float] = {
+        "RDMA": microseconds(size * traffic.rdma_rows, rates.rdma),
+        "NVLink": microseconds(size * traffic.nvlink_rows, rates.nvlink_pull),
+        "memory": microseconds(memory, rates.memory),
+    }
+    quantised = traffic.tokens * (traffic.hidden * _BF16_BYTES + size) if fp8 else 0
+    before = rates.layout + microseconds(quantised, rates.memory)
+    return _pipeline(traffic, rates, size, stages, before, stored, rates.store_per_sm, sms)
+
+
+def normal_combine(traffic: Traffic, rates: Rates, *, sms: int | None = None) -> Exchange:
+    """Combine in normal mode, from expert-major bf16 rows; arguments as :func:`normal_dispatch`."""
+    size = row_bytes(traffic.hidden, fp8=False)
+    memory = size * (traffic.slots + 2 * traffic.nvlink_rows + 2 * traffic.rdma_rows + traffic.tokens)
+    wire = microseconds(size * traffic.nvlink_rows, rates.nvlink_push)
+    in_memory = microseconds(memory, rates.memory)
+    both = max(wire, in_memory) + rates.combine_interference * min(wire, in_memory)
+    stages: dict[Limit, float] = {
+        "RDMA": microseconds(size * traffic.rdma_rows, rates.rdma),
+        "NVLink" if wire >= in_memory else "memory": both,
+    }
+    return _pipeline(traffic, rates, size, stages, 0.0, memory, rates.combine_per_sm, sms)
+
+
+def low_latency_dispatch(traffic: Traffic, rates: Rates, *, fp8: bool) -> Exchange:
+    """Dispatch in low-latency mode, in a CUDA graph."""
+    return _low_latency(traffic, rates, row_bytes(traffic.hidden, fp8), rates.low_latency_dispatch)
+
+
+def low_latency_combine(traffic: Traffic, rates: Rates) -> Exchange:
+    """Combine in low-latency mode, in a CUDA graph; rows are bf16."""
+    return _low_latency(traffic, rates, row_bytes(traffic.hidden, fp8=False), rates.low_latency_combine)
+
+
+def experts_time(rows: float, local_experts: int, hidden: int, ffn: int, gated: bool, rates: Rates) -> float:
+    """Microseconds of the forward GEMMs of a rank's experts in bf16: of operations or of reading the weights."""
+    weights = (3 if gated else 2) * hidden * ffn
+    operations = 2 * rows * weights / (rates.gemm * 1e6)
+    return max(operations, microseconds(min(local_experts, rows) * weights * _BF16_BYTES, rates.memory))
+
+
+def _pipeline(
+    traffic: Traffic,
+    rates: Rates,
+    size: int,
+    stages: dict[Limit, float],
+    before: float,
+    moved_by_sms: float,
+    per_sm: float,
+    sms: int | None,
+) -> Exchange:
+    if sms is None:
+        needed = microseconds(moved_by_sms, per_sm) / max(stages.values())
+        sms = min(math.ceil(needed / SM_STEP) * SM_STEP, MOST_SMS)
+    stages = stages | {"SMs": microseconds(moved_by_sms, per_sm * sms)}
+    limit = max(stages, key=lambda name: stages[name])
+    time = before + stages[limit] + (rates.rdma_latency if traffic.topology.nodes > 1 else 0.0)
+    return _exchange(traffic, rates, size, time, limit, sms)
+
+
+def _low_latency(traffic: Traffic, rates: Rates, size: int, fixed: float) -> Exchange:
+    # A block serves its places, those of tokens that have an expert here, one after the other.
+    places = math.ceil(max(traffic.rows, 1.0) / LOW_LATENCY_BLOCKS)
+    stages: dict[Limit, float] = {
+        "RDMA": microseconds(size * traffic.rdma_rows, rates.rdma),
+        "NVLink": microseconds(size * traffic.nvlink_rows, rates.nvlink_push),
+        "SMs": (places - 1) * rates.place,
+    }
+    limit = max(stages, key=lambda name: stages[name])
+    time = fixed + stages[limit] + (rates.rdma_latency if traffic.topology.nodes > 1 else 0.0)
+    blocks = min(LOW_LATENCY_BLOCKS, traffic.topology.ranks * traffic.tokens)
+    return _exchange(traffic, rates, size, time, limit, math.ceil(blocks / 2))
+
+
+def _exchange(traffic: Traffic, rates: Rates, size: int, time: float, limit: Limit, sms: int) -> Exchange:
+    others = traffic.topology.nodes - 1
+    busy = traffic.rdma_rows / max(others, 1) / (rates.messages_per_qp * time)
+    return Exchange(
+        time=time,
+        limit=limit,
+        sms=sms,
+        nvlink_bytes=size * traffic.nvlink_rows,
+        rdma_bytes=size * traffic.rdma_rows,
+        messages=traffic.rdma_rows,
+        queue_pairs=others * max(math.ceil(busy), 1),
+    )
