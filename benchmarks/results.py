@@ -38,7 +38,9 @@ def save(
     report = {
         "benchmark": name,
         "machine": machine.describe(),
-        "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in arguments.items()},
+        "arguments": {
+            key: str(value) if isinstance(value, Path) else _finite(value) for key, value in arguments.items()
+        },
         "lines": [{key: _finite(value) for key, value in asdict(line).items()} for line in lines],
     }
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")

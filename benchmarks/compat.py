@@ -1,6 +1,6 @@
 """What the DeepEP interface costs over our own: the same exchanges through both, in one run.
 
-    torchrun --nproc-per-node=2 benchmarks/deep_ep.py --tokens 4096 --hidden 7168 --top-k 8 --experts 256 --out results
+    torchrun --nproc-per-node=2 benchmarks/compat.py --tokens 4096 --hidden 7168 --top-k 8 --experts 256 --out results
 
 Times are medians of the slowest rank of each call, in microseconds, the calls of both interfaces taking turns; on GPUs
 from CUDA events, on CPUs (a check that it runs) from the clock. Low-latency calls are also timed in a CUDA graph of
@@ -84,7 +84,7 @@ def main() -> None:
         say(f"{what:<36} {ours:9.1f} {theirs:9.1f} {theirs / ours:6.2f} {lines[-1].peer or '':>10}")
     if arguments.out is not None and dist.get_rank() == 0:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "deep_ep.json").write_text(json.dumps([asdict(line) for line in lines], indent=1))
+        (arguments.out / "compat.json").write_text(json.dumps([asdict(line) for line in lines], indent=1))
     dist.destroy_process_group()
 
 
@@ -251,7 +251,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=7168)
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--experts", type=int, default=256)
-    parser.add_argument("--out", type=Path, help="folder for deep_ep.json")
+    parser.add_argument("--out", type=Path, help="folder for compat.json")
     return parser.parse_args()
 
 
