@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -71,17 +71,20 @@ def record_use(value: Any) -> None:
 
     ``value`` is a tensor, or a tuple, list or dataclass that holds some.
     """
-    for tensor in _tensors_in(value):
+    for tensor in tensors_in(value):
         if tensor.is_cuda:
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors that ``value`` is, or holds in tuples, lists and dataclasses."""
+    items: Iterable[Any] = ()
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors_in(item)
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _tensors_in(getattr(value, field.name))
+        items = value
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = (getattr(value, field.name) for field in dataclasses.fields(value))
+    for item in items:
+        if not isinstance(item, int):  # sizes come by the hundred, and looking into each takes as long as a kernel
+            yield from tensors_in(item)

@@ -5,12 +5,13 @@ Without CUDA everything is done when a call returns: events hold nothing and wai
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from ep_moe.streams import tensors_in
 
 T = TypeVar("T")
 
@@ -115,17 +116,6 @@ class CommunicationStream:
 
 def _record(values: Iterable[Any], stream: torch.cuda.Stream) -> None:
     """Keep the memory of tensors from being used anew before ``stream`` is done with them."""
-    for tensor in _tensors(values):
+    for tensor in tensors_in(list(values)):
         if tensor.is_cuda:
             tensor.record_stream(stream)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from _tensors(getattr(value, field.name))
