@@ -153,6 +153,8 @@ def draw(lines: list[Line], pyplot: Any) -> Any:
                 axis.axhline(entry.median, color="tab:orange", label=entry.communicator)
         axis.set(title=f"{what}\n{rows}", xlabel="SMs", ylabel="us", ylim=(0, None))
         axis.legend(fontsize=7)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
     return figure
 
 
