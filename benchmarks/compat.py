@@ -15,7 +15,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,16 +28,15 @@ from ep_moe.comm import CommunicatorFactory, communicator_factory
 from ep_moe.comm.fp8 import quantize_e4m3
 from ep_moe.compat.deep_ep import Buffer
 from ep_moe.compat.deep_ep.buffer import COMM_VARIABLE
+from machine import say
+from timing import FLUSH_BYTES, Call
 
 REPEATS, WARM_UP = 30, 5
 ROUND_TRIPS = 20  # of a CUDA graph
-FLUSH_BYTES = 256 * 1024**2
 
 # Microseconds on 2 H200, hidden 7168, top-8 of 256; 4096 tokens, low latency 128. Best SM counts of its own tuning.
 PEER = {"dispatch, bf16": 350.0, "dispatch, fp8": 247.0, "combine, bf16": 429.0, "round trip, fp8, captured": 75.0}
 PEER_SHAPE = (4096, 128, 7168, 8, 256, 2)
-
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -235,12 +234,6 @@ def make_inputs(tokens: int, arguments: argparse.Namespace, device: torch.device
     x = torch.randn(tokens, arguments.hidden, device=device, generator=generator).bfloat16()
     weights, topk_idx = torch.rand(tokens, arguments.experts, device=device, generator=generator).topk(arguments.top_k)
     return Inputs(x, topk_idx, weights)
-
-
-def say(text: str) -> None:
-    """Print on rank 0."""
-    if dist.get_rank() == 0:
-        print(text, flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:

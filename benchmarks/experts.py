@@ -27,13 +27,12 @@ from torch import Tensor
 from ep_moe.comm import ExpertSegments
 from ep_moe.config import ConfigError, ExpertsConfig
 from ep_moe.config_fields import field_types
-from ep_moe.experts.backends import select_backend
 from ep_moe.experts.gemm import GroupedGemm
 from ep_moe.experts.grouped import GroupedExperts
 from gemm_cost import GemmWork, gemm_work, random_counts, wasted_share, wasted_share_fitted
 from machine import Machine, add_ranks_argument, launch, measure_rates, say, start
 from results import save
-from shapes import SHAPES, TWO_GPU_SHAPES, Shape
+from shapes import SHAPES, TWO_GPU_SHAPES, Shape, gemm_of
 from timing import Spread, time_call
 
 BACKENDS = [name for name in get_args(field_types(ExpertsConfig)["backend"]) if name != "auto"]
@@ -138,14 +137,7 @@ def measure(case: Case, backend: str) -> Iterator[Line]:
     """Lines of one back end."""
     shape, device = case.shape, case.machine.device
     try:
-        gemm = select_backend(
-            backend,
-            dtype=torch.bfloat16,
-            device=device,
-            num_local_experts=shape.local_experts,
-            hidden_size=shape.hidden,
-            ffn_hidden_size=shape.ffn,
-        )
+        gemm = gemm_of(shape, backend, device)
     except ConfigError as error:
         none = Spread(math.nan, math.nan, math.nan)
         yield replace(case.line(backend, "both", "sum", none, len(PARTS)), skipped=str(error))

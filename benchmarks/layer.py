@@ -37,13 +37,12 @@ from ep_moe.config import (
     PhasesConfig,
     SharedExpertsConfig,
 )
-from ep_moe.experts.backends import select_backend
 from ep_moe.experts.gemm import grouped_linear
 from ep_moe.tracing import trace
 from ep_moe.two_batch import two_batch
 from machine import Machine, add_ranks_argument, launch, say, start
 from results import save
-from shapes import SHAPES, Shape, shapes_for
+from shapes import SHAPES, Shape, gemm_of, shapes_for
 from timing import time_call
 
 HALVES = ("halves", "two_batch")  # forward of two micro-batches
@@ -164,14 +163,7 @@ def time_gemms(layer: EPMoELayer, shape: Shape, rows: int, backend: str, machine
     device = machine.device
     counts = torch.bincount(torch.randint(shape.local_experts, (rows,)), minlength=shape.local_experts)
     segments = ExpertSegments(counts.to(device), counts.cumsum(0).int().to(device), tuple(counts.tolist()))
-    gemm = select_backend(
-        backend,
-        dtype=torch.bfloat16,
-        device=device,
-        num_local_experts=shape.local_experts,
-        hidden_size=shape.hidden,
-        ffn_hidden_size=shape.ffn,
-    )
+    gemm = gemm_of(shape, backend, device)
     first = torch.randn(rows, shape.hidden, device=device).bfloat16().requires_grad_()
     second = torch.randn(rows, shape.ffn, device=device).bfloat16().requires_grad_()
     fc1, fc2 = layer.experts.fc1_weight, layer.experts.fc2_weight

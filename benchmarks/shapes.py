@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from ep_moe.experts.backends import select_backend
+from ep_moe.experts.gemm import GroupedGemm
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -32,3 +37,19 @@ TWO_GPU_SHAPES = ["deepseek_v3", "deepseek_v3_ep8", "qwen3_235b", "qwen3_235b_ep
 def shapes_for(ranks: int) -> list[str]:
     """The models whole on 4 or 8 ranks; otherwise those of two, with the load of eight for the larger ones."""
     return [name for name in SHAPES if name.endswith(f"_ep{ranks}")] or TWO_GPU_SHAPES
+
+
+def gemm_of(shape: Shape, backend: str, device: torch.device) -> GroupedGemm:
+    """The grouped GEMMs of ``backend`` for the shape's experts in bf16.
+
+    Raises:
+        ConfigError: if the back end cannot run them.
+    """
+    return select_backend(
+        backend,
+        dtype=torch.bfloat16,
+        device=device,
+        num_local_experts=shape.local_experts,
+        hidden_size=shape.hidden,
+        ffn_hidden_size=shape.ffn,
+    )

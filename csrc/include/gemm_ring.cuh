@@ -1,8 +1,9 @@
 // The ring of shared-memory stages between the warp that copies operands and the warpgroups that multiply them.
 //
 // The producer waits until a stage is empty, and its copies make it full; the multiplying warps wait until it is full
-// and make it empty, one arrival a warp. Tiles follow one another in the ring without a gap: results go out through
-// shared memory of their own (gemm_result.cuh), while the ring fills for the next tile.
+// and make it empty, one arrival a warp. The ring fills for the next tile while the results of one go out: through
+// stages that the producer hands over for it (gemm_tokens.cuh), or through shared memory of their own
+// (grouped_gemm_wgrad.cu).
 #pragma once
 
 #include <cstdint>
