@@ -1,7 +1,7 @@
 """Compile ``csrc/*.cu`` into the package's one CUDA library: ``python csrc/build.py``.
 
 ``setup.py`` does the same at install. One object a source, in parallel; an object is compiled again when its source,
-any header or this file is newer. Without ``nvcc`` nothing is compiled and the exit code is 0.
+a header that it includes or this file is newer. Without ``nvcc`` nothing is compiled and the exit code is 0.
 """
 
 from __future__ import annotations
@@ -59,17 +59,16 @@ def build() -> Path | None:
         return None
     version = INFO["library_version"](CSRC)
     sources = INFO["cuda_files"](CSRC, ".cu")
-    shared = [Path(__file__), *INFO["cuda_files"](CSRC, ".cuh")]
     OBJECTS.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        objects = list(pool.map(lambda source: _compile(source, shared, version), sources))
+        objects = list(pool.map(lambda source: _compile(source, version), sources))
     if _older(LIBRARY, objects):
         _nvcc(*TARGETS, *LINK, *map(str, objects), output=LIBRARY)
     print(f"ep_moe: {LIBRARY} is up to date, version {version}", flush=True)
     return LIBRARY
 
 
-def _compile(source: Path, shared: list[Path], version: str) -> Path:
+def _compile(source: Path, version: str) -> Path:
     name = "_".join(source.relative_to(CSRC).with_suffix("").parts)
     targets = HOPPER_TARGETS if source.match(HOPPER_SOURCES) else TARGETS
     flags = [*targets, *COMPILE, f"-I{CSRC / 'include'}"]
@@ -80,13 +79,25 @@ def _compile(source: Path, shared: list[Path], version: str) -> Path:
             if former.name != f"{name}.o":
                 former.unlink()
     target = OBJECTS / f"{name}.o"
-    if _older(target, [source, *shared]):
-        _nvcc(*flags, "-c", str(source), output=target)
+    includes = target.with_suffix(".d")
+    if _older(target, [Path(__file__), *_prerequisites(includes)]):
+        _nvcc(*flags, "-MMD", "-MF", str(includes), "-c", str(source), output=target)
     return target
 
 
+def _prerequisites(includes: Path) -> list[Path]:
+    """What the object was compiled from, by the list that ``nvcc`` wrote beside it; that list, if there is none."""
+    if not includes.exists():
+        return [includes]
+    names = shlex.split(includes.read_text().replace("\\\n", " ").partition(":")[2])
+    return [Path(name) for name in names]
+
+
 def _older(target: Path, inputs: list[Path]) -> bool:
-    return not target.exists() or target.stat().st_mtime < max(path.stat().st_mtime for path in inputs)
+    """Whether ``target`` has to be made: it or an input is missing, or an input is newer."""
+    if not target.exists() or not all(path.exists() for path in inputs):
+        return True
+    return target.stat().st_mtime < max(path.stat().st_mtime for path in inputs)
 
 
 def _nvcc(*arguments: str, output: Path) -> None:

@@ -97,7 +97,9 @@ def test_a_library_of_other_sources_is_refused(tmp_path: Path, monkeypatch: pyte
 @needs_nvcc
 def test_only_what_changed_is_compiled_again(tmp_path: Path) -> None:
     source = 'extern "C" __attribute__((visibility("default"))) int ep_moe_one() { return 1; }\n'
-    folder = make_checkout(tmp_path, {"one.cu": source})
+    folder = make_checkout(tmp_path, {"one.cu": '#include "one.cuh"\n' + source})
+    header = folder / "csrc" / "include" / "one.cuh"
+    header.write_text("")
     first = run_build(folder)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "one.o" in first.stdout
@@ -105,8 +107,9 @@ def test_only_what_changed_is_compiled_again(tmp_path: Path) -> None:
     (folder / "csrc" / "two.cu").write_text(source.replace("one", "two"))
     second = run_build(folder).stdout
     assert "two.o" in second and "one.o" not in second
-    (folder / "csrc" / "include" / "new.cuh").write_text("")
-    assert "one.o" in run_build(folder).stdout
+    header.write_text("struct One {};\n")
+    third = run_build(folder).stdout
+    assert "one.o" in third and "two.o" not in third
     (folder / "csrc" / "two.cu").unlink()
     assert "libep_moe_cuda.so" in run_build(folder).stdout
 
