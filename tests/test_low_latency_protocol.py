@@ -1,6 +1,6 @@
 """The protocol of low-latency mode holds in every interleaving, and each of its conditions is needed.
 
-``protocol_model`` states the protocol and its argument. Where a condition is dropped, a failing run must be found; it
+Package ``protocol`` states the protocol and its argument. Where a condition is dropped, a failing run must be found; it
 is printed, so ``pytest -s`` shows why the condition is there.
 """
 
@@ -11,18 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from protocol_model import (
-    Model,
-    Result,
-    Setup,
-    Stuck,
-    Targets,
-    explore,
-    rows_for_all,
-    rows_for_none,
-    rows_for_some,
-    rows_from_first,
-)
+from protocol.model import Model
+from protocol.search import explore
+from protocol.state import Result, Stuck
+from protocol.variant import Setup, Targets, rows_for_all, rows_for_none, rows_for_some, rows_from_first
 
 NOBODY, FIRST, SECOND, BOTH = frozenset[int](), frozenset([0]), frozenset([1]), frozenset([0, 1])
 

@@ -24,7 +24,7 @@
 // from this rank's S(n + 2), which started after this rank's R(n) had ended, in which words of buffer n % 4 were read
 // and emptied. Kernels end with their writes visible to the system, and what they read was written before: the chain is
 // one of happens-before. With 8 ranks it is the same chain, once for each pair. With one round under way two buffers
-// would do. tests/protocol_model.py explores all interleavings of this, and finds one that fails wherever something is
+// would do. tests/protocol/ explores all interleavings of this, and finds one that fails wherever something is
 // left out.
 //
 // A kernel that waits never keeps what it waits for from being sent: R(n) waits for S(n) of peers, which wait for
