@@ -13,16 +13,29 @@ from ep_moe.comm.low_latency import LowLatencyCommunicator
 from ep_moe.comm.nvlink import NvlinkCommunicator
 from ep_moe.comm.nvlink_low_latency import NvlinkLowLatencyCommunicator
 from ep_moe.comm.portable_low_latency import PortableLowLatencyCommunicator
+from ep_moe.comm.topology import topology_of_group
+from ep_moe.comm.transport import PortableTransport
+from ep_moe.comm.two_hop import TwoHopCommunicator, two_hop_communicator
 
 COMMUNICATORS = [
     pytest.param("portable", "cpu", id="portable-cpu"),
     pytest.param("portable", "cuda", id="portable-cuda", marks=pytest.mark.gpu),
     pytest.param("nvlink", "cuda", id="nvlink", marks=pytest.mark.gpu),
+    # Several nodes, of two ranks and of one.
+    pytest.param("two_hop", "cpu", id="two-hop-cpu"),
+    pytest.param("two_hop_1", "cpu", id="two-hop-1-cpu"),
 ]
 
 
 def make_communicator(kind: str, group: dist.ProcessGroup) -> Communicator:
     """The communicator ``kind`` over ``group``."""
+    if kind.startswith("two_hop"):
+        key = (kind, dist.get_rank(group), dist.get_world_size(group))
+        if key not in _two_hop:
+            per_node = min(int(kind.removeprefix("two_hop").removeprefix("_") or 2), dist.get_world_size(group))
+            topology = topology_of_group(group, per_node)
+            _two_hop[key] = two_hop_communicator(group, topology, PortableCommunicator, PortableTransport)
+        return _two_hop[key]
     if kind == "nvlink":
         key = (dist.get_rank(group), dist.get_world_size(group))
         if key not in _nvlink:
@@ -31,6 +44,7 @@ def make_communicator(kind: str, group: dist.ProcessGroup) -> Communicator:
     return PortableCommunicator(group)
 
 
+_two_hop: dict[tuple[str, int, int], TwoHopCommunicator] = {}
 _nvlink: dict[tuple[int, int], NvlinkCommunicator] = {}  # a process is a rank of one pool; buffers are costly
 
 

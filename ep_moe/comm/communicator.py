@@ -25,6 +25,8 @@ from ep_moe.comm.fp8 import BLOCK
 
 RowLayout = Literal["expert_major", "rows"]
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+
 
 class CapacityError(RuntimeError):
     """More rows arrived than ``max_rows``; the message says how many. Results of that dispatch lack rows."""
@@ -159,6 +161,7 @@ class Communicator(Protocol):
 
         The sum runs in fp32 (fp64 for fp64 rows): first over a rank's rows of the token in top-k order, rounded
         once to the dtype of ``rows``, then over the ranks in ascending order. Tokens routed nowhere receive zero.
+        Over several nodes the sum of a node's ranks is rounded too, and the nodes are added in ascending order.
         """
         ...
 
@@ -218,3 +221,11 @@ def check_expert_range(topk_idx: Tensor, num_experts: int) -> None:
             raise ValueError(
                 f"topk_idx: expected experts in [0, {num_experts}) (moe.num_experts) or -1, got {low} to {high}"
             )
+
+
+def exchange_signature(x: Tensor, topk_idx: Tensor, topk_weights: Tensor | None, fp8: bool) -> list[int]:
+    """What must be equal on all ranks for their messages to match."""
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"x: expected one of {[str(d) for d in _DTYPES]}, got {x.dtype}")
+    weights = -1 if topk_weights is None else topk_weights.dtype.itemsize
+    return [x.shape[1], topk_idx.shape[1], _DTYPES.index(x.dtype), weights, int(fp8)]

@@ -6,6 +6,7 @@ rank's experts want it. The receiving side decides which slots of the expert-maj
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,3 +98,22 @@ def expert_layout(local_experts: Tensor, counts: list[int], alignment: int) -> E
         slots=slots,
         slot_of=slot_of.view(local_experts.shape),
     )
+
+
+def sum_by_token(
+    returned: Tensor, counts: Sequence[int], tokens: Tensor, num_tokens: int, accumulate: torch.dtype
+) -> Tensor:
+    """Add returned rows to their tokens, source by source in ascending order.
+
+    Args:
+        returned: ``[sent, width]``.
+        counts: rows from each source.
+        tokens: int64 ``[sent]``, the token of each row; a source returns a token once.
+        num_tokens: rows of the result.
+        accumulate: dtype of the sum and of the result, ``[num_tokens, width]``.
+    """
+    out = returned.new_zeros((num_tokens, returned.shape[1]), dtype=accumulate)
+    for values, of in zip(returned.split(list(counts)), tokens.split(list(counts)), strict=True):
+        # A source returns a token once, so no two additions of one call meet: the result is reproducible.
+        out.index_add_(0, of, values.to(accumulate))
+    return out

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ep_moe.comm.all_to_all import all_to_all_rows
 from ep_moe.comm.communicator import (
     CapacityError,
     Dispatched,
@@ -21,11 +22,10 @@ from ep_moe.comm.communicator import (
     RowLayout,
     check_dispatch_shapes,
     check_expert_range,
+    exchange_signature,
 )
 from ep_moe.comm.fp8 import quantize_e4m3
-from ep_moe.comm.layout import ExpertLayout, SendLayout, expert_layout, send_layout
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+from ep_moe.comm.layout import ExpertLayout, SendLayout, expert_layout, send_layout, sum_by_token
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class PortableCommunicator:
         check_expert_range(topk_idx, num_experts)
         payload = [*quantize_e4m3(x)] if fp8 else [x] if scales is None else [x, scales]
         send = send_layout(topk_idx, num_experts, self.size)
-        signature = _signature(x, topk_idx, topk_weights, fp8)
+        signature = exchange_signature(x, topk_idx, topk_weights, fp8)
         send_counts, recv_counts, expert_counts = self._exchange_counts(send, signature)
         local_experts = self._exchange(send.local_experts, send_counts, recv_counts)
         experts = expert_layout(local_experts, expert_counts, alignment)
@@ -147,7 +147,9 @@ class PortableCommunicator:
         accumulate = torch.promote_types(rows.dtype, torch.float32)
         partial = rows[: sum(handle.recv_counts)] if layout == "rows" else self._sum_slots(rows, handle, accumulate)
         returned = self._exchange(partial, handle.recv_counts, handle.send_counts)
-        return self._sum_over_ranks(returned, handle, accumulate).to(rows.dtype)
+        return sum_by_token(returned, handle.send_counts, handle.send.tokens, handle.shape[0], accumulate).to(
+            rows.dtype
+        )
 
     def _by_slot(self, arrived_weights: Tensor, handle: PortableHandle) -> Tensor:
         """Weights ``[received, top_k]`` as ``[num_rows]``, 0 for padding."""
@@ -173,7 +175,7 @@ class PortableCommunicator:
         by_entry = row_weights.new_zeros(experts.slot_of.shape)
         by_entry.view(-1)[experts.entries] = row_weights[experts.slots]
         returned = self._exchange(by_entry, handle.recv_counts, handle.send_counts)
-        return self._sum_over_ranks(returned, handle, row_weights.dtype)
+        return sum_by_token(returned, handle.send_counts, handle.send.tokens, handle.shape[0], row_weights.dtype)
 
     def _exchange_counts(self, send: SendLayout, signature: list[int]) -> tuple[list[int], list[int], list[int]]:
         """Tell every rank how many rows it will get, in all and per expert; the only wait of the host."""
@@ -203,39 +205,11 @@ class PortableCommunicator:
         rows[experts.slots] = arrived[experts.entries // handle.shape[1]]
         return rows.view(x.dtype)
 
-    def _sum_over_ranks(self, returned: Tensor, handle: PortableHandle, accumulate: torch.dtype) -> Tensor:
-        """Add what each rank returned to its tokens, in ascending order of ranks."""
-        out = returned.new_zeros((handle.shape[0], returned.shape[1]), dtype=accumulate)
-        chunks = zip(returned.split(handle.send_counts), handle.send.tokens.split(handle.send_counts), strict=True)
-        for values, tokens in chunks:
-            # A rank returns a token once, so no two additions of one call meet: the result is reproducible.
-            out.index_add_(0, tokens, values.to(accumulate))
-        return out
-
     def _exchange(self, rows: Tensor, send_counts: list[int], recv_counts: list[int]) -> Tensor:
-        """All-to-all of the leading dimension, for any dtype (moved as bytes)."""
-        if self.size == 1:
-            return rows
-        # A tensor without elements counts as contiguous whatever its strides, which a view as bytes does not accept.
-        rows = rows.contiguous() if rows.numel() else torch.empty_like(rows, memory_format=torch.contiguous_format)
-        # gloo's all-to-all takes CPU tensors only; several processes that share one GPU need it too.
-        staging = torch.device("cpu") if dist.get_backend(self.group) == "gloo" else rows.device
-        out = torch.empty((sum(recv_counts), *rows.shape[1:]), dtype=rows.dtype, device=staging)
-        dist.all_to_all_single(
-            out.view(torch.uint8), rows.to(staging).view(torch.uint8), recv_counts, send_counts, group=self.group
-        )
-        return out.to(rows.device)
+        return all_to_all_rows(rows, send_counts, recv_counts, self.group)
 
 
 def _with_room(rows: Tensor, num_rows: int, fill: int = 0) -> Tensor:
     """``rows``, and ``fill`` behind them up to ``num_rows``."""
     missing = num_rows - rows.shape[0]
     return rows if missing == 0 else torch.cat([rows, rows.new_full((missing, rows.shape[1]), fill)])
-
-
-def _signature(x: Tensor, topk_idx: Tensor, topk_weights: Tensor | None, fp8: bool) -> list[int]:
-    """What must be equal on all ranks for their messages to match."""
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"x: expected one of {[str(d) for d in _DTYPES]}, got {x.dtype}")
-    weights = -1 if topk_weights is None else topk_weights.dtype.itemsize
-    return [x.shape[1], topk_idx.shape[1], _DTYPES.index(x.dtype), weights, int(fp8)]

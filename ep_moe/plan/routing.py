@@ -7,28 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ep_moe.comm.topology import Topology
 from ep_moe.config import ConfigError, MoEConfig
 from ep_moe.router.scoring import route
 
 SIMULATED_TOKENS = 16384
-
-
-@dataclass(frozen=True)
-class Topology:
-    """An expert-parallel group: ``ranks`` GPUs, of which ``ranks_per_node`` share an NVLink domain.
-
-    Attributes:
-        ranks: of the group.
-        ranks_per_node: of a node; of a smaller group all ranks.
-    """
-
-    ranks: int
-    ranks_per_node: int
-
-    @property
-    def nodes(self) -> int:
-        """That the group spans."""
-        return self.ranks // self.ranks_per_node
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,122 @@
+"""Exchange between nodes: two hops give what one hop gives."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+from communicators import make_communicator
+from ranks import run_ranks
+from routing_cases import PATTERNS, Case, make_inputs
+
+from ep_moe.comm import Communicator, Dispatched
+from ep_moe.comm.topology import Topology, topology_of_group, topology_of_hosts
+from ep_moe.config import ConfigError
+
+
+def same(a: object, b: object) -> bool:
+    """Whether tensors, or dataclasses of tensors, are equal bit by bit."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        fp8 = a.dtype == torch.float8_e4m3fn
+        return a.dtype == b.dtype and (torch.equal(a.view(torch.uint8), b.view(torch.uint8)) if fp8 else a.equal(b))
+    if hasattr(a, "__dataclass_fields__"):
+        return all(same(getattr(a, name), getattr(b, name)) for name in vars(a) if name != "handle")
+    return a == b
+
+
+def everything(
+    communicator: Communicator, case: Case, rank: int, **settings: object
+) -> list[Dispatched | torch.Tensor]:
+    """All operations on one case; rows to combine are powers of two, whose sums are exact."""
+    x, idx, weights = make_inputs(case, rank)
+    arrived = communicator.dispatch(x, idx, weights, num_experts=case.num_experts, **settings)  # type: ignore[arg-type]
+    layout = settings["layout"]
+    handle = arrived.handle
+    values = torch.arange(arrived.segments.num_rows, dtype=weights.dtype)
+    rows = torch.exp2(torch.arange(arrived.rows.shape[0]) % 4)[:, None].expand(arrived.rows.shape).to(case.dtype)
+    return [
+        arrived,
+        communicator.dispatch_cached(x, handle, layout),  # type: ignore[arg-type]
+        communicator.dispatch_weights(weights, handle),
+        communicator.combine(rows, handle, layout),  # type: ignore[arg-type]
+        communicator.combine_weights(values, handle),
+    ]
+
+
+def _compare(rank: int, world: int, kind: str, first_seed: int, count: int) -> list[str]:
+    problems = []
+    for seed in range(first_seed, first_seed + count):
+        choose = random.Random(seed)
+        fp8 = choose.random() < 0.3
+        case = Case(
+            tokens=tuple(choose.choice([0, 1, choose.randint(0, 20)]) for _ in range(world)),
+            num_experts=world * choose.randint(1, 5),
+            top_k=choose.randint(1, 6),
+            hidden=128 if fp8 else choose.randint(1, 40),
+            pattern=choose.choice(PATTERNS),
+            dtype=choose.choice([torch.float32, torch.bfloat16] if fp8 else [torch.float64, torch.float16]),
+            seed=seed,
+        )
+        settings = {
+            "layout": choose.choice(["rows", "expert_major"]),
+            "alignment": choose.choice([1, 3, 8]),
+            "max_rows": choose.choice([None, 2000]),
+            "fp8": fp8,
+        }
+        got, want = (
+            everything(make_communicator(name, dist.group.WORLD), case, rank, **settings) for name in (kind, "portable")
+        )
+        problems += [
+            f"{case}, {settings}: result {n}" for n, (a, b) in enumerate(zip(got, want, strict=True)) if not same(a, b)
+        ]
+    return problems
+
+
+@pytest.mark.parametrize(("ranks", "kind"), [(2, "two_hop_1"), (4, "two_hop"), (4, "two_hop_1"), (4, "two_hop_4")])
+def test_two_hops_equal_one_bit_by_bit(ranks: int, kind: str) -> None:
+    for problems in run_ranks(ranks, _compare, kind, 100 * ranks, 40):
+        assert not problems, "\n".join(problems[:5])
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [
+        (["a"], Topology(1, 1)),
+        (["a", "a"], Topology(2, 2)),
+        (["b", "a"], Topology(2, 1)),
+        (["a", "a", "b", "b", "c", "c"], Topology(6, 2)),
+    ],
+)
+def test_nodes_are_hosts(hosts: list[str], expected: Topology) -> None:
+    assert topology_of_hosts(hosts) == expected
+
+
+@pytest.mark.parametrize(
+    ("hosts", "message"),
+    [
+        (["a", "a", "b"], "all hosts must hold equally many ranks of the expert-parallel group, got a: 2, b: 1"),
+        (["a", "b", "a", "b"], "ranks of a host must be consecutive"),
+    ],
+)
+def test_nodes_that_do_not_fit_are_named(hosts: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        topology_of_hosts(hosts)
+
+
+def test_places_in_a_topology() -> None:
+    topology = Topology(6, 2)
+    assert topology.nodes == 3 and [topology.node_of(rank) for rank in range(6)] == [0, 0, 1, 1, 2, 2]
+    assert topology.ranks_of_node(1) == [2, 3] and topology.counterparts(3) == [1, 3, 5]
+
+
+def _uneven(rank: int, world: int) -> str:
+    with pytest.raises(ConfigError) as caught:
+        topology_of_group(dist.group.WORLD, 3)
+    return str(caught.value)
+
+
+def test_ranks_that_do_not_divide_into_nodes_are_named() -> None:
+    message = "moe.comm_ranks_per_node = 3: must divide the 4 ranks of the expert-parallel group"
+    assert run_ranks(4, _uneven) == [message] * 4
