@@ -149,8 +149,14 @@ class MoEConfig(Section):
     ep_size: int | None = key(None, "Ranks the experts are spread over; null means all processes.", low=1)
     comm: Literal["auto", "portable", "nvlink"] = key(
         "auto",
-        "Communicator: 'portable' is torch.distributed (gloo, NCCL); 'nvlink' our kernels between GPUs of one host; "
-        "'auto' takes nvlink where it runs.",
+        "Communicator: 'portable' is torch.distributed (gloo, NCCL); 'nvlink' our kernels between GPUs of one host, "
+        "and between hosts moe.comm_between_nodes; 'auto' takes nvlink on one host where it runs, otherwise portable.",
+    )
+    comm_ranks_per_node: int | None = key(
+        None,
+        "Consecutive ranks that form a node; rows then go between nodes in two hops (docs/cluster.md). null: the "
+        "hosts are the nodes for nvlink, and portable goes in one hop.",
+        low=1,
     )
     comm_timeout_s: float = key(30.0, "Seconds an nvlink kernel waits for a peer before PeerTimeoutError.", low=0.1)
     capacity_rows: int | None = key(

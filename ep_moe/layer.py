@@ -60,7 +60,11 @@ class EPMoELayer(nn.Module):
         moe, hidden = config.moe, config.model.hidden_size
         self.config = config
         communicators = communicator_factory(
-            moe.comm, ep_group, max_tokens=most_tokens(config.phases), timeout_s=moe.comm_timeout_s
+            moe.comm,
+            ep_group,
+            max_tokens=most_tokens(config.phases),
+            timeout_s=moe.comm_timeout_s,
+            ranks_per_node=moe.comm_ranks_per_node,
         )
         ep_size, ep_rank = communicators.size, communicators.rank
         if moe.ep_size is not None and moe.ep_size != ep_size:

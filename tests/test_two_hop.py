@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Literal
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from communicators import make_communicator
 from ranks import run_ranks
 from routing_cases import PATTERNS, Case, make_inputs
 
-from ep_moe.comm import Communicator, Dispatched
+from ep_moe import EPMoELayer
+from ep_moe.comm import Communicator, Dispatched, communicator_factory
 from ep_moe.comm.topology import Topology, topology_of_group, topology_of_hosts
-from ep_moe.config import ConfigError
+from ep_moe.comm.two_hop import TwoHopCommunicator
+from ep_moe.config import Config, ConfigError, ModelConfig, MoEConfig
 
 
 def same(a: object, b: object) -> bool:
@@ -120,3 +123,47 @@ def _uneven(rank: int, world: int) -> str:
 def test_ranks_that_do_not_divide_into_nodes_are_named() -> None:
     message = "moe.comm_ranks_per_node = 3: must divide the 4 ranks of the expert-parallel group"
     assert run_ranks(4, _uneven) == [message] * 4
+
+
+def _factories(rank: int, world: int) -> tuple[list[str], str]:
+    """What the keys of the configuration make."""
+
+    def build(comm: Literal["auto", "portable", "nvlink"], ranks_per_node: int | None) -> str:
+        factory = communicator_factory(
+            comm, dist.group.WORLD, max_tokens=None, timeout_s=30.0, ranks_per_node=ranks_per_node
+        )
+        communicator = factory.build(torch.device("cpu"))
+        assert factory.build(torch.device("cpu")) is communicator
+        nodes = communicator.topology.nodes if isinstance(communicator, TwoHopCommunicator) else 0
+        return f"{type(communicator).__name__} {nodes}"
+
+    made = [build("portable", None), build("auto", None), build("auto", 2), build("portable", 1), build("portable", 4)]
+    factory = communicator_factory("nvlink", dist.group.WORLD, max_tokens=None, timeout_s=30.0, ranks_per_node=2)
+    with pytest.raises(ConfigError) as caught:
+        factory.build_low_latency(torch.device("cpu"), 8, 128, 8)
+    return made, str(caught.value)
+
+
+def test_configuration_chooses_the_hops() -> None:
+    one, several = "PortableCommunicator 0", "TwoHopCommunicator"
+    for made, low_latency in run_ranks(4, _factories):
+        assert made == [one, one, f"{several} 2", f"{several} 4", one]
+        assert "moe.comm = nvlink: the group spans 2 nodes, low-latency kernels serve one" in low_latency
+
+
+def _layer(rank: int, world: int, ranks_per_node: int | None) -> list[torch.Tensor]:
+    """Output and gradients of a layer."""
+    torch.manual_seed(3)
+    moe = MoEConfig(num_experts=8, top_k=3, comm="portable", comm_ranks_per_node=ranks_per_node)
+    layer = EPMoELayer(Config(model=ModelConfig(hidden_size=32), moe=moe))
+    x = torch.randn(7 + rank, 32, generator=torch.Generator().manual_seed(rank), requires_grad=True)
+    out = layer(x)
+    out.square().sum().backward()
+    return [out.detach(), x.grad, *(p.grad for p in layer.parameters())]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("ranks_per_node", [1, 2])
+def test_layer_over_nodes_gives_the_same_output_and_gradients(ranks_per_node: int) -> None:
+    for got, want in zip(run_ranks(4, _layer, ranks_per_node), run_ranks(4, _layer, None), strict=True):
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)

@@ -6,7 +6,7 @@ import os
 import socket
 import weakref
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,13 +18,18 @@ from ep_moe.comm.nvlink_args import MAX_RANKS
 from ep_moe.comm.nvlink_low_latency import NvlinkLowLatencyCommunicator
 from ep_moe.comm.portable import PortableCommunicator
 from ep_moe.comm.portable_low_latency import PortableLowLatencyCommunicator
+from ep_moe.comm.topology import Topology, topology_of_group
+from ep_moe.comm.transport import PortableTransport
+from ep_moe.comm.two_hop import two_hop_communicator
 from ep_moe.config import ConfigError
 from ep_moe.native import NativeLibraryError, load_library
 
 _OVERLAP_VARIABLE = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"  # PyTorch reads it too
 
+_T = TypeVar("_T")
+
 # Symmetric buffers are large: layers over one group and device share them as long as one of the layers lives.
-_shared: weakref.WeakValueDictionary[tuple[str, torch.device], NvlinkCommunicator] = weakref.WeakValueDictionary()
+_shared: weakref.WeakValueDictionary[tuple[object, ...], Communicator] = weakref.WeakValueDictionary()
 _shared_low_latency: weakref.WeakValueDictionary[tuple[object, ...], LowLatencyCommunicator] = (
     weakref.WeakValueDictionary()
 )
@@ -39,12 +44,14 @@ class CommunicatorFactory:
         group: the expert-parallel ranks.
         max_tokens: most tokens a rank will bring, for buffers; ``None`` if not known.
         timeout_s: key ``moe.comm_timeout_s``.
+        ranks_per_node: key ``moe.comm_ranks_per_node``.
     """
 
     comm: Literal["auto", "portable", "nvlink"]
     group: dist.ProcessGroup
     max_tokens: int | None
     timeout_s: float
+    ranks_per_node: int | None = None
 
     @property
     def rank(self) -> int:
@@ -62,20 +69,33 @@ class CommunicatorFactory:
         Raises:
             ConfigError: if ``moe.comm`` asks for one that cannot run here; the message says why.
         """
-        if self.comm == "portable" or (self.comm == "auto" and device.type != "cuda"):
-            return PortableCommunicator(self.group)
-        key = (self.group.group_name, device)
+        key = (self.group.group_name, device, self.comm, self.ranks_per_node)
         shared = _shared.get(key)
         # Names recur: a group may have been destroyed and another made.
         if shared is None or shared.group is not self.group:
-            obstacle = self._nvlink_obstacle(device)
-            if obstacle is not None and self.comm == "auto":
-                return PortableCommunicator(self.group)
-            if obstacle is not None:
-                raise ConfigError(f"moe.comm = nvlink: {obstacle}")
-            shared = NvlinkCommunicator(self.group, device, max_tokens=self.max_tokens, timeout_s=self.timeout_s)
+            shared = self._new(device)
             _shared[key] = shared
         return shared
+
+    def _new(self, device: torch.device) -> Communicator:
+        portable = self.comm == "portable" or (self.comm == "auto" and device.type != "cuda")
+        if portable and self.ranks_per_node is None:
+            return PortableCommunicator(self.group)
+        topology = self._topology()
+        obstacle = None if portable else self._nvlink_obstacle(device, topology)
+        if obstacle is not None and self.comm == "nvlink":
+            raise ConfigError(f"moe.comm = nvlink: {obstacle}")
+        portable = portable or obstacle is not None
+
+        def of_node(group: dist.ProcessGroup) -> Communicator:
+            if portable:
+                return PortableCommunicator(group)
+            most = None if self.max_tokens is None else self.max_tokens * topology.nodes
+            return NvlinkCommunicator(group, device, max_tokens=most, timeout_s=self.timeout_s)
+
+        if topology.nodes == 1:
+            return of_node(self.group)
+        return two_hop_communicator(self.group, topology, of_node, PortableTransport)
 
     def build_low_latency(
         self, device: torch.device, max_tokens: int, hidden: int, num_experts: int
@@ -90,7 +110,7 @@ class CommunicatorFactory:
         key = (self.group.group_name, device, *sizes)
         shared = _shared_low_latency.get(key)
         if shared is None or shared.group is not self.group:
-            obstacle = None if self.comm == "portable" else self._nvlink_obstacle(device)
+            obstacle = None if self.comm == "portable" else self._low_latency_obstacle(device)
             if obstacle is not None and self.comm == "nvlink":
                 raise ConfigError(f"moe.comm = nvlink: {obstacle}")
             named = {"max_tokens": max_tokens, "hidden": hidden, "num_experts": num_experts}
@@ -101,31 +121,57 @@ class CommunicatorFactory:
             _shared_low_latency[key] = shared
         return shared
 
-    def _nvlink_obstacle(self, device: torch.device) -> str | None:
-        """Why the ranks cannot exchange through symmetric memory, or ``None``; the same answer on all of them."""
+    def _topology(self) -> Topology:
+        """The nodes to exchange between; one with several hosts only where that makes auto go portable."""
+        if self.comm == "auto" and self.ranks_per_node is None:
+            return Topology(self.size, self.size)
+        return topology_of_group(self.group, self.ranks_per_node)
+
+    def _low_latency_obstacle(self, device: torch.device) -> str | None:
+        """Why low-latency kernels cannot serve the group, or ``None``; the same answer on all ranks."""
+        topology = self._topology()
+        if topology.nodes > 1:
+            return (
+                f"the group spans {topology.nodes} nodes, low-latency kernels serve one; set phases.<phase>.mode: "
+                "normal, or moe.comm: portable"
+            )
+        return self._nvlink_obstacle(device, topology)
+
+    def _nvlink_obstacle(self, device: torch.device, topology: Topology) -> str | None:
+        """Why ranks of a node cannot exchange through symmetric memory, or ``None``; the same answer on all of them."""
         obstacle = _local_obstacle(device)
-        mine = (socket.gethostname(), device.index, obstacle)
-        everyone: list[tuple[str, int, str | None]] = [mine] * self.size
-        if self.size > 1:
-            dist.all_gather_object(everyone, mine, group=self.group)
+        everyone = self._gather((socket.gethostname(), device.index, obstacle))
         if obstacle is not None:
             return obstacle
         for rank, (_, _, reason) in enumerate(everyone):
             if reason is not None:
                 return f"rank {rank} of the group: {reason}"
-        if self.size > MAX_RANKS:
-            return f"the expert-parallel group has {self.size} ranks, kernels serve at most {MAX_RANKS}"
-        hosts = sorted({host for host, _, _ in everyone})
+        node = topology.ranks_of_node(topology.node_of(self.rank))
+        obstacles = self._gather(self._node_obstacle([everyone[rank][:2] for rank in node]))
+        return next((obstacle for obstacle in obstacles if obstacle is not None), None)
+
+    def _node_obstacle(self, places: list[tuple[str, int]]) -> str | None:
+        """Why ranks in these places, (host, GPU) each, cannot map each other's memory, or ``None``."""
+        if len(places) > MAX_RANKS:
+            return f"a node has {len(places)} ranks of the expert-parallel group, kernels serve at most {MAX_RANKS}"
+        hosts = sorted({host for host, _ in places})
         if len(hosts) > 1:
-            return f"the ranks are on several hosts ({', '.join(hosts)}); use moe.comm: portable"
-        indices = {index for _, index, _ in everyone}
-        if len(indices) < self.size and (self.comm == "auto" or os.environ.get(_OVERLAP_VARIABLE) != "1"):
+            return f"ranks of a node are on several hosts ({', '.join(hosts)}); correct moe.comm_ranks_per_node"
+        indices = {index for _, index in places}
+        if len(indices) < len(places) and (self.comm == "auto" or os.environ.get(_OVERLAP_VARIABLE) != "1"):
             return f"several ranks share a GPU, where their kernels take turns; set {_OVERLAP_VARIABLE}=1 to allow it"
         for one in indices:
             for other in indices - {one}:
                 if not torch.cuda.can_device_access_peer(one, other):
                     return f"GPU {one} cannot access GPU {other}; see: nvidia-smi topo -m"
         return None
+
+    def _gather(self, mine: _T) -> list[_T]:
+        """What every rank of the group passes."""
+        everyone = [mine] * self.size
+        if self.size > 1:
+            dist.all_gather_object(everyone, mine, group=self.group)
+        return everyone
 
 
 def _local_obstacle(device: torch.device) -> str | None:
@@ -147,6 +193,7 @@ def communicator_factory(
     *,
     max_tokens: int | None,
     timeout_s: float,
+    ranks_per_node: int | None = None,
 ) -> CommunicatorFactory:
     """The factory for ``group`` (the default group if ``None``); arguments as the attributes of the factory.
 
@@ -160,4 +207,4 @@ def communicator_factory(
         )
     group = group if group is not None else dist.group.WORLD
     assert group is not None
-    return CommunicatorFactory(comm, group, max_tokens, timeout_s)
+    return CommunicatorFactory(comm, group, max_tokens, timeout_s, ranks_per_node)

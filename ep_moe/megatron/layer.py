@@ -55,6 +55,7 @@ class MegatronEPMoELayer(MoELayer):
         phases: PhasesConfig | None = None,
         comm: Comm = "auto",
         backend: Backend = "auto",
+        ranks_per_node: int | None = None,
         **ignored: Any,
     ) -> None:
         """Build the layer from Megatron's configuration.
@@ -67,6 +68,7 @@ class MegatronEPMoELayer(MoELayer):
             phases: how tokens travel in each phase.
             comm: communicator (key ``moe.comm``).
             backend: grouped GEMM (key ``moe.experts.backend``).
+            ranks_per_node: key ``moe.comm_ranks_per_node``.
             ignored: keyword arguments that newer versions of Megatron add.
 
         Raises:
@@ -88,7 +90,11 @@ class MegatronEPMoELayer(MoELayer):
         }
         phases = honour_overlap(config, phases if phases is not None else PhasesConfig())
         communicators = communicator_factory(
-            comm, groups.ep, max_tokens=most_tokens(phases), timeout_s=moe.comm_timeout_s
+            comm,
+            groups.ep,
+            max_tokens=most_tokens(phases),
+            timeout_s=moe.comm_timeout_s,
+            ranks_per_node=ranks_per_node,
         )
         self.router = MegatronRouter(config, moe, groups, **kind)
         self.experts = MegatronExperts(

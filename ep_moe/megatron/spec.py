@@ -13,7 +13,14 @@ from ep_moe.megatron.layer import MegatronEPMoELayer
 from ep_moe.megatron.translate import Backend, Comm
 
 
-def use_ep_moe(spec: Any, *, phases: PhasesConfig | None = None, comm: Comm = "auto", backend: Backend = "auto") -> Any:
+def use_ep_moe(
+    spec: Any,
+    *,
+    phases: PhasesConfig | None = None,
+    comm: Comm = "auto",
+    backend: Backend = "auto",
+    ranks_per_node: int | None = None,
+) -> Any:
     """Replace Megatron's ``MoELayer`` by ours in a layer spec or in a block of layer specs.
 
     Args:
@@ -22,6 +29,7 @@ def use_ep_moe(spec: Any, *, phases: PhasesConfig | None = None, comm: Comm = "a
         phases: how tokens travel in each phase; the defaults of ``ep_moe.config.PhasesConfig`` if ``None``.
         comm: communicator (key ``moe.comm``).
         backend: grouped GEMM (key ``moe.experts.backend``).
+        ranks_per_node: key ``moe.comm_ranks_per_node``.
 
     Returns:
         A spec of the same kind. Dense layers in it are unchanged.
@@ -29,7 +37,7 @@ def use_ep_moe(spec: Any, *, phases: PhasesConfig | None = None, comm: Comm = "a
     Raises:
         ValueError: if the spec holds no MoE layer.
     """
-    params = {"phases": phases, "comm": comm, "backend": backend}
+    params = {"phases": phases, "comm": comm, "backend": backend, "ranks_per_node": ranks_per_node}
     replaced, count = _replace(spec, params)
     if count == 0:
         raise ValueError(

@@ -21,7 +21,8 @@ from ep_moe.config_loading import config_to_dict
 
 State = dict[str, Any]
 
-_NOT_THE_MODEL = ("ep_size", "comm", "comm_timeout_s", "capacity_rows")  # keys of moe that say how it is run
+# Keys of moe that say how it is run.
+_NOT_THE_MODEL = ("ep_size", "comm", "comm_ranks_per_node", "comm_timeout_s", "capacity_rows")
 
 
 def save_checkpoint(
