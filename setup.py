@@ -21,19 +21,20 @@ class CudaDistribution(Distribution):
 
 
 class BuildCuda(build_ext):
-    """Compiles the CUDA library beside its package, where an editable install finds it, and copies it into a wheel."""
+    """Compiles the CUDA libraries beside their package, where an editable install finds them, and fills wheels."""
 
     def run(self) -> None:
         """Compile; a machine without ``nvcc`` gets a message and a package without the library."""
         super().run()
-        library = CUDA["build"]()
+        libraries = {INFO["LIBRARY_NAME"]: CUDA["build"](), INFO["NVSHMEM_LIBRARY_NAME"]: CUDA["build_nvshmem"]()}
         if self.editable_mode or self.inplace:
             return
-        packed = Path(self.build_lib) / "ep_moe" / INFO["LIBRARY_NAME"]
-        packed.unlink(missing_ok=True)  # of an earlier build with nvcc
-        if library:
-            self.mkpath(str(packed.parent))
-            self.copy_file(str(library), str(packed))
+        for name, library in libraries.items():
+            packed = Path(self.build_lib) / "ep_moe" / name
+            packed.unlink(missing_ok=True)  # of an earlier build with nvcc, or with NVSHMEM
+            if library:
+                self.mkpath(str(packed.parent))
+                self.copy_file(str(library), str(packed))
 
 
 class Wheel(bdist_wheel):
@@ -63,6 +64,7 @@ setup(
     install_requires=["torch>=2.10", "pyyaml>=6.0"],
     extras_require={
         "megatron": ["megatron-core>=0.16"],
+        "nvshmem": ["nvidia-nvshmem-cu13>=3.4"],
         "te": ["transformer-engine[pytorch]>=2.0"],
         "examples": ["megatron-core>=0.16", "numpy>=1.26", "matplotlib>=3.8", "tqdm>=4.66"],
         "lint": ["clang-format==23.1.5", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML"],

@@ -21,12 +21,16 @@ OBJECTS = ROOT / "build" / "csrc"
 # By path, because `import ep_moe` needs torch, which an isolated build does not have.
 INFO = runpy.run_path(str(ROOT / "ep_moe" / "build_info.py"))
 LIBRARY: Path = ROOT / "ep_moe" / INFO["LIBRARY_NAME"]
+# The second library, of one source, is compiled where NVSHMEM is found.
+NVSHMEM_SOURCE = CSRC / "nvshmem" / "node_exchange.cu"
+NVSHMEM_LIBRARY: Path = ROOT / "ep_moe" / INFO["NVSHMEM_LIBRARY_NAME"]
 
 # Machine code for Hopper; PTX, which the driver compiles at first use, for what came after.
 TARGETS = ["-gencode", "arch=compute_90,code=sm_90", "-gencode", "arch=compute_90,code=compute_90"]
 # Of sources whose instructions exist on Hopper alone, which PTX for newer GPUs cannot hold.
 HOPPER_TARGETS = ["-gencode", "arch=compute_90a,code=sm_90a"]
 HOPPER_SOURCES = "grouped_gemm_*.cu"
+NVSHMEM_TARGET = ["-gencode", "arch=compute_90,code=sm_90"]  # its device code is linked, which PTX cannot be
 COMPILE = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # The CUDA runtime goes into the library and stays invisible, so that it never meets the one torch brings.
 LINK = ["-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL"]
@@ -58,7 +62,7 @@ def build() -> Path | None:
         print(f"ep_moe: CUDA library not compiled: {reason}", flush=True)
         return None
     version = INFO["library_version"](CSRC)
-    sources = INFO["cuda_files"](CSRC, ".cu")
+    sources = [source for source in INFO["cuda_files"](CSRC, ".cu") if source != NVSHMEM_SOURCE]
     OBJECTS.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         objects = list(pool.map(lambda source: _compile(source, version), sources))
@@ -66,6 +70,34 @@ def build() -> Path | None:
         _nvcc(*TARGETS, *LINK, *map(str, objects), output=LIBRARY)
     print(f"ep_moe: {LIBRARY} is up to date, version {version}", flush=True)
     return LIBRARY
+
+
+def build_nvshmem() -> Path | None:
+    """Compile the library for several nodes; returns it, or ``None`` without ``nvcc`` or NVSHMEM.
+
+    Raises:
+        CompileError: if ``nvcc`` fails.
+    """
+    folder, reason = INFO["find_nvshmem"](), why_not()
+    if folder is None:
+        reason = reason or "NVSHMEM was found neither in NVSHMEM_DIR nor as a wheel"
+    if reason or folder is None:
+        print(f"ep_moe: NVSHMEM library not compiled: {reason}", flush=True)
+        return None
+    version = INFO["library_version"](CSRC)
+    OBJECTS.mkdir(parents=True, exist_ok=True)
+    target = OBJECTS / f"nvshmem-{version}.o"  # of one version: any change of a source makes another
+    for former in OBJECTS.glob("nvshmem-*.o"):
+        if former != target:
+            former.unlink()
+    if _older(target, [Path(__file__)]):
+        includes = [f"-I{CSRC / 'include'}", f"-I{folder / 'include'}", f'-DEP_MOE_VERSION="{version}"']
+        _nvcc(*NVSHMEM_TARGET, *COMPILE, "-rdc=true", *includes, "-c", str(NVSHMEM_SOURCE), output=target)
+    if _older(NVSHMEM_LIBRARY, [target]):
+        libraries = [f"-L{folder / 'lib'}", "-lnvshmem_device", f"-l:{INFO['NVSHMEM_HOST_LIBRARY']}"]
+        _nvcc(*NVSHMEM_TARGET, *LINK, str(target), *libraries, output=NVSHMEM_LIBRARY)
+    print(f"ep_moe: {NVSHMEM_LIBRARY} is up to date, version {version}", flush=True)
+    return NVSHMEM_LIBRARY
 
 
 def _compile(source: Path, version: str) -> Path:
@@ -120,5 +152,6 @@ def _nvcc(*arguments: str, output: Path) -> None:
 if __name__ == "__main__":
     try:
         build()
+        build_nvshmem()
     except CompileError as error:
         sys.exit(f"ep_moe: nvcc failed\n{error}")

@@ -9,13 +9,27 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sys
+import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["LIBRARY_NAME", "SKIP_VARIABLE", "VERSION", "cuda_files", "find_nvcc", "library_version"]
+__all__ = [
+    "LIBRARY_NAME",
+    "NVSHMEM_HOST_LIBRARY",
+    "NVSHMEM_LIBRARY_NAME",
+    "SKIP_VARIABLE",
+    "VERSION",
+    "cuda_files",
+    "find_nvcc",
+    "find_nvshmem",
+    "library_version",
+]
 
 VERSION = "0.1.0"
 LIBRARY_NAME = "libep_moe_cuda.so"
+NVSHMEM_LIBRARY_NAME = "libep_moe_nvshmem.so"  # the second one, for several nodes
+NVSHMEM_HOST_LIBRARY = "libnvshmem_host.so.3"
 SKIP_VARIABLE = "EP_MOE_SKIP_CUDA"
 
 
@@ -23,6 +37,19 @@ def find_nvcc(environ: Mapping[str, str] = os.environ) -> str | None:
     """The CUDA compiler: that of ``CUDA_HOME`` if it is set and has one, else the first on ``PATH``."""
     folders = [os.path.join(environ["CUDA_HOME"], "bin")] if environ.get("CUDA_HOME") else []
     return shutil.which("nvcc", path=os.pathsep.join([*folders, environ.get("PATH", "")]))
+
+
+def find_nvshmem(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The folder with NVSHMEM's ``include`` and ``lib``: ``NVSHMEM_DIR`` if it is set, else that of the pip wheel.
+
+    Also where an isolated build hides the wheels of the environment that it builds for.
+    """
+    if environ.get("NVSHMEM_DIR"):
+        candidates = [Path(environ["NVSHMEM_DIR"])]
+    else:
+        places = dict.fromkeys([*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+        candidates = [Path(place, "nvidia", "nvshmem") for place in places if place]
+    return next((folder for folder in candidates if (folder / "lib" / NVSHMEM_HOST_LIBRARY).exists()), None)
 
 
 def cuda_files(csrc: Path, *suffixes: str) -> list[Path]:

@@ -158,6 +158,11 @@ class MoEConfig(Section):
         "hosts are the nodes for nvlink, and portable goes in one hop.",
         low=1,
     )
+    comm_between_nodes: Literal["portable", "loopback", "nvshmem"] = key(
+        "portable",
+        "What carries rows between nodes: torch.distributed; or, with our kernels on each node, NVSHMEM, or (loopback) "
+        "stores between GPUs of one host that pose as nodes.",
+    )
     comm_timeout_s: float = key(30.0, "Seconds an nvlink kernel waits for a peer before PeerTimeoutError.", low=0.1)
     capacity_rows: int | None = key(
         None,
@@ -178,6 +183,12 @@ class MoEConfig(Section):
         )
         if self.ep_size is not None:
             check_ep_size(self.num_experts, self.ep_size)
+        require(
+            self.comm_between_nodes == "portable" or self.comm == "nvlink",
+            "moe.comm_between_nodes",
+            self.comm_between_nodes,
+            f"needs moe.comm: nvlink (here {self.comm})",
+        )
         self._check_router()
 
     def _check_router(self) -> None:

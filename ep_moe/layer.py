@@ -65,6 +65,7 @@ class EPMoELayer(nn.Module):
             max_tokens=most_tokens(config.phases),
             timeout_s=moe.comm_timeout_s,
             ranks_per_node=moe.comm_ranks_per_node,
+            between_nodes=moe.comm_between_nodes,
         )
         ep_size, ep_rank = communicators.size, communicators.rank
         if moe.ep_size is not None and moe.ep_size != ep_size:

@@ -12,10 +12,26 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from ep_moe.build_info import LIBRARY_NAME, VERSION, find_nvcc, library_version
+from ep_moe.build_info import (
+    LIBRARY_NAME,
+    NVSHMEM_HOST_LIBRARY,
+    NVSHMEM_LIBRARY_NAME,
+    VERSION,
+    find_nvcc,
+    find_nvshmem,
+    library_version,
+)
 from ep_moe.config_fields import ConfigError
 
-__all__ = ["NativeLibraryError", "library_path", "load_entry_points", "load_library"]
+__all__ = [
+    "NativeLibraryError",
+    "library_path",
+    "load_entry_points",
+    "load_library",
+    "load_nvshmem_library",
+    "nvshmem_library_path",
+    "open_nvshmem_library",
+]
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -42,19 +58,41 @@ def load_library() -> ctypes.CDLL:
             f"the CUDA library is missing ({path}): ep_moe was installed without nvcc, or with EP_MOE_SKIP_CUDA set; "
             f"{_how_to_build()}"
         )
-    try:
-        library = ctypes.CDLL(str(path))
-        library.ep_moe_version.restype = ctypes.c_char_p
-        built = library.ep_moe_version().decode()
-    except (OSError, AttributeError) as error:
-        raise NativeLibraryError(f"the CUDA library cannot be loaded: {error}; {_how_to_build()}") from error
-    csrc = _checkout_csrc()
-    expected = library_version(csrc) if csrc else VERSION
-    if (built if csrc else built.split("+")[0]) != expected:
+    return _open(path, "ep_moe_version")
+
+
+def nvshmem_library_path() -> Path:
+    """Where the library for several nodes is, if it has been built: beside this module."""
+    return _PACKAGE / NVSHMEM_LIBRARY_NAME
+
+
+@functools.cache
+def open_nvshmem_library() -> ctypes.CDLL:
+    """Load the library for several nodes, behind NVSHMEM itself; neither is initialised by that.
+
+    Raises:
+        NativeLibraryError: as :func:`load_library`, or if NVSHMEM is missing.
+    """
+    path, folder = nvshmem_library_path(), find_nvshmem()
+    advice = "install nvidia-nvshmem-cu13 (or -cu12), or set NVSHMEM_DIR"
+    if not path.exists():
         raise NativeLibraryError(
-            f"the CUDA library {path} has version {built}, the package needs {expected}; {_how_to_build()}"
+            f"the NVSHMEM library is missing ({path}): ep_moe was installed without nvcc or NVSHMEM; {advice}, then "
+            f"{_how_to_build()}"
         )
-    return library
+    if folder is None:
+        raise NativeLibraryError(f"NVSHMEM is missing, which {path.name} needs; {advice}")
+    try:
+        # By its path, so that the library below finds it loaded whatever LD_LIBRARY_PATH says.
+        ctypes.CDLL(str(folder / "lib" / NVSHMEM_HOST_LIBRARY), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise NativeLibraryError(f"NVSHMEM cannot be loaded: {error}; {advice}") from error
+    return _open(path, "ep_moe_nvshmem_version")
+
+
+def load_nvshmem_library(entries: Mapping[str, type[ctypes.Structure]]) -> ctypes.CDLL:
+    """The library for several nodes, as :func:`load_entry_points` gives the other one."""
+    return _declare(open_nvshmem_library(), entries)
 
 
 def load_entry_points(entries: Mapping[str, type[ctypes.Structure]]) -> ctypes.CDLL:
@@ -67,7 +105,27 @@ def load_entry_points(entries: Mapping[str, type[ctypes.Structure]]) -> ctypes.C
     Raises:
         NativeLibraryError: if there is no library, or its structs have other sizes than these.
     """
-    library = load_library()
+    return _declare(load_library(), entries)
+
+
+def _open(path: Path, version_entry: str) -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(path))
+        version = getattr(library, version_entry)
+        version.restype = ctypes.c_char_p
+        built = version().decode()
+    except (OSError, AttributeError) as error:
+        raise NativeLibraryError(f"the CUDA library cannot be loaded: {error}; {_how_to_build()}") from error
+    csrc = _checkout_csrc()
+    expected = library_version(csrc) if csrc else VERSION
+    if (built if csrc else built.split("+")[0]) != expected:
+        raise NativeLibraryError(
+            f"the CUDA library {path} has version {built}, the package needs {expected}; {_how_to_build()}"
+        )
+    return library
+
+
+def _declare(library: ctypes.CDLL, entries: Mapping[str, type[ctypes.Structure]]) -> ctypes.CDLL:
     for name, arguments in entries.items():
         struct = re.sub("(?<!^)(?=[A-Z])", "_", arguments.__name__).lower()
         size = getattr(library, f"ep_moe_{struct}_bytes")

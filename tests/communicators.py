@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from ep_moe.comm import Communicator, PortableCommunicator
+from ep_moe.comm import Communicator, CommunicatorFactory, PortableCommunicator
 from ep_moe.comm.low_latency import LowLatencyCommunicator
 from ep_moe.comm.nvlink import NvlinkCommunicator
 from ep_moe.comm.nvlink_low_latency import NvlinkLowLatencyCommunicator
 from ep_moe.comm.portable_low_latency import PortableLowLatencyCommunicator
 from ep_moe.comm.topology import topology_of_group
 from ep_moe.comm.transport import PortableTransport
-from ep_moe.comm.two_hop import TwoHopCommunicator, two_hop_communicator
+from ep_moe.comm.two_hop import two_hop_communicator
 
 COMMUNICATORS = [
     pytest.param("portable", "cpu", id="portable-cpu"),
     pytest.param("portable", "cuda", id="portable-cuda", marks=pytest.mark.gpu),
     pytest.param("nvlink", "cuda", id="nvlink", marks=pytest.mark.gpu),
+    pytest.param("loopback", "cuda", id="loopback", marks=pytest.mark.gpu),
     # Several nodes, of two ranks and of one.
     pytest.param("two_hop", "cpu", id="two-hop-cpu"),
     pytest.param("two_hop_1", "cpu", id="two-hop-1-cpu"),
@@ -29,6 +31,8 @@ COMMUNICATORS = [
 
 def make_communicator(kind: str, group: dist.ProcessGroup) -> Communicator:
     """The communicator ``kind`` over ``group``."""
+    if kind in ("loopback", "nvshmem"):
+        return _kernels_between_nodes(kind, group)
     if kind.startswith("two_hop"):
         key = (kind, dist.get_rank(group), dist.get_world_size(group))
         if key not in _two_hop:
@@ -44,7 +48,17 @@ def make_communicator(kind: str, group: dist.ProcessGroup) -> Communicator:
     return PortableCommunicator(group)
 
 
-_two_hop: dict[tuple[str, int, int], TwoHopCommunicator] = {}
+def _kernels_between_nodes(kind: Literal["loopback", "nvshmem"], group: dist.ProcessGroup) -> Communicator:
+    """Two nodes of half the ranks each, on one host: kernels on each node and between them."""
+    key = (kind, dist.get_rank(group), dist.get_world_size(group))
+    if key not in _two_hop:
+        per_node = max(dist.get_world_size(group) // 2, 1)
+        factory = CommunicatorFactory("nvlink", group, 64, 30.0, per_node, kind)
+        _two_hop[key] = factory.build(rank_device("cuda", dist.get_rank()))
+    return _two_hop[key]
+
+
+_two_hop: dict[tuple[str, int, int], Communicator] = {}
 _nvlink: dict[tuple[int, int], NvlinkCommunicator] = {}  # a process is a rank of one pool; buffers are costly
 
 

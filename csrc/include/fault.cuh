@@ -5,7 +5,7 @@
 
 namespace ep_moe {
 
-enum class Step : uint32_t { kNone = 0, kRouting = 1, kRows = 2, kCombine = 3, kWeights = 4, kCall = 5 };
+enum class Step : uint32_t { kNone = 0, kRouting = 1, kRows = 2, kCombine = 3, kWeights = 4, kCall = 5, kNodes = 6 };
 
 enum class Fault : uint32_t { kNone = 0, kTimeout = 1, kExpertRange = 2, kOverflow = 3, kTokens = 4 };
 

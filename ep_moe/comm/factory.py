@@ -18,8 +18,9 @@ from ep_moe.comm.nvlink_args import MAX_RANKS
 from ep_moe.comm.nvlink_low_latency import NvlinkLowLatencyCommunicator
 from ep_moe.comm.portable import PortableCommunicator
 from ep_moe.comm.portable_low_latency import PortableLowLatencyCommunicator
+from ep_moe.comm.symmetric_transport import loopback_transport
 from ep_moe.comm.topology import Topology, topology_of_group
-from ep_moe.comm.transport import PortableTransport
+from ep_moe.comm.transport import NodeTransport, PortableTransport
 from ep_moe.comm.two_hop import two_hop_communicator
 from ep_moe.config import ConfigError
 from ep_moe.native import NativeLibraryError, load_library
@@ -27,6 +28,7 @@ from ep_moe.native import NativeLibraryError, load_library
 _OVERLAP_VARIABLE = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"  # PyTorch reads it too
 
 _T = TypeVar("_T")
+BetweenNodes = Literal["portable", "loopback", "nvshmem"]
 
 # Symmetric buffers are large: layers over one group and device share them as long as one of the layers lives.
 _shared: weakref.WeakValueDictionary[tuple[object, ...], Communicator] = weakref.WeakValueDictionary()
@@ -45,6 +47,7 @@ class CommunicatorFactory:
         max_tokens: most tokens a rank will bring, for buffers; ``None`` if not known.
         timeout_s: key ``moe.comm_timeout_s``.
         ranks_per_node: key ``moe.comm_ranks_per_node``.
+        between_nodes: key ``moe.comm_between_nodes``; takes part where nvlink serves the nodes.
     """
 
     comm: Literal["auto", "portable", "nvlink"]
@@ -52,6 +55,7 @@ class CommunicatorFactory:
     max_tokens: int | None
     timeout_s: float
     ranks_per_node: int | None = None
+    between_nodes: BetweenNodes = "portable"
 
     @property
     def rank(self) -> int:
@@ -69,7 +73,7 @@ class CommunicatorFactory:
         Raises:
             ConfigError: if ``moe.comm`` asks for one that cannot run here; the message says why.
         """
-        key = (self.group.group_name, device, self.comm, self.ranks_per_node)
+        key = (self.group.group_name, device, self.comm, self.ranks_per_node, self.between_nodes)
         shared = _shared.get(key)
         # Names recur: a group may have been destroyed and another made.
         if shared is None or shared.group is not self.group:
@@ -95,7 +99,18 @@ class CommunicatorFactory:
 
         if topology.nodes == 1:
             return of_node(self.group)
-        return two_hop_communicator(self.group, topology, of_node, PortableTransport)
+
+        def between_nodes(counterparts: dist.ProcessGroup) -> NodeTransport:
+            ranks, node = topology.counterparts(self.rank), topology.node_of(self.rank)
+            if portable or self.between_nodes == "portable":
+                return PortableTransport(counterparts)
+            if self.between_nodes == "loopback":
+                return loopback_transport(counterparts, ranks, device, timeout_s=self.timeout_s)
+            from ep_moe.comm.nvshmem import nvshmem_transport  # one node never needs it
+
+            return nvshmem_transport(self.group, ranks, node, device, timeout_s=self.timeout_s)
+
+        return two_hop_communicator(self.group, topology, of_node, between_nodes)
 
     def build_low_latency(
         self, device: torch.device, max_tokens: int, hidden: int, num_experts: int
@@ -194,6 +209,7 @@ def communicator_factory(
     max_tokens: int | None,
     timeout_s: float,
     ranks_per_node: int | None = None,
+    between_nodes: BetweenNodes = "portable",
 ) -> CommunicatorFactory:
     """The factory for ``group`` (the default group if ``None``); arguments as the attributes of the factory.
 
@@ -207,4 +223,4 @@ def communicator_factory(
         )
     group = group if group is not None else dist.group.WORLD
     assert group is not None
-    return CommunicatorFactory(comm, group, max_tokens, timeout_s, ranks_per_node)
+    return CommunicatorFactory(comm, group, max_tokens, timeout_s, ranks_per_node, between_nodes)

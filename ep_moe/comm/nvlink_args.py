@@ -20,7 +20,14 @@ REPORTED = 5  # of these
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # Element
 
 FAULT_TIMEOUT, FAULT_EXPERT_RANGE, FAULT_OVERFLOW, FAULT_TOKENS = 1, 2, 3, 4
-STEPS = {1: "routing", 2: "rows", 3: "combined rows", 4: "routing weights", 5: "call of combine"}
+STEPS = {
+    1: "routing",
+    2: "rows",
+    3: "combined rows",
+    4: "routing weights",
+    5: "call of combine",
+    6: "rows between nodes",
+}
 
 
 class BufferShape(ctypes.Structure):

@@ -32,7 +32,7 @@ from ep_moe.layer import to_compute_dtype
 from ep_moe.megatron.experts import MegatronExperts
 from ep_moe.megatron.handover import Handover
 from ep_moe.megatron.router import MegatronRouter
-from ep_moe.megatron.translate import Backend, Comm, honour_overlap, moe_config
+from ep_moe.megatron.translate import Backend, BetweenNodes, Comm, honour_overlap, moe_config
 from ep_moe.phases import PhaseSelector, most_tokens
 from ep_moe.streams import record_use
 from ep_moe.tracing import StageRanges
@@ -56,6 +56,7 @@ class MegatronEPMoELayer(MoELayer):
         comm: Comm = "auto",
         backend: Backend = "auto",
         ranks_per_node: int | None = None,
+        between_nodes: BetweenNodes = "portable",
         **ignored: Any,
     ) -> None:
         """Build the layer from Megatron's configuration.
@@ -69,6 +70,7 @@ class MegatronEPMoELayer(MoELayer):
             comm: communicator (key ``moe.comm``).
             backend: grouped GEMM (key ``moe.experts.backend``).
             ranks_per_node: key ``moe.comm_ranks_per_node``.
+            between_nodes: key ``moe.comm_between_nodes``.
             ignored: keyword arguments that newer versions of Megatron add.
 
         Raises:
@@ -95,6 +97,7 @@ class MegatronEPMoELayer(MoELayer):
             max_tokens=most_tokens(phases),
             timeout_s=moe.comm_timeout_s,
             ranks_per_node=ranks_per_node,
+            between_nodes=between_nodes,
         )
         self.router = MegatronRouter(config, moe, groups, **kind)
         self.experts = MegatronExperts(

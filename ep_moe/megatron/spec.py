@@ -10,7 +10,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from ep_moe.config import PhasesConfig
 from ep_moe.megatron.layer import MegatronEPMoELayer
-from ep_moe.megatron.translate import Backend, Comm
+from ep_moe.megatron.translate import Backend, BetweenNodes, Comm
 
 
 def use_ep_moe(
@@ -20,6 +20,7 @@ def use_ep_moe(
     comm: Comm = "auto",
     backend: Backend = "auto",
     ranks_per_node: int | None = None,
+    between_nodes: BetweenNodes = "portable",
 ) -> Any:
     """Replace Megatron's ``MoELayer`` by ours in a layer spec or in a block of layer specs.
 
@@ -30,6 +31,7 @@ def use_ep_moe(
         comm: communicator (key ``moe.comm``).
         backend: grouped GEMM (key ``moe.experts.backend``).
         ranks_per_node: key ``moe.comm_ranks_per_node``.
+        between_nodes: key ``moe.comm_between_nodes``.
 
     Returns:
         A spec of the same kind. Dense layers in it are unchanged.
@@ -37,7 +39,13 @@ def use_ep_moe(
     Raises:
         ValueError: if the spec holds no MoE layer.
     """
-    params = {"phases": phases, "comm": comm, "backend": backend, "ranks_per_node": ranks_per_node}
+    params = {
+        "phases": phases,
+        "comm": comm,
+        "backend": backend,
+        "ranks_per_node": ranks_per_node,
+        "between_nodes": between_nodes,
+    }
     replaced, count = _replace(spec, params)
     if count == 0:
         raise ValueError(

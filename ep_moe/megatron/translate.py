@@ -14,6 +14,7 @@ from ep_moe.config import PHASES, ConfigError, ExpertsConfig, MoEConfig, PhasesC
 Activation = Literal["swiglu", "geglu", "gelu", "relu", "squared_relu"]
 Backend = Literal["auto", "native", "grouped_mm", "loop", "te"]
 Comm = Literal["auto", "portable", "nvlink"]
+BetweenNodes = Literal["portable", "loopback", "nvshmem"]
 
 _ACTIVATIONS: dict[tuple[Any, bool], Activation] = {
     (F.silu, True): "swiglu",

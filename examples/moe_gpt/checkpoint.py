@@ -22,7 +22,7 @@ from ep_moe.config_loading import config_to_dict
 State = dict[str, Any]
 
 # Keys of moe that say how it is run.
-_NOT_THE_MODEL = ("ep_size", "comm", "comm_ranks_per_node", "comm_timeout_s", "capacity_rows")
+_NOT_THE_MODEL = ("ep_size", "comm", "comm_ranks_per_node", "comm_between_nodes", "comm_timeout_s", "capacity_rows")
 
 
 def save_checkpoint(

@@ -74,6 +74,7 @@ def build_model(config: Config, device: torch.device) -> GPTModel:
         comm=config.moe.comm,
         backend=config.moe.experts.backend,
         ranks_per_node=config.moe.comm_ranks_per_node,
+        between_nodes=config.moe.comm_between_nodes,
     )
     dense_spec = get_gpt_layer_local_spec(num_experts=None, normalization="RMSNorm")
     for spec in (moe_spec, dense_spec):
