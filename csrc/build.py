@@ -81,7 +81,9 @@ def build_nvshmem() -> Path | None:
     folder, reason = INFO["find_nvshmem"](), why_not()
     if folder is None:
         reason = reason or "NVSHMEM was found neither in NVSHMEM_DIR nor as a wheel"
-    if reason or folder is None:
+    if not NVSHMEM_SOURCE.exists():
+        reason = reason or f"{NVSHMEM_SOURCE} is missing"
+    if reason:
         print(f"ep_moe: NVSHMEM library not compiled: {reason}", flush=True)
         return None
     version = INFO["library_version"](CSRC)

@@ -23,13 +23,24 @@ import torch.distributed as dist
 from ep_moe.build_info import VERSION, find_nvcc
 from ep_moe.config import MoEConfig, PhaseConfig
 from ep_moe.config_fields import field_types
-from ep_moe.native import NativeLibraryError, library_path, load_library
+from ep_moe.native import (
+    NativeLibraryError,
+    library_path,
+    load_library,
+    nvshmem_library_path,
+    open_nvshmem_library,
+)
 
 __all__ = ["CHECKS", "Check", "main", "report", "run_checks"]
 
 # What comm: nvlink and everything built on it needs, by name of the check, in the order to fix them.
 _NVLINK_NEEDS = ("GPUs", "links", "peer access", "symmetric memory", "library")
 _COMM_NEEDS = {"portable": ("torch.distributed",), "nvlink": _NVLINK_NEEDS}
+_BETWEEN_NODES_NEEDS = {
+    "portable": ("torch.distributed",),
+    "loopback": _NVLINK_NEEDS,
+    "nvshmem": ("GPUs", "library", "NVSHMEM", "NVSHMEM library"),
+}
 _MODE_NEEDS = {"normal": ("torch.distributed",), "low_latency": _NVLINK_NEEDS}
 # Modes that configurations may name although no kernels serve them yet (ep_moe/dispatcher/factory.py refuses them).
 _MODES_WITHOUT_KERNELS = ("low_latency",)
@@ -208,6 +219,16 @@ def check_nvshmem() -> Check:
     return Check("NVSHMEM", False, "none", advice)
 
 
+def check_nvshmem_library() -> Check:
+    """The library of this package for several nodes, which only ``moe.comm_between_nodes: nvshmem`` opens."""
+    built = nvshmem_library_path().exists()
+    try:
+        version = open_nvshmem_library().ep_moe_nvshmem_version().decode()
+    except NativeLibraryError as error:
+        return Check("NVSHMEM library", False, "built, but unusable" if built else "not built", f"{error}.")
+    return Check("NVSHMEM library", True, f"loads, version {version}")
+
+
 def check_megatron() -> Check:
     """Megatron-Core, for the adapter."""
     advice = "Only ep_moe.megatron and the training example need it: pip install 'megatron-core>=0.16'."
@@ -236,6 +257,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     check_nvcc,
     check_library,
     check_nvshmem,
+    check_nvshmem_library,
     check_megatron,
     check_transformer_engine,
 )
@@ -275,7 +297,7 @@ def main() -> int:
 
 
 def _verdicts(checks: Sequence[Check]) -> Iterator[tuple[str, str]]:
-    """Every value of ``moe.comm`` and mode of a phase, and whether it runs here."""
+    """Every communicator, transport between nodes and mode of a phase, and whether it runs here."""
     failed = {check.name for check in checks if not check.ok}
     known = get_args(field_types(MoEConfig)["comm"])
     fastest = "portable"
@@ -284,6 +306,8 @@ def _verdicts(checks: Sequence[Check]) -> Iterator[tuple[str, str]]:
         fastest = comm if verdict == "yes" else fastest
         yield f"moe.comm: {comm}", verdict
     yield "moe.comm: auto", f"takes {fastest}"
+    for transport in get_args(field_types(MoEConfig)["comm_between_nodes"]):
+        yield f"comm_between_nodes: {transport}", _verdict(_BETWEEN_NODES_NEEDS[transport], failed, in_version=True)
     for mode in get_args(field_types(PhaseConfig)["mode"]):
         yield f"phases.*.mode: {mode}", _verdict(_MODE_NEEDS[mode], failed, mode not in _MODES_WITHOUT_KERNELS)
 

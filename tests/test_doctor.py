@@ -28,12 +28,16 @@ NAMES = (
     "nvcc",
     "library",
     "NVSHMEM",
+    "NVSHMEM library",
     "Megatron-Core",
     "TransformerEngine",
 )
 # Configuration keys of a version that has everything.
 FIELD_TYPES = {
-    "MoEConfig": {"comm": Literal["auto", "portable", "nvlink"]},
+    "MoEConfig": {
+        "comm": Literal["auto", "portable", "nvlink"],
+        "comm_between_nodes": Literal["portable", "loopback", "nvshmem"],
+    },
     "PhaseConfig": {"mode": Literal["normal", "low_latency"]},
 }
 TOPOLOGY = """\t\x1b[4mGPU0\tGPU1\tNIC0\tCPU Affinity\x1b[0m
@@ -63,6 +67,7 @@ def test_command_prints_the_report() -> None:
         assert f"  {name} " in done.stdout
     assert "moe.comm: portable            yes" in done.stdout
     assert "phases.*.mode: normal         yes" in done.stdout
+    assert "comm_between_nodes: portable  yes" in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
@@ -89,6 +94,7 @@ def test_a_gap_appears_with_its_advice_and_in_the_verdicts(monkeypatch: pytest.M
     place = next(number for number, line in enumerate(lines) if line.startswith("  --  library"))
     assert lines[place + 1].strip() == "-> Build it."
     assert "  moe.comm: nvlink              no: see library" in lines
+    assert "  comm_between_nodes: nvshmem   no: see library" in lines
 
 
 def test_a_check_that_raises_does_not_hide_the_others(

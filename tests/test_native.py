@@ -12,9 +12,15 @@ from pathlib import Path
 import pytest
 
 from ep_moe import native
-from ep_moe.build_info import VERSION, cuda_files, find_nvcc, library_version
+from ep_moe.build_info import NVSHMEM_HOST_LIBRARY, VERSION, cuda_files, find_nvcc, find_nvshmem, library_version
 from ep_moe.config import ConfigError
-from ep_moe.native import NativeLibraryError, library_path, load_library
+from ep_moe.native import (
+    NativeLibraryError,
+    library_path,
+    load_library,
+    nvshmem_library_path,
+    open_nvshmem_library,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_library = pytest.mark.skipif(not library_path().exists(), reason="the CUDA library is not built here")
@@ -161,3 +167,39 @@ def test_the_version_depends_on_names_and_contents(tmp_path: Path) -> None:
     versions.add(library_version(csrc))
     assert len(versions) == 4
     assert [path.name for path in cuda_files(csrc, ".cu")] == ["b.cu", "version.cu"]
+
+
+def make_nvshmem(folder: Path) -> Path:
+    """A folder that looks like NVSHMEM's."""
+    (folder / "lib").mkdir(parents=True)
+    (folder / "lib" / NVSHMEM_HOST_LIBRARY).touch()
+    return folder
+
+
+def test_nvshmem_dir_precedes_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = make_nvshmem(tmp_path / "site" / "nvidia" / "nvshmem")
+    given = make_nvshmem(tmp_path / "given")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site")])
+    assert find_nvshmem({}) == wheel
+    assert find_nvshmem({"NVSHMEM_DIR": str(given)}) == given
+    assert find_nvshmem({"NVSHMEM_DIR": str(tmp_path / "nowhere")}) is None
+
+
+def test_a_missing_nvshmem_library_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_nvshmem_library.cache_clear()
+    monkeypatch.setattr(native, "_PACKAGE", tmp_path / "ep_moe")
+    with pytest.raises(NativeLibraryError, match=r"the NVSHMEM library is missing .*set NVSHMEM_DIR"):
+        open_nvshmem_library()
+
+
+@pytest.mark.skipif(
+    not nvshmem_library_path().exists() or find_nvshmem() is None, reason="the library for NVSHMEM is not built here"
+)
+def test_nvshmem_library_loads_without_a_gpu() -> None:
+    open_nvshmem_library.cache_clear()
+    assert open_nvshmem_library().ep_moe_nvshmem_version().decode() == library_version(ROOT / "csrc")
+
+
+def test_the_package_does_not_touch_nvshmem_by_itself() -> None:
+    program = "import sys, ep_moe, ep_moe.comm; assert not [name for name in sys.modules if 'nvshmem' in name]"
+    subprocess.run([sys.executable, "-c", program], check=True)
