@@ -13,9 +13,10 @@ from ranks import run_ranks
 from routing_cases import PATTERNS, Case, make_inputs
 
 from ep_moe import EPMoELayer
-from ep_moe.comm import Communicator, Dispatched, communicator_factory
+from ep_moe.comm import Communicator, Dispatched, PeerTimeoutError, PortableCommunicator, communicator_factory
 from ep_moe.comm.topology import Topology, topology_of_group, topology_of_hosts
-from ep_moe.comm.two_hop import TwoHopCommunicator
+from ep_moe.comm.transport import PortableTransport
+from ep_moe.comm.two_hop import TwoHopCommunicator, two_hop_communicator
 from ep_moe.config import Config, ConfigError, ModelConfig, MoEConfig
 
 
@@ -167,3 +168,35 @@ def test_layer_over_nodes_gives_the_same_output_and_gradients(ranks_per_node: in
     for got, want in zip(run_ranks(4, _layer, ranks_per_node), run_ranks(4, _layer, None), strict=True):
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def _limited(rank: int, world: int) -> tuple[int, int]:
+    """Rows that leave this rank for tokens that choose among the experts of one node."""
+    x, idx, weights = make_inputs(Case((6, 3, 0, 9), num_experts=8, top_k=3, hidden=8), rank)
+    idx = idx % 4 + 4 * (torch.arange(idx.shape[0]) % 2)[:, None]
+    handle = make_communicator("two_hop", dist.group.WORLD).dispatch(x, idx, weights, num_experts=8).handle
+    return sum(handle.routes.send_counts), x.shape[0]
+
+
+def test_groups_bound_the_rows_between_nodes() -> None:
+    for sent, tokens in run_ranks(4, _limited):
+        assert sent == tokens
+
+
+def _late_peer(rank: int, world: int) -> tuple[str, int]:
+    class Late(PortableCommunicator):
+        def combine(self, *arguments: object) -> torch.Tensor:
+            raise PeerTimeoutError("rank 0 waited 2 s for rank 1", 1)
+
+    communicator = two_hop_communicator(dist.group.WORLD, Topology(4, 2), Late, PortableTransport)
+    x, idx, weights = make_inputs(Case((2, 2, 2, 2), num_experts=4, top_k=2, hidden=8), rank)
+    arrived = communicator.dispatch(x, idx, weights, num_experts=4)
+    with pytest.raises(PeerTimeoutError) as caught:
+        communicator.combine(arrived.rows, arrived.handle)
+    return str(caught.value), caught.value.rank
+
+
+def test_a_late_rank_of_a_node_is_named_by_its_rank_in_the_group() -> None:
+    for rank, (message, late) in enumerate(run_ranks(4, _late_peer)):
+        assert late == (1, 3)[rank // 2]
+        assert message == f"node {rank // 2}, whose rank 1 is rank {late}: rank 0 waited 2 s for rank 1"

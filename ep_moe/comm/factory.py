@@ -18,12 +18,12 @@ from ep_moe.comm.nvlink_args import MAX_RANKS
 from ep_moe.comm.nvlink_low_latency import NvlinkLowLatencyCommunicator
 from ep_moe.comm.portable import PortableCommunicator
 from ep_moe.comm.portable_low_latency import PortableLowLatencyCommunicator
-from ep_moe.comm.symmetric_transport import loopback_transport
+from ep_moe.comm.symmetric_transport import MAX_NODES, loopback_transport
 from ep_moe.comm.topology import Topology, topology_of_group
 from ep_moe.comm.transport import NodeTransport, PortableTransport
 from ep_moe.comm.two_hop import two_hop_communicator
 from ep_moe.config import ConfigError
-from ep_moe.native import NativeLibraryError, load_library
+from ep_moe.native import NativeLibraryError, load_library, open_nvshmem_library
 
 _OVERLAP_VARIABLE = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"  # PyTorch reads it too
 
@@ -155,23 +155,35 @@ class CommunicatorFactory:
     def _nvlink_obstacle(self, device: torch.device, topology: Topology) -> str | None:
         """Why ranks of a node cannot exchange through symmetric memory, or ``None``; the same answer on all of them."""
         obstacle = _local_obstacle(device)
+        if obstacle is None and topology.nodes > 1 and self.between_nodes == "nvshmem":
+            obstacle = _nvshmem_obstacle()
         everyone = self._gather((socket.gethostname(), device.index, obstacle))
         if obstacle is not None:
             return obstacle
         for rank, (_, _, reason) in enumerate(everyone):
             if reason is not None:
                 return f"rank {rank} of the group: {reason}"
-        node = topology.ranks_of_node(topology.node_of(self.rank))
-        obstacles = self._gather(self._node_obstacle([everyone[rank][:2] for rank in node]))
+        if topology.ranks_per_node > MAX_RANKS:
+            return (
+                f"a node has {topology.ranks_per_node} ranks of the expert-parallel group, kernels serve at most "
+                f"{MAX_RANKS}"
+            )
+        if topology.nodes > MAX_NODES and self.between_nodes != "portable":
+            return f"the group spans {topology.nodes} nodes, kernels between nodes serve at most {MAX_NODES}"
+        # Loopback maps the memory of all nodes.
+        loopback = self.between_nodes == "loopback"
+        mapped = range(self.size) if loopback else topology.ranks_of_node(topology.node_of(self.rank))
+        obstacles = self._gather(self._mapping_obstacle([everyone[rank][:2] for rank in mapped]))
         return next((obstacle for obstacle in obstacles if obstacle is not None), None)
 
-    def _node_obstacle(self, places: list[tuple[str, int]]) -> str | None:
+    def _mapping_obstacle(self, places: list[tuple[str, int]]) -> str | None:
         """Why ranks in these places, (host, GPU) each, cannot map each other's memory, or ``None``."""
-        if len(places) > MAX_RANKS:
-            return f"a node has {len(places)} ranks of the expert-parallel group, kernels serve at most {MAX_RANKS}"
         hosts = sorted({host for host, _ in places})
         if len(hosts) > 1:
-            return f"ranks of a node are on several hosts ({', '.join(hosts)}); correct moe.comm_ranks_per_node"
+            advice = (
+                "moe.comm_ranks_per_node" if self.between_nodes != "loopback" else "moe.comm_between_nodes: loopback"
+            )
+            return f"ranks that map each other's memory are on several hosts ({', '.join(hosts)}); correct {advice}"
         indices = {index for _, index in places}
         if len(indices) < len(places) and (self.comm == "auto" or os.environ.get(_OVERLAP_VARIABLE) != "1"):
             return f"several ranks share a GPU, where their kernels take turns; set {_OVERLAP_VARIABLE}=1 to allow it"
@@ -197,6 +209,14 @@ def _local_obstacle(device: torch.device) -> str | None:
         return f"GPU {device.index} has compute capability {major}.{minor}, kernels need 9.0 (Hopper) or newer"
     try:
         load_library()
+    except NativeLibraryError as error:
+        return str(error)
+    return None
+
+
+def _nvshmem_obstacle() -> str | None:
+    try:
+        open_nvshmem_library()
     except NativeLibraryError as error:
         return str(error)
     return None

@@ -103,7 +103,8 @@ def nvshmem_transport(
 def shutdown() -> None:
     """End NVSHMEM in this process, if it runs; collective over its group. It may be started again.
 
-    No communicator that uses it may be used afterwards.
+    No communicator that uses it may be used afterwards. Memory of communicators that are gone is freed only here,
+    for that is collective.
     """
     global _world
     if _world is None:

@@ -11,7 +11,8 @@ The hop between nodes is a :class:`~ep_moe.comm.transport.NodeTransport`, the ho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +34,7 @@ from ep_moe.comm.communicator import (
 )
 from ep_moe.comm.fp8 import quantize_e4m3
 from ep_moe.comm.layout import SendLayout, send_layout, sum_by_token
+from ep_moe.comm.nvlink_faults import PeerTimeoutError
 from ep_moe.comm.topology import Topology
 from ep_moe.comm.transport import NodeRoutes, NodeTransport
 from ep_moe.comm.two_hop_layout import inverse_of, order_of
@@ -141,6 +143,10 @@ class TwoHopCommunicator:
     ) -> Dispatched:
         """See :meth:`ep_moe.comm.communicator.Communicator.dispatch`."""
         check_dispatch_shapes(x, topk_idx, topk_weights, num_experts, self.size, scales=scales, fp8=fp8)
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "dispatch: over several nodes it cannot be captured in a CUDA graph, for the host learns sizes"
+            )
         check_expert_range(topk_idx, num_experts)
         topology, nodes = self.topology, self.topology.nodes
         payload = [*quantize_e4m3(x)] if fp8 else [x.contiguous()] if scales is None else [x.contiguous(), scales]
@@ -169,17 +175,18 @@ class TwoHopCommunicator:
         sizes = tuple(-(-count // alignment) * alignment for count in slot_counts.sum(1).tolist())
         needed = int(row_counts.sum()) if layout == "rows" else sum(sizes)
         room = None if max_rows is None else max(max_rows, needed)
-        here = self._node.dispatch(
-            arrived[0],
-            chosen,
-            weights,
-            num_experts=node_experts,
-            scales=arrived[1] if len(arrived) > 1 else None,
-            layout=layout,
-            alignment=alignment,
-            max_rows=room,
-            num_sms=num_sms,
-        )
+        with self._ranks_named():
+            here = self._node.dispatch(
+                arrived[0],
+                chosen,
+                weights,
+                num_experts=node_experts,
+                scales=arrived[1] if len(arrived) > 1 else None,
+                layout=layout,
+                alignment=alignment,
+                max_rows=room,
+                num_sms=num_sms,
+            )
         if max_rows is not None and needed > max_rows:  # only now: the other ranks expect this rank's messages
             raise CapacityError(f"max_rows = {max_rows}: {needed} rows arrived at rank {self.rank}")
         num_slots = here.segments.num_rows
@@ -205,14 +212,18 @@ class TwoHopCommunicator:
         if x.dim() != 2 or x.shape[0] != handle.shape[0]:
             raise ValueError(f"x: expected [{handle.shape[0]}, hidden] as in the dispatch, got {list(x.shape)}")
         arrived = self._transport.exchange([x.contiguous()], handle.routes)[0]
-        return _reordered(self._node.dispatch_cached(arrived, handle.node, layout), handle.order(layout))
+        with self._ranks_named():
+            here = self._node.dispatch_cached(arrived, handle.node, layout)
+        return _reordered(here, handle.order(layout))
 
     def dispatch_weights(self, topk_weights: Tensor, handle: TwoHopHandle) -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_weights`."""
         if topk_weights.shape != handle.shape:
             raise ValueError(f"topk_weights: expected {list(handle.shape)}, got {list(topk_weights.shape)}")
         arrived = self._transport.exchange([topk_weights.contiguous()], handle.routes)[0]
-        return _reordered(self._node.dispatch_weights(arrived, handle.node), handle.slots)
+        with self._ranks_named():
+            here = self._node.dispatch_weights(arrived, handle.node)
+        return _reordered(here, handle.slots)
 
     def combine(self, rows: Tensor, handle: TwoHopHandle, layout: RowLayout = "expert_major") -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.combine`."""
@@ -221,7 +232,8 @@ class TwoHopCommunicator:
                 f"rows: expected [{handle.num_rows(layout)}, hidden] as dispatched, got {list(rows.shape)}"
             )
         order = handle.order(layout)
-        here = self._node.combine(rows if order is None else rows[order.inverse], handle.node, layout)
+        with self._ranks_named():
+            here = self._node.combine(rows if order is None else rows[order.inverse], handle.node, layout)
         accumulate = torch.promote_types(rows.dtype, torch.float32)
         return self._sum_over_nodes(here, handle, accumulate).to(rows.dtype)
 
@@ -230,8 +242,19 @@ class TwoHopCommunicator:
         if row_weights.shape != (handle.segments.num_rows,):
             raise ValueError(f"row_weights: expected [{handle.segments.num_rows}], got {list(row_weights.shape)}")
         weights = row_weights if handle.slots is None else row_weights[handle.slots.inverse]
-        here = self._node.combine_weights(weights, handle.node)
+        with self._ranks_named():
+            here = self._node.combine_weights(weights, handle.node)
         return self._sum_over_nodes(here, handle, row_weights.dtype)
+
+    @contextmanager
+    def _ranks_named(self) -> Iterator[None]:
+        """Errors of the node's communicator name ranks of the node: say which of the group that is."""
+        try:
+            yield
+        except PeerTimeoutError as error:
+            node = self.topology.node_of(self.rank)
+            rank = self.topology.ranks_of_node(node)[error.rank]
+            raise PeerTimeoutError(f"node {node}, whose rank {error.rank} is rank {rank}: {error}", rank) from error
 
     def _sum_over_nodes(self, here: Tensor, handle: TwoHopHandle, accumulate: torch.dtype) -> Tensor:
         """Bring the node's sums back to their source ranks and add those of a token: ``[tokens, width]``."""
