@@ -43,6 +43,8 @@ def _compare(ours: Communicator, first_seed: int, count: int) -> list[str]:
         kwargs = {"num_experts": case.num_experts, "alignment": alignment, "fp8": fp8}
         got, want = (c.dispatch(x, idx, weights, **kwargs) for c in (ours, oracle))
         once, wanted_once = (c.dispatch(x, idx, weights, layout="rows", **kwargs) for c in (ours, oracle))
+        room = got.segments.num_rows + 40
+        roomy = ours.dispatch(x, idx, weights, max_rows=room, **kwargs)
         values = torch.randn(got.segments.num_rows, device=on)
         # Powers of two, whose sums are exact: one more rounding between the hops changes nothing.
         rows = torch.exp2(torch.arange(got.segments.num_rows, device=on) % 3)[:, None]
@@ -61,6 +63,11 @@ def _compare(ours: Communicator, first_seed: int, count: int) -> list[str]:
             "cached": torch.equal(ours.dispatch_cached(x, got.handle), oracle.dispatch_cached(x, want.handle)),
             "cached weights": torch.equal(ours.dispatch_weights(weights, got.handle), want.weights),  # type: ignore[arg-type]
             "combined": torch.equal(ours.combine(rows, got.handle), oracle.combine(rows, want.handle)),
+            "roomy": torch.equal(roomy.rows[: room - 40].view(torch.uint8), want.rows.view(torch.uint8)),
+            "roomy, combined from rows": torch.equal(
+                ours.combine(ours.dispatch_cached(x, roomy.handle, "rows"), roomy.handle, "rows"),
+                ours.combine(ours.dispatch_cached(x, got.handle, "rows"), got.handle, "rows"),
+            ),
             "returned": torch.equal(
                 ours.combine_weights(values, got.handle), oracle.combine_weights(values, want.handle)
             ),

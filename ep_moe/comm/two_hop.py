@@ -117,7 +117,8 @@ class TwoHopCommunicator:
         Args:
             group: all ranks.
             topology: of these ranks.
-            node: among the ranks of this rank's node; it serves ``topology.nodes`` times the tokens of a rank.
+            node: among the ranks of this rank's node; it serves ``topology.nodes`` times the tokens of a rank. Its
+                handles tell by ``num_rows(layout)`` how many rows a tensor has.
             transport: among the ranks in this rank's place on every node.
         """
         self.group = group
@@ -148,26 +149,18 @@ class TwoHopCommunicator:
                 "dispatch: over several nodes it cannot be captured in a CUDA graph, for the host learns sizes"
             )
         check_expert_range(topk_idx, num_experts)
-        topology, nodes = self.topology, self.topology.nodes
+        topology = self.topology
         payload = [*quantize_e4m3(x)] if fp8 else [x.contiguous()] if scales is None else [x.contiguous(), scales]
-        to_nodes = send_layout(topk_idx, num_experts, nodes)
+        to_nodes = send_layout(topk_idx, num_experts, topology.nodes)
         to_ranks = send_layout(topk_idx, num_experts, self.size)
         counts = self._exchange_counts(to_nodes, to_ranks, exchange_signature(x, topk_idx, topk_weights, fp8))
-
-        routes = NodeRoutes(
-            to_nodes.tokens,
-            tuple(counts.nodes[self.rank].tolist()),
-            tuple(counts.nodes[topology.counterparts(self.rank), topology.node_of(self.rank)].tolist()),
-        )
+        routes = self._routes(counts, to_nodes.tokens)
         sent = [*payload, topk_idx.to(torch.int32)]
         if topk_weights is not None:
             sent.append(topk_weights.contiguous())
         arrived = self._transport.exchange(sent, routes)
         weights = None if topk_weights is None else arrived.pop()
         *arrived, chosen = arrived
-        node_experts = num_experts // nodes
-        chosen = chosen.to(torch.int64) - topology.node_of(self.rank) * node_experts
-        chosen = torch.where((chosen >= 0) & (chosen < node_experts), chosen, -1)
 
         local_experts = num_experts // self.size
         slot_counts = counts.experts[:, self.rank * local_experts : (self.rank + 1) * local_experts].t().contiguous()
@@ -178,9 +171,9 @@ class TwoHopCommunicator:
         with self._ranks_named():
             here = self._node.dispatch(
                 arrived[0],
-                chosen,
+                self._node_experts(chosen, num_experts),
                 weights,
-                num_experts=node_experts,
+                num_experts=num_experts // topology.nodes,
                 scales=arrived[1] if len(arrived) > 1 else None,
                 layout=layout,
                 alignment=alignment,
@@ -189,8 +182,8 @@ class TwoHopCommunicator:
             )
         if max_rows is not None and needed > max_rows:  # only now: the other ranks expect this rank's messages
             raise CapacityError(f"max_rows = {max_rows}: {needed} rows arrived at rank {self.rank}")
-        num_slots = here.segments.num_rows
-        received = here.rows.shape[0] if layout == "rows" else int(row_counts.sum())
+        # With room to spare these may be more than arrive, in either layout.
+        num_slots, received = here.segments.num_rows, here.handle.num_rows("rows")
         device = x.device
         slots = _order_on(device, order_of(slot_counts, topology, alignment=alignment, capacity=num_slots))
         rows = _order_on(device, order_of(row_counts, topology, capacity=received))
@@ -245,6 +238,18 @@ class TwoHopCommunicator:
         with self._ranks_named():
             here = self._node.combine_weights(weights, handle.node)
         return self._sum_over_nodes(here, handle, row_weights.dtype)
+
+    def _routes(self, counts: _Counts, tokens: Tensor) -> NodeRoutes:
+        """Where ``tokens`` (int64 ``[sent]``, by node) go, and how many rows come."""
+        topology = self.topology
+        arriving = counts.nodes[topology.counterparts(self.rank), topology.node_of(self.rank)]
+        return NodeRoutes(tokens, tuple(counts.nodes[self.rank].tolist()), tuple(arriving.tolist()))
+
+    def _node_experts(self, topk_idx: Tensor, num_experts: int) -> Tensor:
+        """int64, the experts of ``topk_idx`` among those of this rank's node, -1 for others."""
+        here = num_experts // self.topology.nodes
+        local = topk_idx.to(torch.int64) - self.topology.node_of(self.rank) * here
+        return torch.where((local >= 0) & (local < here), local, -1)
 
     @contextmanager
     def _ranks_named(self) -> Iterator[None]:
