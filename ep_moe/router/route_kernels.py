@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ep_moe.config import RouterConfig
-from ep_moe.native import NativeLibraryError, library_path, load_entry_points
+from ep_moe.native import NativeLibraryError, capability, launch, library_path, load_entry_points
 
 _MAX_EXPERTS, _MAX_TOP_K, _MAX_GROUPS = 1024, 32, 32
 _CAPABILITY = (9, 0)  # the oldest that the library has code for
@@ -57,7 +57,7 @@ def usable(logits: Tensor, top_k: int, router: RouterConfig) -> bool:
         and (router.num_groups or 0) <= _MAX_GROUPS
         and not torch.compiler.is_compiling()
         and type(logits) is Tensor
-        and _has_code_for(logits.get_device())
+        and capability(logits.get_device()) >= _CAPABILITY
         and _find_library() is not None
     )
 
@@ -84,7 +84,7 @@ class _Route(torch.autograd.Function):
         if expert_bias is not None:
             expert_bias = expert_bias.contiguous()
             arguments.bias = expert_bias.data_ptr()
-        _launch("ep_moe_route_forward", arguments, logits.device)
+        _launch("route_forward", arguments, logits.device)
         ctx.mark_non_differentiable(topk_idx)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, topk_idx)
@@ -101,7 +101,7 @@ class _Route(torch.autograd.Function):
         grad_logits = torch.empty_like(logits)
         arguments = _arguments(logits, topk_idx, ctx.router)
         arguments.grad_weights, arguments.grad_logits = grad_weights.data_ptr(), grad_logits.data_ptr()
-        _launch("ep_moe_route_backward", arguments, logits.device)
+        _launch("route_backward", arguments, logits.device)
         return grad_logits, None, None, None
 
 
@@ -122,11 +122,9 @@ def _arguments(logits: Tensor, topk_idx: Tensor, router: RouterConfig) -> RouteA
 
 
 def _launch(entry: str, arguments: RouteArgs, device: torch.device) -> None:
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        error = getattr(_find_library(), entry)(ctypes.byref(arguments), stream)
-    if error is not None:
-        raise RuntimeError(error.decode())
+    library = _find_library()
+    assert library is not None  # usable() has seen to it
+    launch(library, entry, arguments, device)
 
 
 @functools.cache
@@ -138,8 +136,3 @@ def _find_library() -> ctypes.CDLL | None:
         if library_path().exists():
             warnings.warn(f"routing runs without its CUDA kernels: {error}", stacklevel=2)
         return None
-
-
-@functools.cache
-def _has_code_for(device: int) -> bool:
-    return torch.cuda.get_device_capability(device) >= _CAPABILITY
