@@ -12,6 +12,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from ep_moe.build_info import (
     LIBRARY_NAME,
     NVSHMEM_HOST_LIBRARY,
@@ -25,12 +27,15 @@ from ep_moe.config_fields import ConfigError
 
 __all__ = [
     "NativeLibraryError",
+    "capability",
+    "launch",
     "library_path",
     "load_entry_points",
     "load_library",
     "load_nvshmem_library",
     "nvshmem_library_path",
     "open_nvshmem_library",
+    "stream_handle",
 ]
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -139,6 +144,35 @@ def _declare(library: ctypes.CDLL, entries: Mapping[str, type[ctypes.Structure]]
         entry.restype = ctypes.c_char_p
         entry.argtypes = (ctypes.POINTER(arguments), ctypes.c_void_p)
     return library
+
+
+def launch(library: ctypes.CDLL, name: str, arguments: ctypes.Structure, device: torch.device) -> None:
+    """Call entry point ``ep_moe_<name>`` on the current stream of ``device``, which has an index.
+
+    Raises:
+        RuntimeError: what the entry point reports.
+    """
+    index = device.index
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return launch(library, name, arguments, device)
+    error = getattr(library, f"ep_moe_{name}")(ctypes.byref(arguments), stream_handle(index))
+    if error is not None:
+        raise RuntimeError(error.decode())
+
+
+def stream_handle(device: int) -> int:
+    """The current stream of a GPU.
+
+    Triton asks for it in this way too: ``torch.cuda.current_stream`` builds an object around it, for 4 us a launch.
+    """
+    return torch._C._cuda_getCurrentRawStream(device)
+
+
+@functools.cache
+def capability(device: int) -> tuple[int, int]:
+    """Compute capability of a GPU, major and minor."""
+    return torch.cuda.get_device_capability(device)
 
 
 def _how_to_build() -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ep_moe.comm.nvlink_faults import FaultMonitor
 from ep_moe.comm.symmetric import SymmetricBuffer, allocate_symmetric
 from ep_moe.comm.transport import NodeRoutes
-from ep_moe.native import load_entry_points, load_library
+from ep_moe.native import launch, load_entry_points, load_library
 
 MAX_NODES, _PARTS, _SLOTS, _CHUNK_ROWS = 32, 4, 2, 32
 _MOST_CHANNELS, _MOST_BLOCKS = 8, 128
@@ -160,10 +160,8 @@ class SymmetricTransport:
             setattr(arguments, f"{name}_counts", (c_int32 * MAX_NODES)(*counts))
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(self._last)
-        error = self._library.ep_moe_node_exchange(ctypes.byref(arguments), stream.cuda_stream)
+        launch(self._library, "node_exchange", arguments, self._device)
         self._last.record(stream)
-        if error is not None:
-            raise RuntimeError(error.decode())
 
     def _reserve(self, slot_bytes: int) -> None:
         """Make slots at least so large; all ranks ask for the same."""

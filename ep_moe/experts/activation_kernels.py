@@ -13,10 +13,10 @@ from ctypes import c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor, nn
 
-from ep_moe.native import NativeLibraryError, library_path, load_entry_points
+from ep_moe.native import NativeLibraryError, capability, launch, library_path, load_entry_points
 
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Element of element.cuh
-_ACTIVATIONS = {"swiglu": 0, "geglu": 1, "gelu": 2, "relu": 3, "squared_relu": 4}  # Activation of activation.cu
+_ACTIVATIONS = {"swiglu": 0, "geglu": 1, "gelu": 2, "relu": 3, "squared_relu": 4}  # Activation of pointwise.cuh
 _VECTOR_BYTES = 16
 _CAPABILITY = (9, 0)  # the oldest that the library has code for
 
@@ -57,7 +57,7 @@ def usable(x: Tensor, width: int) -> bool:
         and not torch.compiler.is_compiling()
         and type(x) in (Tensor, nn.Parameter)
         and _is_plain(x)
-        and _has_code_for(x.get_device())
+        and capability(x.get_device()) >= _CAPABILITY
         and find_library() is not None
     )
 
@@ -70,9 +70,9 @@ def forward(x: Tensor, activation: str, row_weights: Tensor | None, row_count: T
     """
     out = x.new_empty(*x.shape[:-1], width)
     arguments = _arguments(out, activation, row_count)
-    weights = _fp32(row_weights)
+    weights = as_fp32(row_weights)
     arguments.x, arguments.out, arguments.row_weights = x.data_ptr(), out.data_ptr(), _pointer(weights)
-    _launch("ep_moe_activation_forward", arguments, x.device)
+    _launch("activation_forward", arguments, x.device)
     return out
 
 
@@ -98,11 +98,11 @@ def backward(
     grad_x = torch.empty_like(x) if need_x else None
     grad_weights = x.new_empty(x.shape[:-1], dtype=torch.float32) if need_weights else None
     arguments = _arguments(grad, activation, row_count)
-    weights = _fp32(row_weights)
+    weights = as_fp32(row_weights)
     arguments.x, arguments.grad, arguments.row_weights = x.data_ptr(), grad.data_ptr(), _pointer(weights)
     arguments.grad_x, arguments.grad_weights = _pointer(grad_x), _pointer(grad_weights)
     if need_x or need_weights:
-        _launch("ep_moe_activation_backward", arguments, x.device)
+        _launch("activation_backward", arguments, x.device)
     if grad_weights is not None and row_weights is not None:
         grad_weights = grad_weights.to(row_weights.dtype)
     return grad_x, grad_weights
@@ -122,11 +122,6 @@ def find_library() -> ctypes.CDLL | None:
         return None
 
 
-@functools.cache
-def _has_code_for(device: int) -> bool:
-    return torch.cuda.get_device_capability(device) >= _CAPABILITY
-
-
 def _arguments(out_like: Tensor, activation: str, row_count: Tensor | None) -> ActivationArgs:
     width = out_like.shape[-1]
     return ActivationArgs(
@@ -139,11 +134,9 @@ def _arguments(out_like: Tensor, activation: str, row_count: Tensor | None) -> A
 
 
 def _launch(entry: str, arguments: ActivationArgs, device: torch.device) -> None:
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        error = getattr(find_library(), entry)(ctypes.byref(arguments), stream)
-    if error is not None:
-        raise RuntimeError(error.decode())
+    library = find_library()
+    assert library is not None  # usable() has seen to it
+    launch(library, entry, arguments, device)
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -151,7 +144,7 @@ def _is_plain(x: Tensor) -> bool:
     return x.is_contiguous() and x.data_ptr() % _VECTOR_BYTES == 0
 
 
-def _fp32(row_weights: Tensor | None) -> Tensor | None:
+def as_fp32(row_weights: Tensor | None) -> Tensor | None:
     """The weights as the kernels read them: one fp32 a row."""
     return None if row_weights is None else row_weights.to(torch.float32).contiguous()
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ep_moe.comm import ExpertSegments
+from ep_moe.experts.activation_kernels import as_fp32
 from ep_moe.experts.gemm import GroupedGemm, store_gradient
-from ep_moe.native import NativeLibraryError, load_entry_points
+from ep_moe.native import NativeLibraryError, capability, launch, load_entry_points
 
 WIDTH_MULTIPLE = 64
 MAX_EXPERTS = 1024
@@ -37,6 +38,12 @@ class GroupedGemmArgs(ctypes.Structure):
         ("columns", c_int32),
         ("blocks", c_int32),
     )
+
+
+class SwigluGemmArgs(ctypes.Structure):
+    """``SwigluGemmArgs`` of ``grouped_gemm_swiglu.cu``, which says what each field means."""
+
+    _fields_ = (("gemm", GroupedGemmArgs), ("row_weights", c_void_p), ("pre_activation", c_void_p))
 
 
 class GroupedWgradArgs(ctypes.Structure):
@@ -69,8 +76,8 @@ def find_obstacle(
     """
     if device.type != "cuda" or dtype != torch.bfloat16:
         return f"moe.experts.backend = native: needs bf16 on a CUDA GPU, got {dtype} on {device.type}"
-    if torch.cuda.get_device_capability(device) != _CAPABILITY:
-        major, minor = torch.cuda.get_device_capability(device)
+    if capability(device.index) != _CAPABILITY:
+        major, minor = capability(device.index)
         return f"moe.experts.backend = native: needs compute capability 9.0 (Hopper), {device} has {major}.{minor}"
     if num_local_experts > MAX_EXPERTS:
         return f"moe.experts.backend = native: takes at most {MAX_EXPERTS} experts a rank, got {num_local_experts}"
@@ -107,12 +114,36 @@ def wgrad(
     return store_gradient(_multiply_weights(grad, rows, segments, rows.new_empty(shape)), out, accumulate)
 
 
-NATIVE = GroupedGemm(forward, dgrad, wgrad)
+def swiglu(
+    rows: Tensor, weight: Tensor, segments: ExpertSegments, row_weights: Tensor | None, *, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Activates what a tile has multiplied before it is written; see ``SwigluForward``.
+
+    The results have the bits of :func:`forward` and ``apply_activation``, one after the other.
+    """
+    rows, weight, row_weights = _plain(rows), _plain(weight), as_fp32(row_weights)
+    num_rows, width = rows.shape[0], weight.shape[1]
+    out = rows.new_empty(num_rows, width // 2)
+    pre_activation = rows.new_empty(num_rows, width) if keep else None
+    arguments = SwigluGemmArgs(
+        gemm=_token_arguments(rows, weight, out, segments),
+        row_weights=_pointer(row_weights),
+        pre_activation=_pointer(pre_activation),
+    )
+    launch(load_kernels(), "grouped_gemm_swiglu", arguments, rows.device)
+    return out, pre_activation
+
+
+NATIVE = GroupedGemm(forward, dgrad, wgrad, swiglu)
 
 
 def _multiply_tokens(entry: str, rows: Tensor, weight: Tensor, out: Tensor, segments: ExpertSegments) -> None:
     rows, weight = _plain(rows), _plain(weight)
-    arguments = GroupedGemmArgs(
+    launch(load_kernels(), entry, _token_arguments(rows, weight, out, segments), rows.device)
+
+
+def _token_arguments(rows: Tensor, weight: Tensor, out: Tensor, segments: ExpertSegments) -> GroupedGemmArgs:
+    return GroupedGemmArgs(
         rows=rows.data_ptr(),
         weight=weight.data_ptr(),
         out=out.data_ptr(),
@@ -123,7 +154,6 @@ def _multiply_tokens(entry: str, rows: Tensor, weight: Tensor, out: Tensor, segm
         columns=out.shape[1],
         blocks=_multiprocessors(rows.get_device()),
     )
-    _launch(entry, arguments, rows.device)
 
 
 def _multiply_weights(grad: Tensor, rows: Tensor, segments: ExpertSegments, out: Tensor) -> Tensor:
@@ -143,16 +173,8 @@ def _multiply_weights(grad: Tensor, rows: Tensor, segments: ExpertSegments, out:
         blocks=_multiprocessors(rows.get_device()),
         accumulate=accumulate,
     )
-    _launch("grouped_gemm_wgrad", arguments, rows.device)
+    launch(load_kernels(), "grouped_gemm_wgrad", arguments, rows.device)
     return out
-
-
-def _launch(entry: str, arguments: ctypes.Structure, device: torch.device) -> None:
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        error = getattr(load_kernels(), f"ep_moe_{entry}")(ctypes.byref(arguments), stream)
-    if error is not None:
-        raise RuntimeError(error.decode())
 
 
 @functools.cache
@@ -167,6 +189,7 @@ def load_kernels() -> ctypes.CDLL:
             "grouped_gemm_forward": GroupedGemmArgs,
             "grouped_gemm_dgrad": GroupedGemmArgs,
             "grouped_gemm_wgrad": GroupedWgradArgs,
+            "grouped_gemm_swiglu": SwigluGemmArgs,
         }
     )
 
@@ -192,3 +215,7 @@ def _is_plain(x: Tensor) -> bool:
 
 def _plain(x: Tensor) -> Tensor:
     return x if _is_plain(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
