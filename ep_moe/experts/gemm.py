@@ -47,6 +47,24 @@ class WeightGradient(Protocol):
         ...
 
 
+class PackedForward(Protocol):
+    """The product for rows that lie packed, with gaps between the experts; see :class:`GroupedGemm`."""
+
+    def __call__(self, rows: Tensor, weight: Tensor, counts: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Each expert's rows times its transposed weight. An expert without rows costs nothing.
+
+        Args:
+            rows: ``[local_experts, room, in_features]``; those of an expert behind its count reach no result.
+            weight: ``[local_experts, out_features, in_features]``.
+            counts: int32 ``[local_experts]``, on the device.
+            out: ``[local_experts, room, out_features]`` to write to, or ``None`` for a new tensor.
+
+        Returns:
+            ``out``; rows behind the counts have not been written.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class GroupedGemm:
     """A back end: one linear layer per expert over the expert's segment of rows, and its two gradients.
@@ -61,11 +79,13 @@ class GroupedGemm:
         dgrad: ``(grad [num_rows, out_features], weight, segments)`` to ``[num_rows, in_features]``: each expert's
             gradients times its weight.
         wgrad: see :class:`WeightGradient`.
+        forward_packed: see :class:`PackedForward`; ``None`` if the back end has none.
     """
 
     forward: Callable[[Tensor, Tensor, ExpertSegments], Tensor]
     dgrad: Callable[[Tensor, Tensor, ExpertSegments], Tensor]
     wgrad: WeightGradient
+    forward_packed: PackedForward | None = None
 
 
 def grouped_linear(

@@ -36,6 +36,8 @@ class GroupedGemmArgs(ctypes.Structure):
         ("reduction", c_int32),
         ("columns", c_int32),
         ("blocks", c_int32),
+        ("room", c_int32),
+        ("reserved", c_int32),
     )
 
 
@@ -83,14 +85,28 @@ def find_obstacle(
 def forward(rows: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
     """Tokens on the narrow side of the multiply, a tile as wide as the expert's count asks; see ``GroupedGemm``."""
     out = rows.new_empty(rows.shape[0], weight.shape[1])
-    _multiply_tokens("grouped_gemm_forward", rows, weight, out, segments)
+    _multiply_tokens("grouped_gemm_forward", rows, weight, out, segments.ends)
+    return out
+
+
+def forward_packed(rows: Tensor, weight: Tensor, counts: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """As :func:`forward`, each expert's rows having a fixed place; see ``PackedForward``."""
+    experts, room, width = rows.shape
+    if out is None:
+        out = rows.new_empty(experts, room, weight.shape[1])
+    if not _is_plain(out):
+        raise ValueError(
+            f"out: expected a contiguous tensor from a multiple of 16 bytes on, got strides {out.stride()}"
+        )
+    flat = rows.reshape(experts * room, width)
+    _multiply_tokens("grouped_gemm_forward", flat, weight, out.view(experts * room, -1), counts, room)
     return out
 
 
 def dgrad(grad: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
     """As :func:`forward`, with the weights transposed as they are read; see ``GroupedGemm``."""
     out = grad.new_empty(grad.shape[0], weight.shape[2])
-    _multiply_tokens("grouped_gemm_dgrad", grad, weight, out, segments)
+    _multiply_tokens("grouped_gemm_dgrad", grad, weight, out, segments.ends)
     return out
 
 
@@ -107,21 +123,22 @@ def wgrad(
     return store_gradient(_multiply_weights(grad, rows, segments, rows.new_empty(shape)), out, accumulate)
 
 
-NATIVE = GroupedGemm(forward, dgrad, wgrad)
+NATIVE = GroupedGemm(forward, dgrad, wgrad, forward_packed)
 
 
-def _multiply_tokens(entry: str, rows: Tensor, weight: Tensor, out: Tensor, segments: ExpertSegments) -> None:
+def _multiply_tokens(entry: str, rows: Tensor, weight: Tensor, out: Tensor, ends: Tensor, room: int = 0) -> None:
     rows, weight = _plain(rows), _plain(weight)
     arguments = GroupedGemmArgs(
         rows=rows.data_ptr(),
         weight=weight.data_ptr(),
         out=out.data_ptr(),
-        ends=segments.ends.data_ptr(),
+        ends=ends.data_ptr(),
         num_rows=rows.shape[0],
         experts=weight.shape[0],
         reduction=rows.shape[1],
         columns=out.shape[1],
         blocks=_multiprocessors(rows.get_device()),
+        room=room,
     )
     _launch(entry, arguments, rows.device)
 
