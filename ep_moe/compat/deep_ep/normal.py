@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from ep_moe.comm import Communicator
 from ep_moe.comm.fp8 import BLOCK
+from ep_moe.compat.deep_ep.events import StreamsOfHandle
 
 Rows = Tensor | tuple[Tensor, Tensor]
 
@@ -32,6 +33,7 @@ class Routes:
         num_rows: rows of tensors here.
         tokens: that this rank dispatched.
         top_k: experts per token.
+        streams: that its tensors have been used on.
     """
 
     communicator: Communicator
@@ -39,6 +41,11 @@ class Routes:
     num_rows: int
     tokens: int
     top_k: int
+    streams: StreamsOfHandle
+
+    def use(self, stream: torch.cuda.Stream) -> None:
+        """Its tensors are used on ``stream``."""
+        self.streams.add(stream, self.handle)
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,14 @@ def dispatch(
         topk_weights=routing.topk_weights,
         tokens_per_expert=[] if num_worst_tokens else list(arrived.segments.host_sizes()),
         rank_prefix_matrix=_rank_prefix_matrix(routing.rows_per_rank, communicator.rank),
-        routes=Routes(communicator, arrived.handle, arrived.rows.shape[0], topk_idx.shape[0], topk_idx.shape[1]),
+        routes=Routes(
+            communicator,
+            arrived.handle,
+            arrived.rows.shape[0],
+            topk_idx.shape[0],
+            topk_idx.shape[1],
+            StreamsOfHandle(data.device),
+        ),
     )
 
 
@@ -302,5 +316,5 @@ def _rank_prefix_matrix(rows_per_rank: Tensor, rank: int) -> Tensor:
     """See :class:`Received`."""
     ranks = rows_per_rank.shape[0]
     matrix = torch.full((ranks, ranks), -1, dtype=torch.int32, device=rows_per_rank.device)
-    matrix[:, rank] = rows_per_rank.cumsum(0)
+    torch.cumsum(rows_per_rank, 0, dtype=torch.int32, out=matrix[:, rank])
     return matrix
