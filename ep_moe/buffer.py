@@ -16,7 +16,7 @@ from ep_moe.comm.low_latency import Hook
 from ep_moe.compat import deep_ep
 from ep_moe.compat.deep_ep import EventOverlap
 from ep_moe.compat.deep_ep.low_latency import LowLatencyHandle, Rows
-from ep_moe.compat.deep_ep.normal_calls import NormalHandle
+from ep_moe.compat.deep_ep.normal_handle import NormalHandle
 
 
 class Buffer:

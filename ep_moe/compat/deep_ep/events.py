@@ -94,12 +94,12 @@ class CommunicationStream:
         """
         if device.type != "cuda":
             return operation(), EventOverlap(EventHandle() if async_finish else None)
-        current = torch.cuda.current_stream(device)
         if not async_finish and previous_event is None:
             # Tensors of the caller are used where the caller uses them: nothing to record.
             if use_handle is not None:
-                use_handle(current)
+                use_handle(torch.cuda.current_stream(device.index))
             return operation(), EventOverlap()
+        current = torch.cuda.current_stream(device.index)
         beside = self.of(device)
         before = None if previous_event is None or previous_event.event is None else previous_event.event.event
         if before is None:
@@ -123,7 +123,7 @@ class StreamsOfHandle:
 
     def __init__(self, device: torch.device) -> None:
         """They have just been made, on the current stream of ``device``."""
-        self._known = {torch.cuda.current_stream(device).cuda_stream} if device.type == "cuda" else set()
+        self._known = {torch.cuda.current_stream(device.index).cuda_stream} if device.type == "cuda" else set()
 
     def add(self, stream: torch.cuda.Stream, tensors: Any) -> None:
         """``tensors``, a tensor or what holds some, are used on ``stream``."""

@@ -11,8 +11,8 @@ from ep_moe.compat.deep_ep.config import DEFAULT_NUM_SMS, Config
 from ep_moe.compat.deep_ep.events import EventOverlap
 from ep_moe.compat.deep_ep.exchanges import Exchanges
 from ep_moe.compat.deep_ep.normal import Routes, Rows
+from ep_moe.compat.deep_ep.normal_handle import NormalHandle
 
-NormalHandle = tuple[Tensor, Routes]
 Dispatched = tuple[Rows, Tensor | None, Tensor | None, list[int] | None, NormalHandle, EventOverlap]
 
 
@@ -156,7 +156,7 @@ class NormalCalls:
 
         inputs = [x, topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert]
         arrived, event = self._exchanges.stream.run(data.device, operation, inputs, previous_event, async_finish)
-        handle = (arrived.rank_prefix_matrix, arrived.routes)
+        handle = NormalHandle.of(arrived)
         return arrived.rows, arrived.topk_idx, arrived.topk_weights, arrived.tokens_per_expert, handle, event
 
     def combine(
@@ -204,6 +204,6 @@ class NormalCalls:
 
 
 def _routes(handle: NormalHandle) -> Routes:
-    if not isinstance(handle, tuple) or len(handle) != 2 or not isinstance(handle[1], Routes):
+    if not isinstance(handle, NormalHandle):
         raise ValueError(f"handle: expected what dispatch returned, got {type(handle).__name__}")
-    return handle[1]
+    return handle.routes
