@@ -3,9 +3,11 @@
     python benchmarks/layer.py --ranks 2 --shapes deepseek_v3 mixtral_8x7b --overlap none wgrad --out results
 
 One process a GPU (or under ``torchrun``). Shapes give each GPU the rows of its model's layer: the local experts of a
-rank, with random routing of 4,096 tokens a rank to them. With one process all rows are local. Times are medians over
-calls of the slowest rank, bf16; gradients are written, or with ``--main-grad`` added to fp32 buffers. The GEMMs alone
-are the layer's grouped GEMMs on rows of the same segments.
+rank, with random routing of 4,096 tokens a rank to them. With one process all rows are local. Times are medians of
+the slowest rank, bf16; gradients are written, or with ``--main-grad`` added to fp32 buffers. The GEMMs alone are the
+layer's grouped GEMMs on rows of the same segments. ``--calls 1`` (the default) starts each call on an idle GPU, which
+shows all of the host's time; with more, calls follow each other as the layers of a model do, and the host runs ahead
+where it can.
 
 ``--overlap`` takes strategies of docs/overlap.md, several joined by ``+``. With ``two_batch`` the tokens come as two
 halves in turns, forward only; hold it against ``halves``, the same two one after the other.
@@ -43,7 +45,7 @@ from ep_moe.two_batch import two_batch
 from machine import Machine, add_ranks_argument, launch, say, start
 from results import save
 from shapes import SHAPES, Shape, gemm_of, shapes_for
-from timing import time_call
+from timing import repeat, time_call
 
 HALVES = ("halves", "two_batch")  # forward of two micro-batches
 
@@ -117,13 +119,13 @@ def measure(
         clear(layer, x)
 
     in_halves = overlap in HALVES
-    whole = time_both(lambda: without_grad(forward), None if in_halves else both, machine)
+    whole = time_both(lambda: without_grad(forward), None if in_halves else both, arguments.calls, machine)
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30
     if arguments.trace is not None:
         with trace(arguments.trace / f"{name}_{backend}_{overlap}_rank{dist.get_rank()}.json", layer) as profile:
             without_grad(forward) if in_halves else both()
         say(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60))
-    gemms = time_gemms(layer, shape, arguments.tokens * shape.top_k, backend, machine)
+    gemms = time_gemms(layer, shape, arguments.tokens * shape.top_k, backend, arguments.calls, machine)
     ratios = f"{whole.forward / gemms.forward:10.2f} {whole.both / gemms.both:5.2f}"
     times = " | ".join(f"{t.forward:10.2f} {t.both:8.2f}" for t in (whole, gemms))
     say(f"{name:<17} {backend:<11} {overlap:<20} {sms or '':>3} | {times} | {ratios} | {peak:8.1f}")
@@ -158,7 +160,7 @@ def give_main_grads(layer: EPMoELayer) -> None:
         parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
 
 
-def time_gemms(layer: EPMoELayer, shape: Shape, rows: int, backend: str, machine: Machine) -> Times:
+def time_gemms(layer: EPMoELayer, shape: Shape, rows: int, backend: str, calls: int, machine: Machine) -> Times:
     """The two projections of the experts on random rows, with what backward computes of them."""
     device = machine.device
     counts = torch.bincount(torch.randint(shape.local_experts, (rows,)), minlength=shape.local_experts)
@@ -177,7 +179,7 @@ def time_gemms(layer: EPMoELayer, shape: Shape, rows: int, backend: str, machine
         torch.autograd.backward(forward(), (grad1, grad2))
         clear(layer, first, second)
 
-    return time_both(lambda: without_grad(forward), both, machine)
+    return time_both(lambda: without_grad(forward), both, calls, machine)
 
 
 def without_grad(call: Callable[[], object]) -> object:
@@ -193,9 +195,15 @@ def clear(layer: EPMoELayer, *tensors: Tensor) -> None:
         tensor.grad = None
 
 
-def time_both(forward: Callable[[], object], both: Callable[[], object] | None, machine: Machine) -> Times:
-    """Medians of the two; NaN for one that is missing."""
-    return Times(*(math.nan if call is None else time_call(call, machine).median / 1e3 for call in (forward, both)))
+def time_both(forward: Callable[[], object], both: Callable[[], object] | None, calls: int, machine: Machine) -> Times:
+    """Medians of the two, of ``calls`` one after the other; NaN for one that is missing."""
+
+    def milliseconds(call: Callable[[], object] | None) -> float:
+        if call is None:
+            return math.nan
+        return time_call(functools.partial(repeat, call, calls), machine, calls=calls).median / 1e3
+
+    return Times(milliseconds(forward), milliseconds(both))
 
 
 def draw(lines: list[Line], pyplot: Any) -> Any:
@@ -224,6 +232,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--main-grad", action="store_true", help="add expert gradients to fp32 buffers")
     parser.add_argument("--comm", choices=["auto", "portable", "nvlink"], default="auto")
     parser.add_argument("--tokens", type=int, default=4096, help="per rank")
+    parser.add_argument("--calls", type=int, default=1, help="of the layer between two time stamps")
     parser.add_argument("--sms", type=int, nargs="+", default=[None], help="SM budgets of communication")
     parser.add_argument("--trace", type=Path, help="folder for a timeline of each line")
     parser.add_argument("--out", type=Path, help="folder for layer.json and layer.png")

@@ -312,7 +312,7 @@ class TrainingConfig(Section):
     log_interval: int = key(10, "Steps between log lines.", low=1)
     eval_interval: int = key(100, "Steps between validations.", low=1)
     eval_sequences: int = key(64, "Validation sequences over all processes.", low=1)
-    checkpoint_interval: int = key(0, "Steps between checkpoints; 0 saves only at the end.", low=0)
+    checkpoint_interval: int | None = key(0, "Steps between checkpoints; 0 saves only at the end, null never.", low=0)
     output_dir: str = key("runs/moe", "Folder for checkpoints, CSV, curves and traces.")
     timeout_s: float = key(300.0, "Seconds a process waits for another before it gives up.", low=1.0)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -30,9 +31,6 @@ __all__ = ["CHECKS", "Check", "main", "report", "run_checks"]
 # What comm: nvlink and everything built on it needs, by name of the check, in the order to fix them.
 _NVLINK_NEEDS = ("GPUs", "links", "peer access", "symmetric memory", "library")
 _COMM_NEEDS = {"portable": ("torch.distributed",), "nvlink": _NVLINK_NEEDS}
-_MODE_NEEDS = {"normal": ("torch.distributed",), "low_latency": _NVLINK_NEEDS}
-# Modes that configurations may name although no kernels serve them yet (ep_moe/dispatcher/factory.py refuses them).
-_MODES_WITHOUT_KERNELS = ("low_latency",)
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def check_links() -> Check:
     rows = re.findall(r"^GPU\d+\s.*$", _output("nvidia-smi", "topo", "-m"), re.MULTILINE)
     if len(rows) < 2:
         found = "one GPU, nothing to connect" if rows else "no GPUs to connect"
-        return Check("links", False, found, "comm: nvlink needs two or more GPUs in one host.")
+        return Check("links", bool(rows), found, "comm: nvlink needs GPUs.")
     links = [row.split()[1 + column] for line, row in enumerate(rows) for column in range(len(rows)) if column != line]
     found = "between GPUs: " + ", ".join(
         f"{link} ({links.count(link)} of {len(links)})" for link in dict.fromkeys(links)
@@ -137,8 +135,8 @@ def check_peer_access() -> Check:
     """Whether every GPU can read and write the memory of every other."""
     pairs = list(permutations(range(torch.cuda.device_count()), 2))
     if not pairs:
-        found = f"{torch.cuda.device_count()} GPUs, no pair to ask"
-        return Check("peer access", False, found, "comm: nvlink needs two or more GPUs in one host.")
+        found = "one GPU, no other to reach" if torch.cuda.device_count() else "no GPUs"
+        return Check("peer access", torch.cuda.device_count() == 1, found, "comm: nvlink needs GPUs.")
     closed = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
     if closed:
         found = f"missing for {len(closed)} of {len(pairs)} pairs, first GPU {closed[0][0]} to GPU {closed[0][1]}"
@@ -222,6 +220,18 @@ def check_transformer_engine() -> Check:
     return Check("TransformerEngine", version is not None, version or "none", advice)
 
 
+def check_deep_gemm() -> Check:
+    """DeepGEMM, which is never a gap: no back end of the experts is built on it, and this says why."""
+    why = "no back end uses it: it compiles at run time and wants rows padded to multiples of 128"
+    if importlib.util.find_spec("deep_gemm") is None:
+        return Check("DeepGEMM", True, f"none; {why}")
+    try:
+        version = getattr(importlib.import_module("deep_gemm"), "__version__", "of unknown version")
+    except Exception as error:  # a wheel for another PyTorch fails in ways of its own
+        return Check("DeepGEMM", True, f"cannot be imported here ({type(error).__name__}: {error}); {why}")
+    return Check("DeepGEMM", True, f"{version}; {why}")
+
+
 CHECKS: tuple[Callable[[], Check], ...] = (
     check_package,
     check_python,
@@ -238,6 +248,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     check_nvshmem,
     check_megatron,
     check_transformer_engine,
+    check_deep_gemm,
 )
 
 
@@ -285,7 +296,8 @@ def _verdicts(checks: Sequence[Check]) -> Iterator[tuple[str, str]]:
         yield f"moe.comm: {comm}", verdict
     yield "moe.comm: auto", f"takes {fastest}"
     for mode in get_args(field_types(PhaseConfig)["mode"]):
-        yield f"phases.*.mode: {mode}", _verdict(_MODE_NEEDS[mode], failed, mode not in _MODES_WITHOUT_KERNELS)
+        verdict = _verdict(_COMM_NEEDS[fastest], failed, in_version=True)
+        yield f"phases.*.mode: {mode}", f"{verdict}, over {fastest}" if verdict == "yes" else verdict
 
 
 def _verdict(needs: Sequence[str], failed: set[str], in_version: bool) -> str:

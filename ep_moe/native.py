@@ -12,10 +12,20 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from ep_moe.build_info import LIBRARY_NAME, VERSION, find_nvcc, library_version
 from ep_moe.config_fields import ConfigError
 
-__all__ = ["NativeLibraryError", "library_path", "load_entry_points", "load_library"]
+__all__ = [
+    "NativeLibraryError",
+    "capability",
+    "launch",
+    "library_path",
+    "load_entry_points",
+    "load_library",
+    "stream_handle",
+]
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -81,6 +91,35 @@ def load_entry_points(entries: Mapping[str, type[ctypes.Structure]]) -> ctypes.C
         entry.restype = ctypes.c_char_p
         entry.argtypes = (ctypes.POINTER(arguments), ctypes.c_void_p)
     return library
+
+
+def launch(library: ctypes.CDLL, name: str, arguments: ctypes.Structure, device: torch.device) -> None:
+    """Call entry point ``ep_moe_<name>`` on the current stream of ``device``, which has an index.
+
+    Raises:
+        RuntimeError: what the entry point reports.
+    """
+    index = device.index
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return launch(library, name, arguments, device)
+    error = getattr(library, f"ep_moe_{name}")(ctypes.byref(arguments), stream_handle(index))
+    if error is not None:
+        raise RuntimeError(error.decode())
+
+
+def stream_handle(device: int) -> int:
+    """The current stream of a GPU.
+
+    Triton asks for it in this way too: ``torch.cuda.current_stream`` builds an object around it, for 4 us a launch.
+    """
+    return torch._C._cuda_getCurrentRawStream(device)
+
+
+@functools.cache
+def capability(device: int) -> tuple[int, int]:
+    """Compute capability of a GPU, major and minor."""
+    return torch.cuda.get_device_capability(device)
 
 
 def _how_to_build() -> str:

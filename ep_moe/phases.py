@@ -43,11 +43,13 @@ class PhaseSelector:
         limit = self._settings("decode").max_tokens_per_rank
         if limit is None:
             return "prefill"
-        # The ranks must agree, or they would wait for each other in different exchanges.
-        most = torch.tensor(tokens, device=device)
+        most = tokens
         if self._communicators.size > 1:
-            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._communicators.group)
-        return "decode" if int(most) <= limit else "prefill"
+            # The ranks must agree, or they would wait for each other in different exchanges.
+            agreed = torch.tensor(tokens, device=device)
+            dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self._communicators.group)
+            most = int(agreed)
+        return "decode" if most <= limit else "prefill"
 
     def _settings(self, name: str) -> PhaseConfig:
         return getattr(self._phases, name)

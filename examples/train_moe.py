@@ -20,7 +20,7 @@ from pathlib import Path
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from ep_moe.config import Config, ConfigError
+from ep_moe.config import Config, ConfigError, TrainingConfig
 from ep_moe.config_loading import load_config
 from ep_moe.tracing import annotate_stages, trace
 
@@ -74,10 +74,15 @@ def run(config: Config, trainer: Trainer, world: World, resume: bool, profile: b
             validate = last or trainer.step % training.eval_interval == 0
             if validate or trainer.step % training.log_interval == 0:
                 report.log(trainer.metrics(result, trainer.validate() if validate else None))
-            if last or (training.checkpoint_interval and trainer.step % training.checkpoint_interval == 0):
-                folder = trainer.save()
-                report.message(f"Checkpoint: {folder}")
+            if saves_after(trainer.step, training):
+                report.message(f"Checkpoint: {trainer.save()}")
     report.finish()
+
+
+def saves_after(step: int, training: TrainingConfig) -> bool:
+    """Whether a checkpoint is due after ``step`` steps."""
+    interval = training.checkpoint_interval
+    return interval is not None and (step == training.steps or (interval > 0 and step % interval == 0))
 
 
 @contextlib.contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -30,6 +32,7 @@ NAMES = (
     "NVSHMEM",
     "Megatron-Core",
     "TransformerEngine",
+    "DeepGEMM",
 )
 # Configuration keys of a version that has everything.
 FIELD_TYPES = {
@@ -62,7 +65,9 @@ def test_command_prints_the_report() -> None:
     for name in NAMES:
         assert f"  {name} " in done.stdout
     assert "moe.comm: portable            yes" in done.stdout
-    assert "phases.*.mode: normal         yes" in done.stdout
+    fastest = "nvlink" if "moe.comm: auto                takes nvlink" in done.stdout else "portable"
+    assert f"phases.*.mode: normal         yes, over {fastest}" in done.stdout
+    assert f"phases.*.mode: low_latency    yes, over {fastest}" in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
@@ -75,7 +80,6 @@ def test_without_a_gpu_the_gaps_are_named() -> None:
 
 
 def test_without_gaps_everything_in_this_version_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_MODES_WITHOUT_KERNELS", ())
     monkeypatch.setattr(doctor, "field_types", lambda section: FIELD_TYPES[section.__name__])
     text = doctor.report([Check(name, True, "fine") for name in NAMES])
     assert "->" not in text and " no: " not in text
@@ -142,3 +146,22 @@ def test_peer_access_names_the_first_closed_pair(monkeypatch: pytest.MonkeyPatch
     assert doctor.check_peer_access().found == "missing for 1 of 6 pairs, first GPU 1 to GPU 2"
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, peer: True)
     assert doctor.check_peer_access() == Check("peer access", True, "all 6 pairs")
+
+
+@pytest.mark.parametrize(("gpus", "ok"), [(0, False), (1, True)])
+def test_one_gpu_needs_no_links(monkeypatch: pytest.MonkeyPatch, gpus: int, ok: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(doctor, "_output", lambda *command: "GPU0\t X \t0-15\n" * gpus)
+    assert (doctor.check_links().ok, doctor.check_peer_access().ok) == (ok, ok)
+
+
+def test_deep_gemm_is_probed_and_never_a_gap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "deep_gemm", raising=False)
+    assert doctor.check_deep_gemm().found.startswith("none; ")
+    importlib.invalidate_caches()
+    (tmp_path / "deep_gemm.py").write_text("raise ImportError('undefined symbol')")
+    assert doctor.check_deep_gemm().found.startswith("cannot be imported here (ImportError: undefined symbol); ")
+    (tmp_path / "deep_gemm.py").write_text("__version__ = '1.2.3'")
+    assert doctor.check_deep_gemm().found.startswith("1.2.3; ") and doctor.check_deep_gemm().ok
+    sys.modules.pop("deep_gemm")

@@ -95,6 +95,19 @@ def test_gpu_gating_loses_nothing_to_low_precision_operands(half: torch.dtype) -
     assert gating_logits(x, weight, torch.float32).dtype == torch.float32
 
 
+@pytest.mark.gpu
+def test_gpu_gating_gradients_keep_the_bits_of_fp32() -> None:
+    x, weight = (torch.randn(n, 1024, device="cuda").bfloat16().requires_grad_() for n in (700, 24))
+    grad = torch.randn(700, 24, device="cuda") * torch.logspace(-20, 4, 24, device="cuda")
+    gating_logits(x, weight, torch.float32).backward(grad)
+    assert x.grad is not None and weight.grad is not None
+    exact_x, exact_weight = grad.double() @ weight.double(), grad.double().T @ x.double()
+    # One rounding to bf16, and what 16 bits of the gradient leave open.
+    torch.testing.assert_close(x.grad.double(), exact_x, rtol=2**-8, atol=1e-4 * float(grad.abs().max()))
+    scale = grad.double().abs().T @ x.double().abs()
+    assert ((weight.grad.double() - exact_weight).abs() <= exact_weight.abs() * 2**-8 + scale * 2**-15).all()
+
+
 def drop_oracle(idx: list[list[int]], weights: list[list[float]], capacity: int, policy: str) -> list[list[int]]:
     """What is left of ``idx`` in plain Python: every expert ranks its tokens and keeps the first ``capacity``."""
     kept = [list(row) for row in idx]

@@ -12,6 +12,7 @@ from torch import Tensor
 from ep_moe.comm import nvlink_args as native
 from ep_moe.comm.nvlink_faults import FaultMonitor
 from ep_moe.comm.symmetric import SymmetricBuffer, allocate_symmetric
+from ep_moe.native import launch, stream_handle
 
 
 class NvlinkCore:
@@ -94,10 +95,7 @@ class NvlinkCore:
 
     def launch(self, name: str, arguments: ctypes.Structure) -> None:
         """Call an entry point on the current stream."""
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        error = getattr(self._library, f"ep_moe_{name}")(ctypes.byref(arguments), stream)
-        if error is not None:
-            raise RuntimeError(error.decode())
+        launch(self._library, name, arguments, self.device)
 
     def check(self) -> None:
         """Raise what a kernel has reported so far; see :meth:`FaultMonitor.check`."""
@@ -137,8 +135,10 @@ class NvlinkCore:
         if torch.cuda.is_current_stream_capturing():
             self._captured = True
             return
+        if self._last_stream is not None and self._last_stream.cuda_stream == stream_handle(self.device.index):
+            return
         stream = torch.cuda.current_stream(self.device)
-        if self._last_stream is not None and self._last_stream != stream:
+        if self._last_stream is not None:
             stream.wait_event(self._last)
         self._last_stream = stream
 

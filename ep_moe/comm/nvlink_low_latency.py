@@ -31,6 +31,7 @@ from ep_moe.comm.nvlink_args import MAX_RANKS
 from ep_moe.comm.nvlink_core import pointer
 from ep_moe.comm.nvlink_faults import FaultMonitor
 from ep_moe.comm.symmetric import SymmetricBuffer, allocate_symmetric
+from ep_moe.native import launch
 
 _SCALE_FORMATS: dict[ScaleFormat, int] = {"none": 0, "fp32": 1, "ue8m0": 2}
 _TABLE_BYTES = 96 * 1024  # of shared memory: two blocks share a multiprocessor
@@ -392,10 +393,7 @@ class NvlinkLowLatencyCommunicator:
         return hook
 
     def _launch(self, name: str, arguments: ctypes.Structure) -> None:
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        error = getattr(self._library, f"ep_moe_low_latency_{name}")(ctypes.byref(arguments), stream)
-        if error is not None:
-            raise RuntimeError(error.decode())
+        launch(self._library, f"low_latency_{name}", arguments, self.device)
 
     def _check_device(self, x: Tensor) -> None:
         if x.device != self.device:

@@ -13,7 +13,7 @@ from ctypes import c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor, nn
 
-from ep_moe.native import NativeLibraryError, library_path, load_entry_points
+from ep_moe.native import NativeLibraryError, capability, launch, library_path, load_entry_points
 
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Element of element.cuh
 _ACTIVATIONS = {"swiglu": 0, "geglu": 1, "gelu": 2, "relu": 3, "squared_relu": 4}  # Activation of activation.cu
@@ -57,7 +57,7 @@ def usable(x: Tensor, width: int) -> bool:
         and not torch.compiler.is_compiling()
         and type(x) in (Tensor, nn.Parameter)
         and _is_plain(x)
-        and _has_code_for(x.get_device())
+        and capability(x.get_device()) >= _CAPABILITY
         and find_library() is not None
     )
 
@@ -72,7 +72,7 @@ def forward(x: Tensor, activation: str, row_weights: Tensor | None, row_count: T
     arguments = _arguments(out, activation, row_count)
     weights = _fp32(row_weights)
     arguments.x, arguments.out, arguments.row_weights = x.data_ptr(), out.data_ptr(), _pointer(weights)
-    _launch("ep_moe_activation_forward", arguments, x.device)
+    _launch("activation_forward", arguments, x.device)
     return out
 
 
@@ -115,7 +115,7 @@ def backward(
     arguments.x, arguments.grad, arguments.row_weights = x.data_ptr(), grad.data_ptr(), _pointer(weights)
     arguments.grad_x, arguments.grad_weights = _pointer(grad_x), _pointer(grad_weights)
     if need_x or need_weights:
-        _launch("ep_moe_activation_backward", arguments, x.device)
+        _launch("activation_backward", arguments, x.device)
     if grad_weights is not None and row_weights is not None:
         grad_weights = grad_weights.to(row_weights.dtype)
     return grad_x, grad_weights
@@ -135,11 +135,6 @@ def find_library() -> ctypes.CDLL | None:
         return None
 
 
-@functools.cache
-def _has_code_for(device: int) -> bool:
-    return torch.cuda.get_device_capability(device) >= _CAPABILITY
-
-
 def _arguments(out_like: Tensor, activation: str, row_count: Tensor | None) -> ActivationArgs:
     width = out_like.shape[-1]
     return ActivationArgs(
@@ -152,11 +147,9 @@ def _arguments(out_like: Tensor, activation: str, row_count: Tensor | None) -> A
 
 
 def _launch(entry: str, arguments: ActivationArgs, device: torch.device) -> None:
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        error = getattr(find_library(), entry)(ctypes.byref(arguments), stream)
-    if error is not None:
-        raise RuntimeError(error.decode())
+    library = find_library()
+    assert library is not None  # usable() has seen to it
+    launch(library, entry, arguments, device)
 
 
 def _is_plain(x: Tensor) -> bool:

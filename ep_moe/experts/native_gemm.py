@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ep_moe.comm import ExpertSegments
 from ep_moe.experts.gemm import GroupedGemm, store_gradient
-from ep_moe.native import NativeLibraryError, load_entry_points
+from ep_moe.native import NativeLibraryError, capability, launch, load_entry_points
 
 WIDTH_MULTIPLE = 64
 MAX_EXPERTS = 1024
@@ -71,8 +71,8 @@ def find_obstacle(
     """
     if device.type != "cuda" or dtype != torch.bfloat16:
         return f"moe.experts.backend = native: needs bf16 on a CUDA GPU, got {dtype} on {device.type}"
-    if torch.cuda.get_device_capability(device) != _CAPABILITY:
-        major, minor = torch.cuda.get_device_capability(device)
+    if capability(device.index) != _CAPABILITY:
+        major, minor = capability(device.index)
         return f"moe.experts.backend = native: needs compute capability 9.0 (Hopper), {device} has {major}.{minor}"
     if num_local_experts > MAX_EXPERTS:
         return f"moe.experts.backend = native: takes at most {MAX_EXPERTS} experts a rank, got {num_local_experts}"
@@ -140,7 +140,7 @@ def _multiply_tokens(entry: str, rows: Tensor, weight: Tensor, out: Tensor, ends
         blocks=_multiprocessors(rows.get_device()),
         room=room,
     )
-    _launch(entry, arguments, rows.device)
+    launch(load_kernels(), entry, arguments, rows.device)
 
 
 def _multiply_weights(grad: Tensor, rows: Tensor, segments: ExpertSegments, out: Tensor) -> Tensor:
@@ -160,16 +160,8 @@ def _multiply_weights(grad: Tensor, rows: Tensor, segments: ExpertSegments, out:
         blocks=_multiprocessors(rows.get_device()),
         accumulate=accumulate,
     )
-    _launch("grouped_gemm_wgrad", arguments, rows.device)
+    launch(load_kernels(), "grouped_gemm_wgrad", arguments, rows.device)
     return out
-
-
-def _launch(entry: str, arguments: ctypes.Structure, device: torch.device) -> None:
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        error = getattr(load_kernels(), f"ep_moe_{entry}")(ctypes.byref(arguments), stream)
-    if error is not None:
-        raise RuntimeError(error.decode())
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ class _GatingProduct(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = None
         with torch.autocast(x.device.type, enabled=False):
+            if x.dtype == torch.bfloat16 and _exact_on_tensor_cores(x, weight, ctx.dtype):
+                return *_backward_by_halves(grad_logits, x, weight, ctx.needs_input_grad), None
             if ctx.needs_input_grad[0]:
                 grad_x = (grad_logits @ weight.to(ctx.dtype)).to(x.dtype)
             if ctx.needs_input_grad[1]:
@@ -56,6 +59,29 @@ def _exact_on_tensor_cores(x: Tensor, weight: Tensor, dtype: torch.dtype) -> boo
     """Whether the operands need no cast: products of two half-precision numbers are exact in fp32, and summed in it."""
     halves = (torch.bfloat16, torch.float16)
     return x.is_cuda and x.dtype == weight.dtype and x.dtype in halves and dtype == torch.float32
+
+
+def _backward_by_halves(
+    grad_logits: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient products on tensor cores, with each fp32 gradient as the sum of two bf16 numbers.
+
+    Together they hold 16 bits of it, more than TF32 would, and the products are exact and summed in fp32. (fp16 has not
+    the range for it.)
+    """
+    tokens, experts = grad_logits.shape
+    halves = x.new_empty(tokens, 2, experts)
+    high, low = halves.unbind(1)
+    high.copy_(grad_logits)
+    torch.sub(grad_logits, high, out=low)
+    halves = halves.view(tokens, 2 * experts)
+    grad_x = grad_weight = None
+    if needed[0]:
+        grad_x = halves @ weight.repeat(2, 1)
+    if needed[1]:
+        sums = torch.mm(halves.t(), x, out_dtype=torch.float32).view(2, experts, -1)
+        grad_weight = torch.add(sums[0], sums[1], out=torch.empty_like(weight))
+    return grad_x, grad_weight
 
 
 class _RandomLogits(torch.autograd.Function):

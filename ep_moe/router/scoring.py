@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ep_moe.config import RouterConfig
+from ep_moe.router import route_kernels
 
 SelectExperts = Callable[[Tensor, int, int | None, int | None], tuple[Tensor, Tensor]]
 """``(scores [tokens, num_experts], top_k, num_groups, group_topk) -> (values, indices)``, both ``[tokens, top_k]``.
@@ -81,6 +82,9 @@ def route(
     Scores are computed in fp32 or better and rounded to the dtype of the logits. The bias takes part in the
     choice only (DeepSeek-V3, arXiv 2408.15664), never in the weights.
 
+    On Hopper or newer GPUs, fp32 logits take one CUDA kernel forward and one backward; others, and all logits where the
+    CUDA library was not built or ``select`` is replaced, take PyTorch operations.
+
     Args:
         logits: floating ``[tokens, num_experts]``.
         top_k: experts per token.
@@ -91,6 +95,8 @@ def route(
     Returns:
         int64 ``[tokens, top_k]`` expert indices, and their weights, same shape, dtype of the logits.
     """
+    if select is select_experts and route_kernels.usable(logits, top_k, router):
+        return route_kernels.route(logits, top_k, router, expert_bias)
     dtype = logits.dtype
     wide = score_dtype(dtype)
     groups = (router.num_groups, router.group_topk)
