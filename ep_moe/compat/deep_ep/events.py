@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ep_moe.native import stream_handle
 from ep_moe.streams import tensors_in
 
 T = TypeVar("T")
@@ -77,7 +78,7 @@ class CommunicationStream:
         inputs: Iterable[Any],
         previous_event: EventOverlap | None,
         async_finish: bool,
-        use_handle: Callable[[torch.cuda.Stream], None] | None = None,
+        use_handle: Callable[[], None] | None = None,
     ) -> tuple[T, EventOverlap]:
         """Run ``operation``, on the communication stream if ``previous_event`` or ``async_finish`` is given.
 
@@ -87,7 +88,7 @@ class CommunicationStream:
             inputs: all tensors of the caller that it uses, within tuples, lists and dataclasses.
             previous_event: waited for before, instead of everything that is on the current stream.
             async_finish: leave it to the caller to wait for the event.
-            use_handle: told on which stream the tensors of a handle are used; they may come from another one.
+            use_handle: told that the current stream uses a handle, whose tensors may come from another one.
 
         Returns:
             What ``operation`` returned, and the event after it, which holds nothing unless ``async_finish``.
@@ -97,7 +98,7 @@ class CommunicationStream:
         if not async_finish and previous_event is None:
             # Tensors of the caller are used where the caller uses them: nothing to record.
             if use_handle is not None:
-                use_handle(torch.cuda.current_stream(device.index))
+                use_handle()
             return operation(), EventOverlap()
         current = torch.cuda.current_stream(device.index)
         beside = self.of(device)
@@ -107,12 +108,12 @@ class CommunicationStream:
         else:
             beside.wait_event(before)
         with torch.cuda.stream(beside):
+            if use_handle is not None:
+                use_handle()
             result = operation()
             event = EventOverlap(EventHandle() if async_finish else None)
         record_use(inputs, beside)
         record_use([result], current)
-        if use_handle is not None:
-            use_handle(beside)
         if not async_finish:
             current.wait_stream(beside)
         return result, event
@@ -123,13 +124,17 @@ class StreamsOfHandle:
 
     def __init__(self, device: torch.device) -> None:
         """They have just been made, on the current stream of ``device``."""
-        self._known = {torch.cuda.current_stream(device.index).cuda_stream} if device.type == "cuda" else set()
+        self._device = device
+        self._known = {stream_handle(device.index)} if device.type == "cuda" else set()
 
-    def add(self, stream: torch.cuda.Stream, tensors: Any) -> None:
-        """``tensors``, a tensor or what holds some, are used on ``stream``."""
-        if stream.cuda_stream not in self._known:
-            record_use([tensors], stream)
-            self._known.add(stream.cuda_stream)
+    def add_current(self, tensors: Any) -> None:
+        """The current stream uses ``tensors``, a tensor or what holds some."""
+        if self._device.type != "cuda":
+            return
+        stream = stream_handle(self._device.index)
+        if stream not in self._known:
+            record_use([tensors], torch.cuda.current_stream(self._device))
+            self._known.add(stream)
 
 
 def record_use(values: Iterable[Any], stream: torch.cuda.Stream) -> None:

@@ -41,9 +41,9 @@ class LowLatencyHandle(tuple[Tensor, Tensor, int, int, int]):
         handle.streams = StreamsOfHandle(routes.source_token.device)
         return handle
 
-    def use(self, stream: torch.cuda.Stream) -> None:
-        """Its tensors are used on ``stream``."""
-        self.streams.add(stream, self.routes)
+    def use(self) -> None:
+        """The current stream uses its tensors."""
+        self.streams.add_current(self.routes)
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,9 @@ class Routes:
     top_k: int
     streams: StreamsOfHandle
 
-    def use(self, stream: torch.cuda.Stream) -> None:
-        """Its tensors are used on ``stream``."""
-        self.streams.add(stream, self.handle)
+    def use(self) -> None:
+        """The current stream uses its tensors."""
+        self.streams.add_current(self.handle)
 
 
 @dataclass(frozen=True)
