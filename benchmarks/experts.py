@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -206,16 +206,6 @@ def time_experts(case: Case, experts: GroupedExperts) -> tuple[Spread, Spread]:
     return time_call(forward, case.machine), time_call(both, case.machine)
 
 
-def between_events(call: Callable[[], object]) -> float:
-    """Milliseconds of what ``call`` enqueues."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
 def sum_of(medians: Any) -> Spread:
     """A sum of medians, of which no spread is known."""
     return Spread(sum(medians), math.nan, math.nan)
@@ -266,7 +256,8 @@ def draw(lines: list[Line], pyplot: Any) -> Any:
                 axis.hlines(rate, left, left + 0.8, color="black", linewidth=1)
             axis.set(title=f"{part}, {kind} (line: floor)", ylabel="TFLOP/s")
             axis.set_xticks(range(len(shapes)), shapes, rotation=30, ha="right", fontsize=7)
-            axis.legend(fontsize=7)
+            axis.margins(y=0.2)  # room for the legend above the floor
+            axis.legend(fontsize=7, loc="upper center", ncols=max(len(backends), 1))
     return figure
 
 

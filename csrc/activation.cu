@@ -9,11 +9,9 @@
 // Packed rows have room for more in every expert; what is behind an expert's count is passed over.
 #include "element.cuh"
 #include "launch.cuh"
-#include "ptx.cuh"
+#include "pointwise.cuh"
 
 namespace ep_moe {
-
-enum class Activation : int32_t { kSwiglu = 0, kGeglu = 1, kGelu = 2, kRelu = 3, kSquaredRelu = 4 };
 
 struct ActivationArgs {
   const void* x;             // [rows][2 or 1][row_vectors]; of gated activations the gate lies before the linear half
@@ -39,50 +37,6 @@ constexpr int kMaxBlocks = 2112;    // 16 on each of 132 SMs: uneven ends of blo
 constexpr int kWideRow = 512;       // vectors from which a whole block works on a row
 constexpr int kForwardUnroll = 4;   // vectors of a row whose loads a thread has in flight
 constexpr int kBackwardUnroll = 2;
-
-// A pointwise function: its value, and its value with its derivative.
-struct Silu {
-  // To 2 ulp: exact division has a slow path that spills registers.
-  static __device__ __forceinline__ float sigmoid_of(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
-  static __device__ __forceinline__ float value(float x) { return x * sigmoid_of(x); }
-  static __device__ __forceinline__ void value_and_slope(float x, float& value, float& slope) {
-    const float sigmoid = sigmoid_of(x);
-    value = x * sigmoid;
-    slope = sigmoid * (1.0f + x * (1.0f - sigmoid));
-  }
-};
-
-struct Gelu {
-  static constexpr float kSqrtHalf = 0.70710678118654752f;
-  static constexpr float kDensityAtZero = 0.39894228040143268f;  // 1 / sqrt(2 pi)
-  static __device__ __forceinline__ float distribution(float x) { return 0.5f * (1.0f + erff(x * kSqrtHalf)); }
-  static __device__ __forceinline__ float value(float x) { return x * distribution(x); }
-  static __device__ __forceinline__ void value_and_slope(float x, float& value, float& slope) {
-    const float below = distribution(x);
-    value = x * below;
-    slope = below + x * (kDensityAtZero * expf(-0.5f * x * x));
-  }
-};
-
-struct Relu {
-  static __device__ __forceinline__ float value(float x) { return max_nan(x, 0.0f); }
-  static __device__ __forceinline__ void value_and_slope(float x, float& value, float& slope) {
-    value = max_nan(x, 0.0f);
-    slope = x > 0.0f ? 1.0f : 0.0f;
-  }
-};
-
-struct SquaredRelu {
-  static __device__ __forceinline__ float value(float x) {
-    const float positive = max_nan(x, 0.0f);
-    return positive * positive;
-  }
-  static __device__ __forceinline__ void value_and_slope(float x, float& value, float& slope) {
-    const float positive = max_nan(x, 0.0f);
-    value = positive * positive;
-    slope = 2.0f * positive;
-  }
-};
 
 __host__ __device__ inline int team_threads(int row_vectors) {
   if (row_vectors > kWideRow) return kThreads;

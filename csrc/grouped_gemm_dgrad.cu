@@ -3,5 +3,6 @@
 #include "gemm_tokens.cuh"
 
 EP_MOE_API const char* ep_moe_grouped_gemm_dgrad(const ep_moe::GroupedGemmArgs* args, cudaStream_t stream) {
-  return ep_moe::launch_token_gemm<ep_moe::Major::kOuter>("grouped GEMM for the rows' gradient", *args, stream);
+  return ep_moe::launch_token_gemm("grouped GEMM for the rows' gradient", *args,
+                                   ep_moe::PlainProduct<ep_moe::Major::kOuter>{}, stream);
 }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ep_moe.comm import ExpertSegments
 from ep_moe.config import ConfigError, ExpertsConfig
-from ep_moe.experts import GroupedExperts
+from ep_moe.experts import GroupedExperts, apply_activation
 from ep_moe.experts.backends import GROUPED_MM, LOOP, select_backend
 from ep_moe.experts.native_gemm import NATIVE
 
@@ -160,6 +160,78 @@ def test_weight_gradients_into_memory_that_is_there() -> None:
 
 @needs_hopper
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("counts", "out_features", "in_features"),
+    [
+        ([5, 0, 300, 64], 192, 448),
+        ([1], 64, 64),
+        ([700] * 9, 576, 704),
+        ([0, 1700, 3], 320, 192),
+        ([1000] * 3, 512, 64),
+    ],
+)
+def test_fp32_gradients_are_added_in_one_rounding(counts: list[int], out_features: int, in_features: int) -> None:
+    case = Case(counts, out_features, in_features, 3)
+    shape = (len(counts), out_features, in_features)
+    gradient = NATIVE.wgrad(case.grad, case.rows, case.segments, out=torch.zeros(shape, device="cuda"))
+    case.check(None, None, gradient)
+    before = 100 * torch.randn(shape, device="cuda")
+    total = NATIVE.wgrad(case.grad, case.rows, case.segments, out=before.clone(), accumulate=True)
+    assert torch.equal(total, before + gradient)
+
+
+def check_swiglu(case: Case, weighted: bool) -> None:
+    """Raise unless the fused forward has the bits of a GEMM and the activation's kernel, one after the other."""
+    assert NATIVE.swiglu is not None
+    real = case.ranges[-1].stop
+    weights = torch.rand(len(case.rows), device="cuda", generator=case.generator) if weighted else None
+    pre_activation = NATIVE.forward(case.rows, case.weight, case.segments)
+    expected = apply_activation(pre_activation, "swiglu", weights, case.segments.row_count)
+    for keep in (True, False):
+        out, kept = NATIVE.swiglu(case.rows, case.weight, case.segments, weights, keep=keep)
+        assert torch.equal(out[:real], expected[:real])
+        assert (kept is not None) == keep
+        assert kept is None or torch.equal(kept[:real], pre_activation[:real])
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", _CASES)
+def test_swiglu(name: str) -> None:
+    counts, width, in_features, extra = _CASES[name]
+    check_swiglu(Case(counts, 2 * width, in_features, extra), weighted=True)
+
+
+@needs_hopper
+@pytest.mark.gpu
+def test_swiglu_of_random_counts() -> None:
+    for seed in range(100):
+        choose = random.Random(seed)
+        typical = choose.choice([1, 8, 40, 160, 300])
+        counts = [choose.randrange(2 * typical + 1) for _ in range(choose.randrange(1, 40))]
+        widths = [128 * choose.randrange(1, 8), 64 * choose.randrange(1, 12)]
+        case = Case(counts, *widths, extra=choose.choice([0, 1, 33]), seed=seed)
+        check_swiglu(case, weighted=choose.random() < 0.8)
+
+
+@needs_hopper
+@pytest.mark.gpu
+def test_swiglu_writes_nothing_else() -> None:
+    assert NATIVE.swiglu is not None
+    case = Case([3, 170, 9], 128, 64, 30)
+    case.rows[case.ranges[1]] = math.nan
+    weights = torch.rand(len(case.rows), device="cuda")
+    recycled = torch.full((len(case.rows), 64), 7.0, device="cuda", dtype=torch.bfloat16)
+    address = recycled.data_ptr()
+    del recycled  # the allocator hands this block to the result
+    out, _ = NATIVE.swiglu(case.rows, case.weight, case.segments, weights, keep=False)
+    assert out.data_ptr() == address
+    assert (out[182:] == 7).all()
+    assert out[:3].isfinite().all() and out[3:173].isnan().all() and out[173:182].isfinite().all()
+
+
+@needs_hopper
+@pytest.mark.gpu
 def test_same_bits_every_time() -> None:
     case = Case([5, 0, 300, 64], 128, 192, 0)
     first = products(case)
@@ -197,7 +269,8 @@ def test_captured_with_other_counts_on_replay() -> None:
 
 @needs_hopper
 @pytest.mark.gpu
-def test_experts_equal_those_of_the_loop() -> None:
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu"])
+def test_experts_equal_those_of_the_loop(activation: str) -> None:
     counts, hidden, ffn = [5, 0, 300, 64], 128, 192
     case = Case(counts, hidden, hidden, 0)
     weights = torch.rand(sum(counts), device="cuda")
@@ -205,7 +278,7 @@ def test_experts_equal_those_of_the_loop() -> None:
     for backend in ("native", "loop"):
         torch.manual_seed(0)
         init: dict[str, Any] = {"init_method": nn.init.normal_, "output_init_method": nn.init.normal_}
-        config = ExpertsConfig(ffn_hidden_size=ffn, backend=backend)  # type: ignore[arg-type]
+        config = ExpertsConfig(ffn_hidden_size=ffn, activation=activation, backend=backend)  # type: ignore[arg-type]
         dtype = torch.bfloat16 if backend == "native" else torch.float64
         experts = GroupedExperts(hidden, len(counts), config, dtype=torch.bfloat16, device="cuda", **init).to(dtype)
         leaves = [case.rows.to(dtype).requires_grad_(), weights.to(dtype).requires_grad_(), *experts.parameters()]

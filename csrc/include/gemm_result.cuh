@@ -19,6 +19,8 @@ namespace ep_moe {
 constexpr int kStagedRowBytes = 256;
 constexpr int kStagedChunks = kStagedRowBytes / 16;
 
+constexpr __host__ __device__ int staged_bytes(int rows) { return rows * kStagedRowBytes; }
+
 __device__ __forceinline__ uint32_t staged_chunk(uint32_t staging, int row, int chunk) {
   return staging + row * kStagedRowBytes + ((chunk ^ (row % 8)) * 16);
 }
@@ -57,6 +59,22 @@ __device__ __forceinline__ uint4 ld_shared(uint32_t address) {
                : "r"(address)
                : "memory");
   return value;
+}
+
+__device__ __forceinline__ float ld_shared_f32(uint32_t address) {
+  float value;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ float2 ld_shared_f32x2(uint32_t address) {
+  float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void st_shared(uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
 
 // Stages 128 x `width` accumulators of a warpgroup as `width` rows: the product's columns become rows.
@@ -141,6 +159,22 @@ __device__ __forceinline__ void stage_rows_fp32(uint32_t staging, const float (&
         staging + chunk / 8 * kGradientFp32BoxBytes + row * 128 + ((chunk ^ row) % 8) * 16 + pair % 2 * 8;
     st_shared(address, sums[4 * j], sums[4 * j + 1]);
     st_shared(address + 8 * 128, sums[4 * j + 2], sums[4 * j + 3]);
+  }
+}
+
+// Adds columns 32 * `column_box` and following of 64 x 128 accumulators of a warpgroup to a box of fp32.
+__device__ __forceinline__ void add_to_staged_rows(uint32_t box, const float (&sums)[64], int column_box) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const int row = warp * 16 + lane / 4, pair = lane % 4;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int first = 4 * (column_box * 4 + j);
+    const uint32_t address = box + row * 128 + ((j * 2 + pair / 2) ^ (row % 8)) * 16 + pair % 2 * 8;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float2 old = ld_shared_f32x2(address + i * 8 * 128);
+      st_shared(address + i * 8 * 128, old.x + sums[first + 2 * i], old.y + sums[first + 2 * i + 1]);
+    }
   }
 }
 

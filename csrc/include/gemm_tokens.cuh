@@ -1,10 +1,15 @@
-// Grouped product over tokens, forward and for the gradient of the rows: each expert's rows by its weight.
+// Grouped products over tokens, forward and for the gradient of the rows: each expert's rows by its weight.
 //
 // Weights are the multiply's 256 rows, tokens its columns, whose number fits the expert to a multiple of 8. One thread
 // copies blocks of weights and rows into the ring by tensor copies; two warpgroups multiply, half of the weight rows
 // each. A token tile may read rows of the next expert or, up to a multiple of 8, beyond its segment: they fall into
 // columns of their own, which are never stored. Weights beyond the matrix read as zeros, and their results are not
 // stored either.
+//
+// What becomes of the sums is the product's own affair. A `Product` is a struct of parameters with
+//   kWeightMajor     how the weights lie;
+//   kWeightMatrices  of which a tile takes rows: 1, or 2 of which a warpgroup has the same rows in its two halves;
+//   store            writes a warpgroup's results by way of a stage of the ring.
 #pragma once
 
 #include "gemm_result.cuh"
@@ -37,17 +42,19 @@ constexpr int kBlockK = 64;  // elements of the reduction in a stage
 using Ring = RingPosition<kRingStages>;
 using Barriers = RingBarriers<kRingStages>;
 constexpr int kWeightTile = 256;
-constexpr int kWeightRows = kWeightTile / kMultipliers;  // of a warpgroup
 constexpr int kWeightBytes = kWeightTile * kBlockK * 2;
 constexpr int kWeightBlockBytes = 64 * kBlockK * 2;  // a box of transposed weights; also 64 weight rows of others
 constexpr int kTokenStageBytes = kWeightBytes + kMaxWidth * kBlockK * 2;
 constexpr int kTokenSharedBytes = kSwizzleGroupBytes + kRingStages * kTokenStageBytes;
-static_assert(kTokenStageBytes % kSwizzleGroupBytes == 0 && kTokenStageBytes >= kMaxWidth * kStagedRowBytes);
+// A product may keep a value for each row behind the results it stages.
+static_assert(kTokenStageBytes % kSwizzleGroupBytes == 0 && kTokenStageBytes >= staged_bytes(kMaxWidth) + 1024);
 
+template <typename Product>
 struct TokenGemm {
   CUtensorMap weight;
   CUtensorMap rows[kWidthClasses];  // the same rows in boxes of every width
   GroupedGemmArgs args;
+  Product product;
 };
 
 // The producer's side of the end of a tile.
@@ -83,8 +90,10 @@ __device__ __forceinline__ void release_result_stage(Barriers& barriers, int sta
 }
 
 // What all parts of the kernel share.
+template <typename Product>
 struct TokenBlock {
-  const TokenGemm* gemm;
+  static constexpr int kTileColumns = kWeightTile / Product::kWeightMatrices;  // of the result
+  const TokenGemm<Product>* gemm;
   const TileTable* table;
   Barriers* barriers;
   uint32_t ring;  // shared-memory address of the first stage
@@ -96,21 +105,22 @@ struct TokenBlock {
   __device__ __forceinline__ uint32_t stage() const { return ring + position.stage * kTokenStageBytes; }
 };
 
-template <Major weight_major>
-__device__ __forceinline__ void copy_operands(TokenBlock& block) {
-  const TokenGemm& gemm = *block.gemm;
+template <typename Product>
+__device__ __forceinline__ void copy_operands(TokenBlock<Product>& block) {
+  const TokenGemm<Product>& gemm = *block.gemm;
   for (; block.tile < block.table->tiles(); block.tile += gridDim.x) {
     const TokenTile tile = block.table->find(block.tile, block.slot);
     const CUtensorMap* rows = &gemm.rows[tile.width_class];
     const uint32_t bytes = kWeightBytes + width_of_class(tile.width_class) * kBlockK * 2;
-    const int first_weight = tile.weight_tile * kWeightTile;
+    const int first_weight = tile.weight_tile * TokenBlock<Product>::kTileColumns;
     for (int k = 0; k < block.blocks_k; ++k) {
       block.position.wait_empty(*block.barriers);
       uint64_t* full = &block.barriers->full[block.position.stage];
       const uint32_t stage = block.stage();
       mbarrier_arrive_expect_tx(full, bytes);
-      if constexpr (weight_major == Major::kReduction) {
-        cp_async_bulk_tensor_load(stage, &gemm.weight, k * kBlockK, first_weight, tile.expert, full);
+      if constexpr (Product::kWeightMajor == Major::kReduction) {
+        cp_async_bulk_tensor_load(stage, &gemm.weight, k * kBlockK, first_weight,
+                                  tile.expert * Product::kWeightMatrices, full);
       } else {
 #pragma unroll
         for (int i = 0; i < kWeightTile / 64; ++i) {
@@ -125,8 +135,10 @@ __device__ __forceinline__ void copy_operands(TokenBlock& block) {
   }
 }
 
-template <int width, Major weight_major>
-__device__ __forceinline__ void multiply_tile(TokenBlock& block, const TokenTile& tile, int warpgroup) {
+template <int width, typename Product>
+__device__ __forceinline__ void multiply_tile(TokenBlock<Product>& block, const TokenTile& tile, int warpgroup) {
+  // Blocks of 64 weight rows between a warpgroup's two, and between those of the two warpgroups.
+  constexpr int kHalves = Product::kWeightMatrices == 1 ? 1 : 2, kWarpgroups = Product::kWeightMatrices == 1 ? 2 : 1;
   float sums[2][width / 2];
   const bool signals = threadIdx.x % 32 == 0;
   int previous = 0;
@@ -135,15 +147,15 @@ __device__ __forceinline__ void multiply_tile(TokenBlock& block, const TokenTile
     block.position.wait_full(*block.barriers);
     const uint32_t stage = block.stage();
     // 64 weight rows are 8 KiB, and so is a box of transposed ones
-    const uint64_t a = matrix_descriptor(stage + warpgroup * 2 * kWeightBlockBytes, kWeightBlockBytes);
+    const uint64_t a = matrix_descriptor(stage + warpgroup * kWarpgroups * kWeightBlockBytes, kWeightBlockBytes);
     const uint64_t b = matrix_descriptor(stage + kWeightBytes, kWeightBlockBytes);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kBlockK / kMmaK; ++step) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        wgmma<width, weight_major, Major::kReduction>(
-            sums[half], a + half * (kWeightBlockBytes >> 4) + step * descriptor_step(weight_major),
+        wgmma<width, Product::kWeightMajor, Major::kReduction>(
+            sums[half], a + half * kHalves * (kWeightBlockBytes >> 4) + step * descriptor_step(Product::kWeightMajor),
             b + step * descriptor_step(Major::kReduction), k > 0 || step > 0);
       }
     }
@@ -159,36 +171,32 @@ __device__ __forceinline__ void multiply_tile(TokenBlock& block, const TokenTile
   if (signals) mbarrier_arrive(&block.barriers->empty[previous]);
 
   const int stage = take_result_stage(*block.barriers, block.position, warpgroup);
-  const uint32_t staging = block.ring + stage * kTokenStageBytes;
-  stage_columns<width>(staging, sums);
-  bar_sync(1 + warpgroup, kWarpgroup);
-  const GroupedGemmArgs& args = block.gemm->args;
-  const int column = tile.weight_tile * kWeightTile + warpgroup * kWeightRows;
-  __nv_bfloat16* out = static_cast<__nv_bfloat16*>(args.out) + static_cast<int64_t>(tile.row) * args.columns + column;
-  store_staged(staging, out, args.columns, tile.tokens, (args.columns - column) / 8);
+  block.gemm->product.template store<width>(block.gemm->args, tile, sums, block.ring + stage * kTokenStageBytes,
+                                            warpgroup);
   release_result_stage(*block.barriers, stage);
 }
 
 // The tiles of a width class, then those of the narrower ones.
-template <int width_class, Major weight_major>
-__device__ __forceinline__ void multiply_from(TokenBlock& block, int warpgroup) {
+template <int width_class, typename Product>
+__device__ __forceinline__ void multiply_from(TokenBlock<Product>& block, int warpgroup) {
   for (; block.tile < block.table->class_end[width_class]; block.tile += gridDim.x) {
     const TokenTile tile = block.table->find(block.tile, block.slot);
-    multiply_tile<width_of_class(width_class), weight_major>(block, tile, warpgroup);
+    multiply_tile<width_of_class(width_class)>(block, tile, warpgroup);
   }
-  if constexpr (width_class + 1 < kWidthClasses) multiply_from<width_class + 1, weight_major>(block, warpgroup);
+  if constexpr (width_class + 1 < kWidthClasses) multiply_from<width_class + 1>(block, warpgroup);
 }
 
-template <Major weight_major>
-__global__ void __launch_bounds__(kGemmThreads, 1) token_gemm_kernel(const __grid_constant__ TokenGemm gemm) {
+template <typename Product>
+__global__ void __launch_bounds__(kGemmThreads, 1) token_gemm_kernel(const __grid_constant__ TokenGemm<Product> gemm) {
   extern __shared__ uint8_t dynamic_shared[];
   __shared__ TileTable table;
   __shared__ Barriers barriers;
+  constexpr int kTileColumns = TokenBlock<Product>::kTileColumns;
   const GroupedGemmArgs& args = gemm.args;
   if (threadIdx.x == 0) barriers.init();
-  table.build(args.ends, args.experts, args.room, (args.columns + kWeightTile - 1) / kWeightTile);
+  table.build(args.ends, args.experts, args.room, (args.columns + kTileColumns - 1) / kTileColumns);
 
-  TokenBlock block;
+  TokenBlock<Product> block;
   block.gemm = &gemm;
   block.table = &table;
   block.barriers = &barriers;
@@ -198,35 +206,57 @@ __global__ void __launch_bounds__(kGemmThreads, 1) token_gemm_kernel(const __gri
   const int group = static_cast<int>(threadIdx.x / kWarpgroup) - 1;
   if (group < 0) {
     setmaxnreg_dec<kProducerRegisters>();
-    if (threadIdx.x % kWarpgroup == 0) copy_operands<weight_major>(block);
+    if (threadIdx.x % kWarpgroup == 0) copy_operands(block);
   } else {
     setmaxnreg_inc<kMultiplierRegisters>();
-    multiply_from<0, weight_major>(block, group);
+    multiply_from<0>(block, group);
   }
 }
 
-template <Major weight_major>
-const char* launch_token_gemm(const char* what, const GroupedGemmArgs& args, cudaStream_t stream) {
+template <typename Product>
+const char* launch_token_gemm(const char* what, const GroupedGemmArgs& args, const Product& product,
+                              cudaStream_t stream) {
   if (args.num_rows == 0 || args.experts == 0 || args.columns == 0) return nullptr;
   if (args.experts < 0 || args.experts > kMaxGemmExperts || args.reduction <= 0 || args.reduction % 64 != 0 ||
       args.columns % 64 != 0 || args.blocks <= 0 || args.room < 0 ||
       (args.room > 0 && args.num_rows != static_cast<int64_t>(args.experts) * args.room)) {
     return error_text(cudaErrorInvalidValue, what);
   }
-  const bool transposed = weight_major == Major::kOuter;
-  const int64_t rows = transposed ? args.reduction : args.columns, columns = transposed ? args.columns : args.reduction;
-  TokenGemm gemm;
+  constexpr CUtensorMapDataType kBf16 = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  constexpr int kMatrices = Product::kWeightMatrices;
+  TokenGemm<Product> gemm;
   gemm.args = args;
-  bool encoded = encode_rows(&gemm.weight, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, args.weight, args.experts, rows, columns,
-                             transposed ? kBlockK : kWeightTile);
+  gemm.product = product;
+  bool encoded =
+      Product::kWeightMajor == Major::kOuter
+          ? encode_rows(&gemm.weight, kBf16, args.weight, args.experts, args.reduction, args.columns, kBlockK)
+          : encode_rows(&gemm.weight, kBf16, args.weight, args.experts * kMatrices, args.columns, args.reduction,
+                        TokenBlock<Product>::kTileColumns, kMatrices);
   for (int i = 0; i < kWidthClasses; ++i) {
-    encoded = encoded && encode_rows(&gemm.rows[i], CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, args.rows, 1, args.num_rows,
-                                     args.reduction, width_of_class(i));
+    encoded =
+        encoded && encode_rows(&gemm.rows[i], kBf16, args.rows, 1, args.num_rows, args.reduction, width_of_class(i));
   }
   if (!encoded) return error_text(cudaErrorInvalidValue, what);
-  return launch(what, token_gemm_kernel<weight_major>, gemm, args.blocks, kGemmThreads, kTokenSharedBytes,
+  return launch(what, token_gemm_kernel<Product>, gemm, args.blocks, kGemmThreads, kTokenSharedBytes,
                 LaunchMode::kPlain, stream);
 }
+
+// A product whose sums are the result, rounded.
+template <Major weight_major>
+struct PlainProduct {
+  static constexpr Major kWeightMajor = weight_major;
+  static constexpr int kWeightMatrices = 1;
+
+  template <int width>
+  __device__ __forceinline__ void store(const GroupedGemmArgs& args, const TokenTile& tile,
+                                        const float (&sums)[2][width / 2], uint32_t staging, int warpgroup) const {
+    stage_columns<width>(staging, sums);
+    bar_sync(1 + warpgroup, kWarpgroup);
+    const int column = tile.weight_tile * kWeightTile + warpgroup * kWeightTile / kMultipliers;
+    __nv_bfloat16* out = static_cast<__nv_bfloat16*>(args.out) + static_cast<int64_t>(tile.row) * args.columns + column;
+    store_staged(staging, out, args.columns, tile.tokens, (args.columns - column) / 8);
+  }
+};
 
 }  // namespace
 }  // namespace ep_moe

@@ -50,6 +50,20 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   return value;
 }
 
+// 2 to the power of x, to 2 ulp; subnormal results are zero.
+__device__ __forceinline__ float ex2_approx_ftz(float x) {
+  float value;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+}
+
+// 1 / x, to 1 ulp; subnormal results are zero.
+__device__ __forceinline__ float rcp_approx_ftz(float x) {
+  float value;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
+  return value;
+}
+
 __device__ __forceinline__ uint64_t global_timer_ns() {
   uint64_t time;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));

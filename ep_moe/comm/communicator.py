@@ -53,6 +53,11 @@ class ExpertSegments:
         """Slots of the tensors: those of all segments, padding included, or the capacity."""
         return sum(self.sizes or ()) if self.capacity is None else self.capacity
 
+    @property
+    def row_count(self) -> Tensor | None:
+        """How many slots the segments fill, int32 ``[1]`` on the device; ``None`` where the host knows: then all."""
+        return self.ends[-1:] if self.sizes is None else None
+
     def host_sizes(self) -> tuple[int, ...]:
         """Length of each segment on the host; waits for the device if that is not known yet."""
         if self.sizes is not None:

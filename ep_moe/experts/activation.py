@@ -88,13 +88,7 @@ def apply_activation(
     if is_gated(activation) and x.shape[-1] % 2:
         raise ValueError(f"x: expected an even width for {activation} (gate, up), got {list(x.shape)}")
     if row_weights is not None:
-        if not row_weights.is_floating_point() or row_weights.shape != x.shape[:-1]:
-            raise ValueError(
-                f"row_weights: expected floating point {list(x.shape[:-1])}, one per row of x, "
-                f"got {row_weights.dtype} {list(row_weights.shape)}"
-            )
-        if row_weights.device != x.device:
-            raise ValueError(f"row_weights: expected device {x.device} as x, got {row_weights.device}")
+        check_row_weights(row_weights, x)
     if row_count is not None and (
         row_count.dtype != torch.int32 or row_count.numel() != 1 or row_count.device != x.device
     ):
@@ -123,6 +117,62 @@ def apply_packed_activation(x: Tensor, activation: str, counts: Tensor) -> Tenso
     return apply_activation(x, activation)
 
 
+def activation_backward(
+    grad: Tensor,
+    x: Tensor,
+    activation: str,
+    row_weights: Tensor | None,
+    row_count: Tensor | None,
+    *,
+    need_x: bool,
+    need_weights: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of :func:`apply_activation` in ``x`` and ``row_weights`` from that of its result.
+
+    Arguments as there, and which of the two gradients are wanted; the others are ``None``.
+    """
+    if activation_kernels.usable(x, _out_width(x, activation)):
+        return activation_kernels.backward(
+            grad, x, activation, row_weights, row_count, need_x=need_x, need_weights=need_weights
+        )
+    wide = x.to(_compute_dtype(x))
+    # dense: the aten backward kernels below are tuned for it, and sum().backward() hands over an expanded scalar
+    grad = grad.to(wide.dtype).contiguous()
+    scaled = grad if row_weights is None else grad * row_weights.to(wide.dtype).unsqueeze(-1)
+    grad_x = grad_weights = None
+    if activation in _GATED:
+        nonlinearity = _GATED[activation]
+        gate, up = wide.chunk(2, dim=-1)
+        activated = nonlinearity.value(gate)
+        if need_weights:
+            grad_weights = (grad * activated).mul_(up).sum(-1)
+        if need_x:
+            grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+            grad_gate, grad_up = grad_x.chunk(2, dim=-1)
+            grad_gate.copy_(nonlinearity.backward(scaled * up, gate))
+            grad_up.copy_(activated.mul_(scaled))
+    else:
+        nonlinearity = _PLAIN[activation]
+        if need_weights:
+            grad_weights = (grad * nonlinearity.value(wide)).sum(-1)
+        if need_x:
+            grad_x = nonlinearity.backward(scaled, wide).to(x.dtype)
+    if grad_weights is not None and row_weights is not None:
+        grad_weights = grad_weights.to(row_weights.dtype)
+    return grad_x, grad_weights
+
+
+def check_row_weights(row_weights: Tensor, x: Tensor) -> None:
+    """Raise ``ValueError`` unless there is a floating point weight for each row of ``x``, on its device."""
+    if not row_weights.is_floating_point() or row_weights.shape != x.shape[:-1]:
+        raise ValueError(
+            f"row_weights: expected floating point {list(x.shape[:-1])}, one per row of x, "
+            f"got {row_weights.dtype} {list(row_weights.shape)}"
+        )
+    if row_weights.device != x.device:
+        raise ValueError(f"row_weights: expected device {x.device} as x, got {row_weights.device}")
+
+
 class _Activation(torch.autograd.Function):
     """Recomputes in backward, so that no fp32 copy of the widest tensor of the layer stays alive."""
 
@@ -145,40 +195,13 @@ class _Activation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, row_weights, row_count = ctx.saved_tensors
         need_x, need_weights, *_ = ctx.needs_input_grad
-        # asked again: hooks on saved tensors may bring back x with other strides
-        if activation_kernels.usable(x, _out_width(x, ctx.activation)):
-            grad_x, grad_weights = activation_kernels.backward(
-                grad, x, ctx.activation, row_weights, row_count, need_x=need_x, need_weights=need_weights
-            )
-            return grad_x, grad_weights, None, None
-        wide = x.to(_compute_dtype(x))
-        # dense: the aten backward kernels below are tuned for it, and sum().backward() hands over an expanded scalar
-        grad = grad.to(wide.dtype).contiguous()
-        scaled = grad if row_weights is None else grad * row_weights.to(wide.dtype).unsqueeze(-1)
-        grad_x = grad_weights = None
-        if ctx.activation in _GATED:
-            nonlinearity = _GATED[ctx.activation]
-            gate, up = wide.chunk(2, dim=-1)
-            activated = nonlinearity.value(gate)
-            if need_weights:
-                grad_weights = (grad * activated).mul_(up).sum(-1)
-            if need_x:
-                grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-                grad_gate, grad_up = grad_x.chunk(2, dim=-1)
-                grad_gate.copy_(nonlinearity.backward(scaled * up, gate))
-                grad_up.copy_(activated.mul_(scaled))
-        else:
-            nonlinearity = _PLAIN[ctx.activation]
-            if need_weights:
-                grad_weights = (grad * nonlinearity.value(wide)).sum(-1)
-            if need_x:
-                grad_x = nonlinearity.backward(scaled, wide).to(x.dtype)
-        if grad_weights is not None:
-            grad_weights = grad_weights.to(row_weights.dtype)
-        return grad_x, grad_weights, None, None
+        grads = activation_backward(
+            grad, x, ctx.activation, row_weights, row_count, need_x=need_x, need_weights=need_weights
+        )
+        return *grads, None, None
 
 
 def _out_width(x: Tensor, activation: str) -> int:

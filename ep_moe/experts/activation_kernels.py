@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ep_moe.native import NativeLibraryError, capability, launch, library_path, load_entry_points
 
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Element of element.cuh
-_ACTIVATIONS = {"swiglu": 0, "geglu": 1, "gelu": 2, "relu": 3, "squared_relu": 4}  # Activation of activation.cu
+_ACTIVATIONS = {"swiglu": 0, "geglu": 1, "gelu": 2, "relu": 3, "squared_relu": 4}  # Activation of pointwise.cuh
 _VECTOR_BYTES = 16
 _CAPABILITY = (9, 0)  # the oldest that the library has code for
 
@@ -70,7 +70,7 @@ def forward(x: Tensor, activation: str, row_weights: Tensor | None, row_count: T
     """
     out = x.new_empty(*x.shape[:-1], width)
     arguments = _arguments(out, activation, row_count)
-    weights = _fp32(row_weights)
+    weights = as_fp32(row_weights)
     arguments.x, arguments.out, arguments.row_weights = x.data_ptr(), out.data_ptr(), _pointer(weights)
     _launch("activation_forward", arguments, x.device)
     return out
@@ -111,7 +111,7 @@ def backward(
     grad_x = torch.empty_like(x) if need_x else None
     grad_weights = x.new_empty(x.shape[:-1], dtype=torch.float32) if need_weights else None
     arguments = _arguments(grad, activation, row_count)
-    weights = _fp32(row_weights)
+    weights = as_fp32(row_weights)
     arguments.x, arguments.grad, arguments.row_weights = x.data_ptr(), grad.data_ptr(), _pointer(weights)
     arguments.grad_x, arguments.grad_weights = _pointer(grad_x), _pointer(grad_weights)
     if need_x or need_weights:
@@ -157,7 +157,7 @@ def _is_plain(x: Tensor) -> bool:
     return x.is_contiguous() and x.data_ptr() % _VECTOR_BYTES == 0
 
 
-def _fp32(row_weights: Tensor | None) -> Tensor | None:
+def as_fp32(row_weights: Tensor | None) -> Tensor | None:
     """The weights as the kernels read them: one fp32 a row."""
     return None if row_weights is None else row_weights.to(torch.float32).contiguous()
 

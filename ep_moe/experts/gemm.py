@@ -65,6 +65,33 @@ class PackedForward(Protocol):
         ...
 
 
+class SwigluForward(Protocol):
+    """The forward of a linear layer with SwiGLU behind it; see :class:`GroupedGemm`."""
+
+    def __call__(
+        self,
+        rows: Tensor,
+        weight: Tensor,
+        segments: ExpertSegments,
+        row_weights: Tensor | None,
+        *,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Each expert's rows times its transposed weight, activated, times the rows' routing weights.
+
+        Args:
+            rows: ``[segments.num_rows, in_features]``.
+            weight: ``[local_experts, 2 * ffn, in_features]``, gate before linear half.
+            segments: which rows belong to which expert.
+            row_weights: floating point ``[segments.num_rows]``, or ``None`` for weights of 1.
+            keep: whether the pre-activations are wanted.
+
+        Returns:
+            ``[segments.num_rows, ffn]``, and the pre-activations ``[segments.num_rows, 2 * ffn]`` or ``None``.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class GroupedGemm:
     """A back end: one linear layer per expert over the expert's segment of rows, and its two gradients.
@@ -80,12 +107,14 @@ class GroupedGemm:
             gradients times its weight.
         wgrad: see :class:`WeightGradient`.
         forward_packed: see :class:`PackedForward`; ``None`` if the back end has none.
+        swiglu: see :class:`SwigluForward`; ``None`` if the back end does not fuse it.
     """
 
     forward: Callable[[Tensor, Tensor, ExpertSegments], Tensor]
     dgrad: Callable[[Tensor, Tensor, ExpertSegments], Tensor]
     wgrad: WeightGradient
     forward_packed: PackedForward | None = None
+    swiglu: SwigluForward | None = None
 
 
 def grouped_linear(
@@ -121,7 +150,7 @@ class _GroupedLinear(torch.autograd.Function):
         defer: Callable[[WeightGradientTask], None] | None,
     ) -> Tensor:
         ctx.parameter = weight  # besides the saved one, which may come back as another tensor without main_grad
-        rows, weight = _row_major(rows), _row_major(weight)
+        rows, weight = row_major(rows), row_major(weight)
         ctx.save_for_backward(rows, weight)
         ctx.segments, ctx.gemm, ctx.defer = segments, gemm, defer
         return gemm.forward(rows, weight, segments)
@@ -130,17 +159,17 @@ class _GroupedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
-        grad = _row_major(grad)  # sum().backward() hands over an expanded scalar
+        grad = row_major(grad)  # sum().backward() hands over an expanded scalar
         need_rows, need_weight, *_ = ctx.needs_input_grad
         grad_rows = ctx.gemm.dgrad(grad, weight, ctx.segments) if need_rows else None
         grad_weight = None
         if need_weight:
-            task = functools.partial(_weight_gradient, ctx.parameter, grad, rows, ctx.segments, ctx.gemm)
+            task = functools.partial(weight_gradient, ctx.parameter, grad, rows, ctx.segments, ctx.gemm)
             grad_weight = task() if ctx.defer is None else ctx.defer(task)
         return grad_rows, grad_weight, None, None, None
 
 
-def _weight_gradient(weight: Tensor, grad: Tensor, rows: Tensor, segments: ExpertSegments, gemm: GroupedGemm) -> Tensor:
+def weight_gradient(weight: Tensor, grad: Tensor, rows: Tensor, segments: ExpertSegments, gemm: GroupedGemm) -> Tensor:
     """The gradient of ``weight``, or, if it was added to Megatron's ``main_grad``, a tensor without meaning.
 
     Megatron's ``DistributedDataParallel`` (checked with 0.16) gives its parameters ``main_grad``, a view of the buffer
@@ -155,8 +184,8 @@ def _weight_gradient(weight: Tensor, grad: Tensor, rows: Tensor, segments: Exper
     return torch.empty_like(weight)
 
 
-def _row_major(x: Tensor) -> Tensor:
-    """A copy unless the strides are the usual ones; ``contiguous()`` lets any stride pass in dimensions of one."""
+def row_major(x: Tensor) -> Tensor:
+    """``x``, copied unless its strides are the usual ones; ``contiguous()`` passes any stride in dimensions of one."""
     if x.is_contiguous() and x.stride()[-2:] == (x.shape[-1], 1):
         return x
     return x.new_empty(x.shape).copy_(x)

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from ep_moe.comm import ExpertSegments, PackedSegments
 from ep_moe.config import ExpertsConfig
-from ep_moe.experts.activation import apply_activation, apply_packed_activation, fc1_width
+from ep_moe.experts.activation import apply_activation, apply_packed_activation, check_row_weights, fc1_width
 from ep_moe.experts.backends import ALIGNMENT, select_backend
 from ep_moe.experts.deferred import DeferredGradients
 from ep_moe.experts.gemm import GroupedGemm, grouped_linear
 from ep_moe.experts.init import initialize_experts
+from ep_moe.experts.swiglu import swiglu_linear
 from ep_moe.experts.te import import_grouped_gemm
 
 
@@ -128,10 +129,12 @@ class GroupedExperts(nn.Module):
         self._check(rows, row_weights, segments, fc1_weight)
         gemm = self._backend(rows.dtype, rows.device)
         defer_fc1, defer_fc2 = (None if deferred is None else functools.partial(deferred.add, i) for i in range(2))
-        fc1_out = grouped_linear(rows, fc1_weight, segments, gemm, defer_fc1)
-        # Where the host does not know how many rows are real, the device does.
-        row_count = segments.ends[-1:] if segments.sizes is None else None
-        inner = apply_activation(fc1_out, self.config.activation, row_weights, row_count)
+        activation = self.config.activation
+        if gemm.swiglu is not None and activation == "swiglu":
+            inner = swiglu_linear(rows, fc1_weight, row_weights, segments, gemm, defer_fc1)
+        else:
+            fc1_out = grouped_linear(rows, fc1_weight, segments, gemm, defer_fc1)
+            inner = apply_activation(fc1_out, activation, row_weights, segments.row_count)
         return grouped_linear(inner, fc2_weight, segments, gemm, defer_fc2)
 
     def extra_repr(self) -> str:
@@ -186,8 +189,8 @@ class GroupedExperts(nn.Module):
             raise ValueError(
                 f"rows: expected {weight.dtype} on {weight.device} as the weights, got {rows.dtype} on {rows.device}"
             )
-        if row_weights is not None and row_weights.shape != (segments.num_rows,):
-            raise ValueError(f"row_weights: expected [{segments.num_rows}], got {list(row_weights.shape)}")
+        if row_weights is not None:
+            check_row_weights(row_weights, rows)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ep_moe.comm import ExpertSegments
+from ep_moe.experts.activation_kernels import as_fp32
 from ep_moe.experts.gemm import GroupedGemm, store_gradient
 from ep_moe.native import NativeLibraryError, capability, launch, load_entry_points
 
@@ -39,6 +40,12 @@ class GroupedGemmArgs(ctypes.Structure):
         ("room", c_int32),
         ("reserved", c_int32),
     )
+
+
+class SwigluGemmArgs(ctypes.Structure):
+    """``SwigluGemmArgs`` of ``grouped_gemm_swiglu.cu``, which says what each field means."""
+
+    _fields_ = (("gemm", GroupedGemmArgs), ("row_weights", c_void_p), ("pre_activation", c_void_p))
 
 
 class GroupedWgradArgs(ctypes.Structure):
@@ -123,12 +130,36 @@ def wgrad(
     return store_gradient(_multiply_weights(grad, rows, segments, rows.new_empty(shape)), out, accumulate)
 
 
-NATIVE = GroupedGemm(forward, dgrad, wgrad, forward_packed)
+def swiglu(
+    rows: Tensor, weight: Tensor, segments: ExpertSegments, row_weights: Tensor | None, *, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Activates what a tile has multiplied before it is written; see ``SwigluForward``.
+
+    The results have the bits of :func:`forward` and ``apply_activation``, one after the other.
+    """
+    rows, weight, row_weights = _plain(rows), _plain(weight), as_fp32(row_weights)
+    num_rows, width = rows.shape[0], weight.shape[1]
+    out = rows.new_empty(num_rows, width // 2)
+    pre_activation = rows.new_empty(num_rows, width) if keep else None
+    arguments = SwigluGemmArgs(
+        gemm=_token_arguments(rows, weight, out, segments.ends),
+        row_weights=_pointer(row_weights),
+        pre_activation=_pointer(pre_activation),
+    )
+    launch(load_kernels(), "grouped_gemm_swiglu", arguments, rows.device)
+    return out, pre_activation
+
+
+NATIVE = GroupedGemm(forward, dgrad, wgrad, forward_packed, swiglu)
 
 
 def _multiply_tokens(entry: str, rows: Tensor, weight: Tensor, out: Tensor, ends: Tensor, room: int = 0) -> None:
     rows, weight = _plain(rows), _plain(weight)
-    arguments = GroupedGemmArgs(
+    launch(load_kernels(), entry, _token_arguments(rows, weight, out, ends, room), rows.device)
+
+
+def _token_arguments(rows: Tensor, weight: Tensor, out: Tensor, ends: Tensor, room: int = 0) -> GroupedGemmArgs:
+    return GroupedGemmArgs(
         rows=rows.data_ptr(),
         weight=weight.data_ptr(),
         out=out.data_ptr(),
@@ -140,7 +171,6 @@ def _multiply_tokens(entry: str, rows: Tensor, weight: Tensor, out: Tensor, ends
         blocks=_multiprocessors(rows.get_device()),
         room=room,
     )
-    launch(load_kernels(), entry, arguments, rows.device)
 
 
 def _multiply_weights(grad: Tensor, rows: Tensor, segments: ExpertSegments, out: Tensor) -> Tensor:
@@ -176,6 +206,7 @@ def load_kernels() -> ctypes.CDLL:
             "grouped_gemm_forward": GroupedGemmArgs,
             "grouped_gemm_dgrad": GroupedGemmArgs,
             "grouped_gemm_wgrad": GroupedWgradArgs,
+            "grouped_gemm_swiglu": SwigluGemmArgs,
         }
     )
 
@@ -201,3 +232,7 @@ def _is_plain(x: Tensor) -> bool:
 
 def _plain(x: Tensor) -> Tensor:
     return x if _is_plain(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
