@@ -27,7 +27,7 @@ from torch import Tensor
 from ep_moe.comm import CommunicatorFactory, communicator_factory
 from ep_moe.comm.fp8 import quantize_e4m3
 from ep_moe.compat.deep_ep import Buffer
-from ep_moe.compat.deep_ep.buffer import COMM_VARIABLE
+from ep_moe.compat.deep_ep.exchanges import COMM_VARIABLE
 from machine import say
 from timing import FLUSH_BYTES, Call
 

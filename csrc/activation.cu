@@ -6,6 +6,7 @@
 // The threads of a block form teams of one size, which depends on the width alone; a team works on one row at a time,
 // its threads side by side in vectors of 16 bytes. So a row's sum always has the same order, whatever the number of
 // rows. Rows go round the teams of the grid, and teams beyond the real rows, whose number only the device knows, end.
+// Packed rows have room for more in every expert; what is behind an expert's count is passed over.
 #include "element.cuh"
 #include "launch.cuh"
 #include "pointwise.cuh"
@@ -19,12 +20,12 @@ struct ActivationArgs {
   void* out;                 // [rows][row_vectors]; forward only
   void* grad_x;              // as x; backward only, or nullptr
   float* grad_weights;       // [rows]; backward only, or nullptr
-  const int32_t* num_rows;   // how many of the rows are real, or nullptr for all
+  const int32_t* num_rows;   // how many of the rows are real, or nullptr for all; with `room`: in each room
   int64_t rows;
   int32_t row_vectors;  // of an output row; vectors of 16 bytes
   int32_t element;      // Element of x, grad, out and grad_x
   int32_t activation;   // Activation
-  int32_t reserved;
+  int32_t room;         // if not 0: the real rows are the first of every `room` rows; forward only
 };
 
 namespace {
@@ -56,7 +57,8 @@ struct Share {
 
 __device__ __forceinline__ Share share_of(const ActivationArgs& args) {
   Share share;
-  share.rows = args.num_rows == nullptr ? args.rows : min(args.rows, static_cast<int64_t>(*args.num_rows));
+  const bool all = args.num_rows == nullptr || args.room > 0;
+  share.rows = all ? args.rows : min(args.rows, static_cast<int64_t>(*args.num_rows));
   share.team = team_threads(args.row_vectors);
   const int teams = kThreads / share.team;
   share.first_row = static_cast<int64_t>(blockIdx.x) * teams;
@@ -64,6 +66,11 @@ __device__ __forceinline__ Share share_of(const ActivationArgs& args) {
   share.lane = threadIdx.x % share.team;
   share.row = threadIdx.x / share.team;
   return share;
+}
+
+// Whether a row of packed rooms is real.
+__device__ __forceinline__ bool in_use(const ActivationArgs& args, int64_t row) {
+  return args.room == 0 || row % args.room < args.num_rows[row / args.room];
 }
 
 __device__ __forceinline__ float weight_of(const ActivationArgs& args, int64_t row) {
@@ -77,6 +84,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   const Share share = share_of(args);
   const int vectors = args.row_vectors;
   for (int64_t row = share.first_row + share.row; row < share.rows; row += share.row_stride) {
+    if (!in_use(args, row)) continue;
     const Vector<T>* gate = static_cast<const Vector<T>*>(args.x) + row * vectors * (gated ? 2 : 1);
     const Vector<T>* up = gate + vectors;
     Vector<T>* out = static_cast<Vector<T>*>(args.out) + row * vectors;

@@ -15,8 +15,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from ep_moe.comm.low_latency import Hook
 from ep_moe.compat import deep_ep
 from ep_moe.compat.deep_ep import EventOverlap
-from ep_moe.compat.deep_ep.buffer import NormalHandle
 from ep_moe.compat.deep_ep.low_latency import LowLatencyHandle, Rows
+from ep_moe.compat.deep_ep.normal_handle import NormalHandle
 
 
 class Buffer:

@@ -109,7 +109,9 @@ class EPMoELayer(nn.Module):
         )
         for parameter in self.experts.parameters():
             parameter.allreduce = ep_size == 1  # type: ignore[attr-defined]
-        shape = ExchangeShape(moe.num_experts, hidden, self.experts.alignment, moe.capacity_rows)
+        shape = ExchangeShape(
+            moe.num_experts, hidden, self.experts.alignment, self.experts.takes_packed_rows, moe.capacity_rows
+        )
         self._phases = PhaseSelector(config.phases, communicators, shape)
         self.ranges = StageRanges()
 

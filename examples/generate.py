@@ -1,5 +1,7 @@
 """Generate text from a checkpoint of ``train_moe.py``: prefill in normal mode, decode in low-latency mode.
 
+Where every process has a GPU of its own, a decode step is a CUDA graph.
+
     torchrun --nproc-per-node=2 examples/generate.py --config configs/quickstart.yaml --prompt "def main(" --steps 80
 
 Any number of processes may share the experts, whatever number trained them. Each process continues all prompts with
@@ -26,7 +28,7 @@ warnings.filterwarnings("ignore", module=r"megatron\.")
 logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
 
 from moe_gpt.checkpoint import last_checkpoint, load_weights  # noqa: E402
-from moe_gpt.decoding import generate  # noqa: E402
+from moe_gpt.decoding import can_capture, generate  # noqa: E402
 from moe_gpt.model import build_model  # noqa: E402
 from moe_gpt.processes import World, end_all_on_failure, join_processes  # noqa: E402
 
@@ -40,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", action="append", help="text to continue, repeatable; cut to one length")
     parser.add_argument("--steps", type=int, default=64, help="bytes to generate")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest byte")
+    parser.add_argument("--no-graph", action="store_true", help="decode without a CUDA graph where one is possible")
     return parser.parse_args()
 
 
@@ -75,14 +78,16 @@ def run(arguments: argparse.Namespace, config: Config, world: World, prompts: to
     model = build_model(config, world.device)
     load_weights(folder, config, model)
     generator = torch.Generator().manual_seed(config.training.seed + world.rank)
-    result = generate(model, world, prompts, arguments.steps, temperature=arguments.temperature, generator=generator)
+    capture = can_capture(config, world) and not arguments.no_graph
+    sampling = {"temperature": arguments.temperature, "generator": generator}
+    result = generate(model, world, prompts, arguments.steps, capture=capture, **sampling)
     if world.is_main:
         for text in result.tokens.tolist():
             print(bytes(text).decode(errors="replace"), end="\n---\n")
         sequences = world.size * len(prompts)
-        decode = config.phases.decode
+        how = config.phases.decode.mode + (", CUDA graph" if result.captured else "")
         print(
-            f"{folder}: prefill {sequences * prompts.shape[1] / result.prefill_s:.0f} tokens/s, decode ({decode.mode}) "
+            f"{folder}: prefill {sequences * prompts.shape[1] / result.prefill_s:.0f} tokens/s, decode ({how}) "
             f"{sequences * result.steps / result.decode_s:.0f} tokens/s, {1e3 * result.decode_s / result.steps:.2f} ms "
             f"a step of {sequences} sequences on {world.size} x {world.device.type}",
             flush=True,

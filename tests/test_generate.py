@@ -19,7 +19,7 @@ WIDE = ("model.hidden_size=128", "moe.top_k=2")
 PROMPTS = ("def main(", "import torch\n")
 
 
-def generate(output: Path, processes: int, *overrides: str) -> tuple[list[str], str]:
+def generate(output: Path, processes: int, *overrides: str, flags: tuple[str, ...] = ()) -> tuple[list[str], str]:
     """The continued prompts, and the line of rates."""
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
     script = [str(ROOT / "examples" / "generate.py"), "--config", str(ROOT / "configs" / "quickstart.yaml")]
@@ -27,7 +27,7 @@ def generate(output: Path, processes: int, *overrides: str) -> tuple[list[str], 
     words = [word for setting in settings for word in ("--set", setting)]
     words += [word for prompt in PROMPTS for word in ("--prompt", prompt)]
     done = subprocess.run(
-        [*launcher, *script, *words, "--steps", "12", "--temperature", "0"],
+        [*launcher, *script, *words, *flags, "--steps", "12", "--temperature", "0"],
         capture_output=True,
         text=True,
         timeout=120,
@@ -52,3 +52,25 @@ def test_modes_and_splits_agree(tmp_path: Path) -> None:
 def test_too_long_a_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"prompt and text have 21 bytes, the model takes 16"):
         generate(tmp_path, 1, "data.sequence_length=16")
+
+
+# The kernels' multiples, and the precision that they compute in.
+ON_GPU = (
+    "training.device=cuda",
+    "training.precision=bf16",
+    "moe.experts.backend=auto",
+    "moe.experts.ffn_hidden_size=64",
+    "moe.comm=nvlink",
+)
+
+
+@pytest.mark.gpu
+def test_a_captured_decode_step_gives_the_same_text(tmp_path: Path) -> None:
+    train(tmp_path, 1, *WIDE, *ON_GPU)
+    texts, rates = generate(tmp_path, 1, *ON_GPU)
+    assert "decode (low_latency, CUDA graph)" in rates
+    step_by_step, rates = generate(tmp_path, 1, *ON_GPU, flags=("--no-graph",))
+    assert "decode (low_latency)" in rates
+    normal, rates = generate(tmp_path, 1, *ON_GPU, "phases.decode.mode=normal")
+    assert "decode (normal)" in rates
+    assert texts == step_by_step == normal

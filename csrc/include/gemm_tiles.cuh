@@ -2,8 +2,9 @@
 //
 // An expert's tokens are cut into as few tiles as the widest one permits, all of one width: the smallest multiple of 8
 // that holds their share. Every width is its own code, so a block goes through its tiles class by class: experts are
-// sorted by width, widest first, so that the last wave has the smaller tiles. All blocks sort alike, from the segment
-// ends in global memory. Within an expert the token tiles of one weight tile are neighbours, and run at the same time.
+// sorted by width, widest first, so that the last wave has the smaller tiles; those without tokens have no tiles. All
+// blocks sort alike, from the segment ends in global memory. Within an expert the token tiles of one weight tile are
+// neighbours, and run at the same time.
 #pragma once
 
 #include <cstdint>
@@ -51,16 +52,24 @@ struct TileTable {
   int32_t class_experts[kWidthClasses];
   int32_t class_end[kWidthClasses];  // the first tile beyond a class
   int32_t experts;                   // that have tokens
+  int32_t room;                      // rows from one expert's first to the next one's; 0 if they have no gaps
   uint16_t order[kMaxGemmExperts];
 
-  __device__ __forceinline__ int start(int expert) const { return expert == 0 ? 0 : ends[expert - 1]; }
+  __device__ __forceinline__ int start(int expert) const {
+    if (room > 0) return expert * room;
+    return expert == 0 ? 0 : ends[expert - 1];
+  }
 
   __device__ __forceinline__ int tiles() const { return class_end[kWidthClasses - 1]; }
 
-  // Called by all threads of the block; the table is complete when it returns.
-  __device__ void build(const int32_t* segment_ends, int num_experts, int weight_tiles) {
+  // Called by all threads of the block; the table is complete when it returns. With `expert_room`, `segment_ends` are
+  // counts of rows, each expert's from the first of its room on.
+  __device__ void build(const int32_t* segment_ends, int num_experts, int expert_room, int weight_tiles) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    for (int e = threadIdx.x; e < num_experts; e += blockDim.x) ends[e] = segment_ends[e];
+    if (threadIdx.x == 0) room = expert_room;
+    for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
+      ends[e] = expert_room > 0 ? e * expert_room + min(segment_ends[e], expert_room) : segment_ends[e];
+    }
     __syncthreads();
     for (int c = warp; c < kWidthClasses; c += warps) {
       int tiles_of_lane = 0, experts_of_lane = 0;

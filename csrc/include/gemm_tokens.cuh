@@ -2,8 +2,9 @@
 //
 // Weights are the multiply's 256 rows, tokens its columns, whose number fits the expert to a multiple of 8. One thread
 // copies blocks of weights and rows into the ring by tensor copies; two warpgroups multiply, half of the weight rows
-// each. A token tile may read rows of the next expert or beyond the last segment: they fall into columns of their own,
-// which are never stored. Weights beyond the matrix read as zeros, and their results are not stored either.
+// each. A token tile may read rows of the next expert or, up to a multiple of 8, beyond its segment: they fall into
+// columns of their own, which are never stored. Weights beyond the matrix read as zeros, and their results are not
+// stored either.
 //
 // What becomes of the sums is the product's own affair. A `Product` is a struct of parameters with
 //   kWeightMajor     how the weights lie;
@@ -24,12 +25,14 @@ struct GroupedGemmArgs {
   const void* rows;     // [num_rows][reduction]
   const void* weight;   // [experts][columns][reduction] forward, [experts][reduction][columns] for the gradient
   void* out;            // [num_rows][columns]; not written from the last segment's end on
-  const int32_t* ends;  // [experts], where each one's segment ends; the next one's starts there
+  const int32_t* ends;  // [experts], where each one's segment ends; the next one's starts there. With `room`: counts
   int64_t num_rows;
   int32_t experts;
   int32_t reduction;  // a multiple of 64, as is `columns`
   int32_t columns;
   int32_t blocks;  // to launch; one fits on an SM
+  int32_t room;    // if not 0: expert e's rows, and those of its result, start at e * room, for a count of at most room
+  int32_t reserved;
 };
 
 namespace {
@@ -191,7 +194,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) token_gemm_kernel(const __gri
   constexpr int kTileColumns = TokenBlock<Product>::kTileColumns;
   const GroupedGemmArgs& args = gemm.args;
   if (threadIdx.x == 0) barriers.init();
-  table.build(args.ends, args.experts, (args.columns + kTileColumns - 1) / kTileColumns);
+  table.build(args.ends, args.experts, args.room, (args.columns + kTileColumns - 1) / kTileColumns);
 
   TokenBlock<Product> block;
   block.gemm = &gemm;
@@ -215,7 +218,8 @@ const char* launch_token_gemm(const char* what, const GroupedGemmArgs& args, con
                               cudaStream_t stream) {
   if (args.num_rows == 0 || args.experts == 0 || args.columns == 0) return nullptr;
   if (args.experts < 0 || args.experts > kMaxGemmExperts || args.reduction <= 0 || args.reduction % 64 != 0 ||
-      args.columns % 64 != 0 || args.blocks <= 0) {
+      args.columns % 64 != 0 || args.blocks <= 0 || args.room < 0 ||
+      (args.room > 0 && args.num_rows != static_cast<int64_t>(args.experts) * args.room)) {
     return error_text(cudaErrorInvalidValue, what);
   }
   constexpr CUtensorMapDataType kBf16 = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;

@@ -9,7 +9,7 @@ from ep_moe.comm.communicator import (
     RowLayout,
 )
 from ep_moe.comm.factory import CommunicatorFactory, communicator_factory
-from ep_moe.comm.low_latency import LowLatencyCommunicator, PackedRows
+from ep_moe.comm.low_latency import LowLatencyCommunicator, PackedRows, PackedSegments
 from ep_moe.comm.nvlink import NvlinkCommunicator
 from ep_moe.comm.nvlink_faults import PeerTimeoutError
 from ep_moe.comm.nvlink_low_latency import NvlinkLowLatencyCommunicator
@@ -26,6 +26,7 @@ __all__ = [
     "NvlinkCommunicator",
     "NvlinkLowLatencyCommunicator",
     "PackedRows",
+    "PackedSegments",
     "PeerTimeoutError",
     "PortableCommunicator",
     "PortableLowLatencyCommunicator",

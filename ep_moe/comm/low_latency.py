@@ -48,6 +48,19 @@ class PackedRows:
     handle: Any
 
 
+@dataclass(frozen=True)
+class PackedSegments:
+    """Where the rows of each local expert lie in packed rows ``[local_experts, room, width]``: they are its first ones.
+
+    Attributes:
+        counts: int32 ``[local_experts]``, real rows; those behind them hold garbage.
+        out: bf16 ``[local_experts, room, hidden]``, where the experts write; only real rows of it will be read.
+    """
+
+    counts: Tensor
+    out: Tensor
+
+
 class LowLatencyCommunicator(Protocol):
     """Moves rows between ranks in fixed shapes. All methods but the last three are collective over :attr:`group`.
 
@@ -156,7 +169,10 @@ class LowLatencyCommunicator(Protocol):
         ...
 
     def combine_buffer(self, handle: Any) -> Tensor:
-        """A bf16 ``[local_experts, ranks * max_tokens, hidden]`` for experts to write to: combine copies nothing."""
+        """A bf16 ``[local_experts, ranks * max_tokens, hidden]`` for experts to write to: combine copies nothing.
+
+        A new one at every call, so that exchanges of several streams do not share it.
+        """
         ...
 
     def mask_rank(self, rank: int, failed: bool = True) -> None:

@@ -178,7 +178,6 @@ class NvlinkLowLatencyCommunicator:
         self._common = native.LowLatency()
         self._captured = False
         self._masked = 0
-        self._experts_out: Tensor | None = None
         self._dispatches, self._combines = _Rounds("dispatches"), _Rounds("combines")
         self._lock = threading.Lock()  # hooks may be called by other threads
 
@@ -259,12 +258,10 @@ class NvlinkLowLatencyCommunicator:
     def combine_buffer(self, handle: NvlinkLowLatencyHandle) -> Tensor:
         """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.combine_buffer`.
 
-        Combine reads rows where they are, so any tensor is as good; this one is always the same.
+        Combine reads rows where they are, so any tensor is as good.
         """
-        if self._experts_out is None:
-            shape = (*handle.source_token.shape, self.hidden)
-            self._experts_out = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
-        return self._experts_out
+        shape = (*handle.source_token.shape, self.hidden)
+        return torch.empty(shape, dtype=torch.bfloat16, device=self.device)
 
     def _dispatch(
         self,

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ep_moe.comm import ExpertSegments
+from ep_moe.comm import ExpertSegments, PackedSegments
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class DispatchedTokens:
     """Tokens at the rank of their experts, ready for a grouped GEMM.
 
     Attributes:
-        rows: ``[segments.num_rows, hidden]`` in the dtype of the tokens; expert-major, padding rows zero.
+        rows: ``[segments.num_rows, hidden]`` in the dtype of the tokens; expert-major, padding rows zero. If the
+            segments are packed: ``[local_experts, room, hidden]``, garbage behind the counts.
         weights: ``[segments.num_rows]`` routing weight of each row, 0 for padding; ``None`` if combine applies them.
         segments: which rows belong to which local expert.
         handle: names this exchange in ``combine`` and in cached dispatches; valid until the backward pass is done.
@@ -25,7 +26,7 @@ class DispatchedTokens:
 
     rows: Tensor
     weights: Tensor | None
-    segments: ExpertSegments
+    segments: ExpertSegments | PackedSegments
     handle: Any
 
 

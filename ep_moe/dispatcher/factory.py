@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +22,14 @@ class ExchangeShape:
         num_experts: over all ranks.
         hidden_size: channels of a token.
         alignment: rows per expert are padded to a multiple of this.
+        takes_packed_rows: whether the experts take packed rows of a dtype on a device.
         max_rows: rows to make room for in normal mode, or ``None`` for those that arrive.
     """
 
     num_experts: int
     hidden_size: int
     alignment: int
+    takes_packed_rows: Callable[[torch.dtype, torch.device], bool]
     max_rows: int | None
 
 
@@ -44,7 +47,9 @@ def build_dispatcher(
         communicator = communicators.build_low_latency(
             device, phase.max_tokens_per_rank, shape.hidden_size, shape.num_experts
         )
-        return LowLatencyDispatcher(communicator, fp8=phase.dispatch_dtype == "fp8")
+        return LowLatencyDispatcher(
+            communicator, fp8=phase.dispatch_dtype == "fp8", takes_packed_rows=shape.takes_packed_rows
+        )
     return NormalDispatcher(
         communicators.build(device),
         shape.num_experts,

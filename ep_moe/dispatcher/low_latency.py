@@ -1,8 +1,8 @@
 """Low-latency mode: fixed shapes and no wait of the host, for inference.
 
-Tokens travel to packed buffers in which every expert has room for all tokens of all ranks. Grouped GEMMs want the real
-rows side by side instead; there are at most ``top_k`` a token, so gathering them is cheap, and the experts cost what
-real rows cost.
+Tokens travel to packed buffers in which every expert has room for all tokens of all ranks. Experts that can, compute
+there, and write to the buffer that combine reads. Others get the real rows side by side: there are at most ``top_k`` a
+token, so that they too cost what real rows cost, and a copy each way.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ep_moe.comm import ExpertSegments
 from ep_moe.comm.fp8 import dequantize_e4m3
-from ep_moe.comm.low_latency import LowLatencyCommunicator, PackedRows, ScaleFormat
+from ep_moe.comm.low_latency import LowLatencyCommunicator, PackedRows, PackedSegments, ScaleFormat
 from ep_moe.dispatcher.dispatcher import DispatchedTokens, WeightGradients, refuse_gradients
 
 
@@ -27,18 +27,18 @@ class LowLatencyHandle:
     Attributes:
         packed: the communicator's handle.
         places: int64 ``[segments.num_rows]``, the packed row of each expert-major row; behind the last real row, the
-            number of packed rows.
+            number of packed rows. ``None`` if the experts work on the packed rows.
         topk_idx: as dispatched.
         topk_weights: fp32 routing weights, which combine applies.
-        segments: of the expert-major rows.
+        segments: of the rows.
         dtype: of the tokens.
     """
 
     packed: Any
-    places: Tensor
+    places: Tensor | None
     topk_idx: Tensor
     topk_weights: Tensor
-    segments: ExpertSegments
+    segments: ExpertSegments | PackedSegments
     dtype: torch.dtype
 
 
@@ -48,10 +48,23 @@ class LowLatencyDispatcher:
     Rows travel as bf16 whatever the dtype of the tokens, or as e4m3. Routing weights are applied by ``combine``.
     """
 
-    def __init__(self, communicator: LowLatencyCommunicator, *, fp8: bool = False) -> None:
-        """Dispatch over ``communicator``; ``fp8``: as e4m3 with a scale per 128 channels."""
+    def __init__(
+        self,
+        communicator: LowLatencyCommunicator,
+        *,
+        fp8: bool = False,
+        takes_packed_rows: Callable[[torch.dtype, torch.device], bool] = lambda dtype, device: False,
+    ) -> None:
+        """Dispatch over ``communicator``.
+
+        Args:
+            communicator: moves the rows.
+            fp8: as e4m3 with a scale per 128 channels.
+            takes_packed_rows: whether the experts take packed rows of a dtype on a device.
+        """
         self.communicator = communicator
         self.fp8 = fp8
+        self._takes_packed_rows = takes_packed_rows
 
     def dispatch(
         self,
@@ -65,7 +78,7 @@ class LowLatencyDispatcher:
         """See :meth:`ep_moe.dispatcher.dispatcher.TokenDispatcher.dispatch`.
 
         Returns:
-            Rows without weights, in segments whose sizes only the device knows.
+            Rows without weights, packed or in segments whose sizes only the device knows.
 
         Raises:
             RuntimeError: if a gradient would be needed: there is none.
@@ -113,7 +126,11 @@ class LowLatencyDispatcher:
     def _unpack(
         self, packed: PackedRows, dtype: torch.dtype, topk_idx: Tensor, topk_weights: Tensor
     ) -> DispatchedTokens:
-        """The real rows of packed buffers side by side."""
+        """What the experts take: the packed buffers, or their real rows side by side."""
+        if not self.fp8 and dtype == torch.bfloat16 and self._takes_packed_rows(dtype, packed.rows.device):
+            packed_segments = PackedSegments(packed.counts, self.communicator.combine_buffer(packed.handle))
+            handle = LowLatencyHandle(packed.handle, None, topk_idx, topk_weights.float(), packed_segments, dtype)
+            return DispatchedTokens(packed.rows, None, packed_segments, handle)
         local_experts, room, hidden = packed.rows.shape
         ends = packed.counts.cumsum(0, dtype=torch.int32)
         capacity = min(local_experts, topk_idx.shape[1]) * room
@@ -134,7 +151,9 @@ class LowLatencyDispatcher:
 
 
 def _pack(rows: Tensor, handle: LowLatencyHandle) -> Tensor:
-    """Expert-major rows in the buffer of their exchange."""
+    """What combine reads; gathered rows go back to their places."""
+    if handle.places is None:
+        return rows
     local_experts, room = handle.packed.source_token.shape
     # One row more, for what lies behind the last real row.
     packed = torch.empty(local_experts * room + 1, rows.shape[1], dtype=torch.bfloat16, device=rows.device)

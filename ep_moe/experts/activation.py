@@ -100,6 +100,23 @@ def apply_activation(
     return result
 
 
+def apply_packed_activation(x: Tensor, activation: str, counts: Tensor) -> Tensor:
+    """As :func:`apply_activation`, for packed rows: of ``x[e]`` the first ``counts[e]`` are real. No gradients.
+
+    Args:
+        x: floating point ``[experts, room, width]``.
+        activation: as in :func:`apply_activation`.
+        counts: int32 ``[experts]``, on the device of ``x``.
+
+    Returns:
+        ``[experts, room, ffn]``; rows behind the counts are unspecified, and cost nothing in the kernel.
+    """
+    width = _out_width(x, activation)
+    if activation_kernels.usable(x, width):
+        return activation_kernels.forward_packed(x, activation, counts, width)
+    return apply_activation(x, activation)
+
+
 def activation_backward(
     grad: Tensor,
     x: Tensor,

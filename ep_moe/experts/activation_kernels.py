@@ -36,7 +36,7 @@ class ActivationArgs(ctypes.Structure):
         ("row_vectors", c_int32),
         ("element", c_int32),
         ("activation", c_int32),
-        ("reserved", c_int32),
+        ("room", c_int32),
     )
 
 
@@ -73,6 +73,19 @@ def forward(x: Tensor, activation: str, row_weights: Tensor | None, row_count: T
     weights = as_fp32(row_weights)
     arguments.x, arguments.out, arguments.row_weights = x.data_ptr(), out.data_ptr(), _pointer(weights)
     _launch("activation_forward", arguments, x.device)
+    return out
+
+
+def forward_packed(x: Tensor, activation: str, counts: Tensor, width: int) -> Tensor:
+    """The activation of the first ``counts[e]`` (int32, on the GPU) rows of each ``x[e]``, ``[experts, room, any]``.
+
+    Returns:
+        ``[experts, room, width]``; rows behind the counts have not been written.
+    """
+    out = x.new_empty(*x.shape[:-1], width)
+    arguments = _arguments(out, activation, counts)
+    arguments.x, arguments.out, arguments.room = x.data_ptr(), out.data_ptr(), x.shape[1]
+    _launch("ep_moe_activation_forward", arguments, x.device)
     return out
 
 

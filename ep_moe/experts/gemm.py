@@ -47,6 +47,24 @@ class WeightGradient(Protocol):
         ...
 
 
+class PackedForward(Protocol):
+    """The product for rows that lie packed, with gaps between the experts; see :class:`GroupedGemm`."""
+
+    def __call__(self, rows: Tensor, weight: Tensor, counts: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Each expert's rows times its transposed weight. An expert without rows costs nothing.
+
+        Args:
+            rows: ``[local_experts, room, in_features]``; those of an expert behind its count reach no result.
+            weight: ``[local_experts, out_features, in_features]``.
+            counts: int32 ``[local_experts]``, on the device.
+            out: ``[local_experts, room, out_features]`` to write to, or ``None`` for a new tensor.
+
+        Returns:
+            ``out``; rows behind the counts have not been written.
+        """
+        ...
+
+
 class SwigluForward(Protocol):
     """The forward of a linear layer with SwiGLU behind it; see :class:`GroupedGemm`."""
 
@@ -88,12 +106,14 @@ class GroupedGemm:
         dgrad: ``(grad [num_rows, out_features], weight, segments)`` to ``[num_rows, in_features]``: each expert's
             gradients times its weight.
         wgrad: see :class:`WeightGradient`.
+        forward_packed: see :class:`PackedForward`; ``None`` if the back end has none.
         swiglu: see :class:`SwigluForward`; ``None`` if the back end does not fuse it.
     """
 
     forward: Callable[[Tensor, Tensor, ExpertSegments], Tensor]
     dgrad: Callable[[Tensor, Tensor, ExpertSegments], Tensor]
     wgrad: WeightGradient
+    forward_packed: PackedForward | None = None
     swiglu: SwigluForward | None = None
 
 

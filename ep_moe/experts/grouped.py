@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ep_moe.comm import ExpertSegments
+from ep_moe.comm import ExpertSegments, PackedSegments
 from ep_moe.config import ExpertsConfig
-from ep_moe.experts.activation import apply_activation, check_row_weights, fc1_width
+from ep_moe.experts.activation import apply_activation, apply_packed_activation, check_row_weights, fc1_width
 from ep_moe.experts.backends import ALIGNMENT, select_backend
 from ep_moe.experts.deferred import DeferredGradients
-from ep_moe.experts.gemm import grouped_linear
+from ep_moe.experts.gemm import GroupedGemm, grouped_linear
 from ep_moe.experts.init import initialize_experts
 from ep_moe.experts.swiglu import swiglu_linear
 from ep_moe.experts.te import import_grouped_gemm
@@ -82,6 +82,10 @@ class GroupedExperts(nn.Module):
         """Rows per segment must be a multiple of this; every back end takes ragged segments."""
         return ALIGNMENT
 
+    def takes_packed_rows(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether :meth:`forward` takes :class:`~ep_moe.comm.PackedSegments` of rows in ``dtype`` on ``device``."""
+        return dtype == torch.bfloat16 and self._backend(dtype, device).forward_packed is not None
+
     def defer_gradients(self) -> DeferredGradients:
         """What :meth:`forward` needs so that its backward pass leaves the weight gradients for later."""
         return DeferredGradients(*_autocast(self.fc1_weight, self.fc2_weight))
@@ -90,7 +94,7 @@ class GroupedExperts(nn.Module):
         self,
         rows: Tensor,
         row_weights: Tensor | None,
-        segments: ExpertSegments,
+        segments: ExpertSegments | PackedSegments,
         deferred: DeferredGradients | None = None,
     ) -> Tensor:
         """Compute each expert's network on its segment of rows.
@@ -102,7 +106,8 @@ class GroupedExperts(nn.Module):
             rows: ``[segments.num_rows, hidden]``, expert-major, in the dtype of the parameters. Under
                 ``torch.autocast`` rows and weights are computed with in its dtype (except fp64 ones).
             row_weights: floating point ``[segments.num_rows]``, or ``None`` for weights of 1.
-            segments: which rows belong to which local expert.
+            segments: which rows belong to which local expert. If packed, for inference: ``rows`` are
+                ``[local_experts, room, hidden]``, and so is the result, which is ``segments.out``.
             deferred: of :meth:`defer_gradients`; takes the weight gradients, whose computation the caller then owes.
                 ``None`` computes them in the backward pass of each projection.
 
@@ -111,22 +116,18 @@ class GroupedExperts(nn.Module):
 
         Raises:
             ConfigError: (a ``ValueError``) if the back end does not support the dtype, device or widths.
+            RuntimeError: if a gradient of packed rows would be needed.
             ValueError: if an argument's shape, dtype or device does not fit.
         """
+        if isinstance(segments, PackedSegments):
+            return self._forward_packed(rows, segments)
         if deferred is None:
             fc1_weight, fc2_weight = _autocast(self.fc1_weight, self.fc2_weight)
         else:
             fc1_weight, fc2_weight = deferred.weights
         (rows,) = _autocast(rows)
         self._check(rows, row_weights, segments, fc1_weight)
-        gemm = select_backend(
-            self.config.backend,
-            dtype=rows.dtype,
-            device=rows.device,
-            num_local_experts=self.num_local_experts,
-            hidden_size=self.hidden_size,
-            ffn_hidden_size=self.config.ffn_hidden_size,
-        )
+        gemm = self._backend(rows.dtype, rows.device)
         defer_fc1, defer_fc2 = (None if deferred is None else functools.partial(deferred.add, i) for i in range(2))
         activation = self.config.activation
         if gemm.swiglu is not None and activation == "swiglu":
@@ -143,6 +144,35 @@ class GroupedExperts(nn.Module):
             f"experts {first}..{last}, hidden={self.hidden_size}, ffn={self.config.ffn_hidden_size}, "
             f"activation={self.config.activation}, backend={self.config.backend}"
         )
+
+    def _backend(self, dtype: torch.dtype, device: torch.device) -> GroupedGemm:
+        return select_backend(
+            self.config.backend,
+            dtype=dtype,
+            device=device,
+            num_local_experts=self.num_local_experts,
+            hidden_size=self.hidden_size,
+            ffn_hidden_size=self.config.ffn_hidden_size,
+        )
+
+    def _forward_packed(self, rows: Tensor, segments: PackedSegments) -> Tensor:
+        """The network on the real rows of each expert, into the buffer from which they are combined."""
+        fc1_weight, fc2_weight = _autocast(self.fc1_weight, self.fc2_weight)
+        if torch.is_grad_enabled() and (rows.requires_grad or fc1_weight.requires_grad or fc2_weight.requires_grad):
+            raise RuntimeError("packed rows have no gradients: wrap the call in torch.no_grad()")
+        expected = [self.num_local_experts, segments.out.shape[1], self.hidden_size]
+        for name, x in (("rows", rows), ("segments.out", segments.out)):
+            if list(x.shape) != expected or x.dtype != fc1_weight.dtype or x.device != fc1_weight.device:
+                raise ValueError(
+                    f"{name}: expected {fc1_weight.dtype} {expected} on {fc1_weight.device} as the weights, "
+                    f"got {x.dtype} {list(x.shape)} on {x.device}"
+                )
+        multiply = self._backend(rows.dtype, rows.device).forward_packed
+        if multiply is None:
+            raise ValueError(f"segments: moe.experts.backend = {self.config.backend} takes no packed rows here")
+        inner = multiply(rows, fc1_weight, segments.counts)
+        inner = apply_packed_activation(inner, self.config.activation, segments.counts)
+        return multiply(inner, fc2_weight, segments.counts, out=segments.out)
 
     def _check(self, rows: Tensor, row_weights: Tensor | None, segments: ExpertSegments, weight: Tensor) -> None:
         if segments.ends.shape != (self.num_local_experts,):

@@ -37,6 +37,8 @@ class GroupedGemmArgs(ctypes.Structure):
         ("reduction", c_int32),
         ("columns", c_int32),
         ("blocks", c_int32),
+        ("room", c_int32),
+        ("reserved", c_int32),
     )
 
 
@@ -90,14 +92,28 @@ def find_obstacle(
 def forward(rows: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
     """Tokens on the narrow side of the multiply, a tile as wide as the expert's count asks; see ``GroupedGemm``."""
     out = rows.new_empty(rows.shape[0], weight.shape[1])
-    _multiply_tokens("grouped_gemm_forward", rows, weight, out, segments)
+    _multiply_tokens("grouped_gemm_forward", rows, weight, out, segments.ends)
+    return out
+
+
+def forward_packed(rows: Tensor, weight: Tensor, counts: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """As :func:`forward`, each expert's rows having a fixed place; see ``PackedForward``."""
+    experts, room, width = rows.shape
+    if out is None:
+        out = rows.new_empty(experts, room, weight.shape[1])
+    if not _is_plain(out):
+        raise ValueError(
+            f"out: expected a contiguous tensor from a multiple of 16 bytes on, got strides {out.stride()}"
+        )
+    flat = rows.reshape(experts * room, width)
+    _multiply_tokens("grouped_gemm_forward", flat, weight, out.view(experts * room, -1), counts, room)
     return out
 
 
 def dgrad(grad: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
     """As :func:`forward`, with the weights transposed as they are read; see ``GroupedGemm``."""
     out = grad.new_empty(grad.shape[0], weight.shape[2])
-    _multiply_tokens("grouped_gemm_dgrad", grad, weight, out, segments)
+    _multiply_tokens("grouped_gemm_dgrad", grad, weight, out, segments.ends)
     return out
 
 
@@ -126,7 +142,7 @@ def swiglu(
     out = rows.new_empty(num_rows, width // 2)
     pre_activation = rows.new_empty(num_rows, width) if keep else None
     arguments = SwigluGemmArgs(
-        gemm=_token_arguments(rows, weight, out, segments),
+        gemm=_token_arguments(rows, weight, out, segments.ends),
         row_weights=_pointer(row_weights),
         pre_activation=_pointer(pre_activation),
     )
@@ -134,25 +150,26 @@ def swiglu(
     return out, pre_activation
 
 
-NATIVE = GroupedGemm(forward, dgrad, wgrad, swiglu)
+NATIVE = GroupedGemm(forward, dgrad, wgrad, forward_packed, swiglu)
 
 
-def _multiply_tokens(entry: str, rows: Tensor, weight: Tensor, out: Tensor, segments: ExpertSegments) -> None:
+def _multiply_tokens(entry: str, rows: Tensor, weight: Tensor, out: Tensor, ends: Tensor, room: int = 0) -> None:
     rows, weight = _plain(rows), _plain(weight)
-    launch(load_kernels(), entry, _token_arguments(rows, weight, out, segments), rows.device)
+    launch(load_kernels(), entry, _token_arguments(rows, weight, out, ends, room), rows.device)
 
 
-def _token_arguments(rows: Tensor, weight: Tensor, out: Tensor, segments: ExpertSegments) -> GroupedGemmArgs:
+def _token_arguments(rows: Tensor, weight: Tensor, out: Tensor, ends: Tensor, room: int = 0) -> GroupedGemmArgs:
     return GroupedGemmArgs(
         rows=rows.data_ptr(),
         weight=weight.data_ptr(),
         out=out.data_ptr(),
-        ends=segments.ends.data_ptr(),
+        ends=ends.data_ptr(),
         num_rows=rows.shape[0],
         experts=weight.shape[0],
         reduction=rows.shape[1],
         columns=out.shape[1],
         blocks=_multiprocessors(rows.get_device()),
+        room=room,
     )
 
 

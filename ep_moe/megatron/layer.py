@@ -124,7 +124,13 @@ class MegatronEPMoELayer(MoELayer):
                 pg_collection=groups,
                 gate=config.moe_shared_expert_gate,
             )
-        shape = ExchangeShape(moe.num_experts, config.hidden_size, self.experts.alignment, moe.capacity_rows)
+        shape = ExchangeShape(
+            moe.num_experts,
+            config.hidden_size,
+            self.experts.alignment,
+            self.experts.takes_packed_rows,
+            moe.capacity_rows,
+        )
         self._phases = PhaseSelector(phases, communicators, shape)
         self._overlaps_shared = any("shared_experts" in getattr(phases, name).overlap for name in PHASES)
         self._finish_shared: Callable[[], Tensor] | None = None

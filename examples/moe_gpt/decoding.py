@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from ep_moe.config import Config
 from moe_gpt.model import CausalAttention, moe_layers
 from moe_gpt.processes import World
 
@@ -24,12 +26,14 @@ class Generated:
         prefill_s: seconds that the prompts took.
         decode_s: seconds that all steps after them took.
         steps: of decoding.
+        captured: whether these were replays of a CUDA graph.
     """
 
     tokens: Tensor
     prefill_s: float
     decode_s: float
     steps: int
+    captured: bool
 
 
 class KeyValueCache:
@@ -76,22 +80,59 @@ def key_value_caches(model: GPTModel, length: int) -> Iterator[list[KeyValueCach
             layer.cache = None
 
 
+def can_capture(config: Config, world: World) -> bool:
+    """Whether a decode step can be a CUDA graph: its exchange is that of our kernels, and no GEMM asks for sizes.
+
+    Kernels run between the GPUs of one host. In fp32 the experts are one GEMM each, of a size that the host must know.
+    """
+    device_sized = world.dtype == torch.bfloat16 and config.moe.experts.backend in ("auto", "native", "grouped_mm")
+    by_kernels = config.phases.decode.mode == "low_latency" and config.moe.comm != "portable"
+    return world.own_gpus and by_kernels and device_sized
+
+
+class CapturedStep:
+    """Replays ``forward(tokens [sequences, 1], positions [1])``, captured once, with other values."""
+
+    def __init__(self, forward: Callable[[Tensor, Tensor], Tensor], tokens: Tensor, position: Tensor) -> None:
+        """Capture, after a run that allocates what lasts; both compute with the values given."""
+        self._tokens, self._position = tokens.clone(), position.clone()
+        forward(self._tokens, self._position)
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads, such as that of NCCL which looks for errors, may go on.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._logits = forward(self._tokens, self._position)
+
+    def __call__(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """The logits, in memory that the next call writes again."""
+        self._tokens.copy_(tokens)
+        self._position.copy_(position)
+        self._graph.replay()
+        return self._logits
+
+
 @torch.no_grad()
 def generate(
-    model: GPTModel, world: World, prompts: Tensor, steps: int, *, temperature: float, generator: torch.Generator
+    model: GPTModel,
+    world: World,
+    prompts: Tensor,
+    steps: int,
+    *,
+    temperature: float,
+    generator: torch.Generator,
+    capture: bool,
 ) -> Generated:
     """Continue ``prompts`` (int64 ``[sequences, length]``) by ``steps`` bytes; collective over all processes.
 
-    Prompts pass the layer's prefill phase at once, then each byte its decode phase. ``temperature`` 0 takes the
-    likeliest byte, otherwise bytes are drawn with logits divided by it.
+    Prompts pass the layer's prefill phase at once, then each byte its decode phase, with ``capture`` in a CUDA graph.
+    ``temperature`` 0 takes the likeliest byte, otherwise bytes are drawn with logits divided by it.
     """
     model.eval()
     tokens = prompts.to(world.device)
     length = tokens.shape[1]
     with key_value_caches(model, length + steps) as caches:
 
-        def forward(phase: str, new: Tensor, first: int) -> Tensor:
-            positions = torch.arange(first, first + new.shape[1], device=world.device)
+        def forward(phase: str, new: Tensor, positions: Tensor) -> Tensor:
             for cache in caches:
                 cache.positions = positions
             with contextlib.ExitStack() as stack:
@@ -101,14 +142,21 @@ def generate(
                 stack.enter_context(torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32))
                 return model(new, positions.expand_as(new), None)[:, -1].float()
 
+        places = torch.arange(length + steps, device=world.device)
+        decode: Callable[[Tensor, Tensor], Tensor] = functools.partial(forward, "decode")
         start = clock(world)
-        logits = forward("prefill", tokens, 0)
-        prefilled = clock(world)
+        logits = forward("prefill", tokens, places[:length])
+        prefill_s = clock(world) - start
+        if capture:
+            # What it leaves in the caches at this place, the first step overwrites.
+            decode = CapturedStep(decode, tokens[:, -1:], places[length : length + 1])
+        start = clock(world)
         for step in range(steps):
             tokens = torch.cat([tokens, sample(logits, temperature, generator)], dim=1)
             if step + 1 < steps:
-                logits = forward("decode", tokens[:, -1:], length + step)
-        return Generated(tokens.cpu(), prefilled - start, clock(world) - prefilled, steps)
+                place = length + step
+                logits = decode(tokens[:, -1:], places[place : place + 1])
+        return Generated(tokens.cpu(), prefill_s, clock(world) - start, steps, capture)
 
 
 def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:

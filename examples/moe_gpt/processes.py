@@ -28,12 +28,14 @@ class World:
         size: number of processes; all are data-parallel.
         device: where this process computes.
         dtype: of the arithmetic (autocast); parameters are fp32.
+        own_gpus: whether all processes are on one host, each with a GPU of its own.
     """
 
     rank: int
     size: int
     device: torch.device
     dtype: torch.dtype
+    own_gpus: bool
 
     @property
     def is_main(self) -> bool:
@@ -66,7 +68,8 @@ def join_processes(config: Config) -> Iterator[World]:
     )
     parallel_state.initialize_model_parallel(expert_model_parallel_size=ep_size)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), device, _dtype(config.training.precision, device))
+        dtype = _dtype(config.training.precision, device)
+        yield World(dist.get_rank(), dist.get_world_size(), device, dtype, use_nccl and local_world == world_size)
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ep_moe.native import stream_handle
 from ep_moe.streams import tensors_in
 
 T = TypeVar("T")
@@ -77,27 +78,29 @@ class CommunicationStream:
         inputs: Iterable[Any],
         previous_event: EventOverlap | None,
         async_finish: bool,
+        use_handle: Callable[[], None] | None = None,
     ) -> tuple[T, EventOverlap]:
         """Run ``operation``, on the communication stream if ``previous_event`` or ``async_finish`` is given.
 
         Args:
             device: of the tensors.
             operation: works on the current stream.
-            inputs: all tensors it uses, within tuples, lists and dataclasses.
+            inputs: all tensors of the caller that it uses, within tuples, lists and dataclasses.
             previous_event: waited for before, instead of everything that is on the current stream.
             async_finish: leave it to the caller to wait for the event.
+            use_handle: told that the current stream uses a handle, whose tensors may come from another one.
 
         Returns:
             What ``operation`` returned, and the event after it, which holds nothing unless ``async_finish``.
         """
         if device.type != "cuda":
             return operation(), EventOverlap(EventHandle() if async_finish else None)
-        current = torch.cuda.current_stream(device)
         if not async_finish and previous_event is None:
-            result = operation()
-            # A handle's tensors may come from another stream than the one that uses them now.
-            _record(inputs, current)
-            return result, EventOverlap()
+            # Tensors of the caller are used where the caller uses them: nothing to record.
+            if use_handle is not None:
+                use_handle()
+            return operation(), EventOverlap()
+        current = torch.cuda.current_stream(device.index)
         beside = self.of(device)
         before = None if previous_event is None or previous_event.event is None else previous_event.event.event
         if before is None:
@@ -105,16 +108,36 @@ class CommunicationStream:
         else:
             beside.wait_event(before)
         with torch.cuda.stream(beside):
+            if use_handle is not None:
+                use_handle()
             result = operation()
             event = EventOverlap(EventHandle() if async_finish else None)
-        _record(inputs, beside)
-        _record([result], current)
+        record_use(inputs, beside)
+        record_use([result], current)
         if not async_finish:
             current.wait_stream(beside)
         return result, event
 
 
-def _record(values: Iterable[Any], stream: torch.cuda.Stream) -> None:
+class StreamsOfHandle:
+    """On which streams the tensors of a handle have been used, so that the allocator is told once for each."""
+
+    def __init__(self, device: torch.device) -> None:
+        """They have just been made, on the current stream of ``device``."""
+        self._device = device
+        self._known = {stream_handle(device.index)} if device.type == "cuda" else set()
+
+    def add_current(self, tensors: Any) -> None:
+        """The current stream uses ``tensors``, a tensor or what holds some."""
+        if self._device.type != "cuda":
+            return
+        stream = stream_handle(self._device.index)
+        if stream not in self._known:
+            record_use([tensors], torch.cuda.current_stream(self._device))
+            self._known.add(stream)
+
+
+def record_use(values: Iterable[Any], stream: torch.cuda.Stream) -> None:
     """Keep the memory of tensors from being used anew before ``stream`` is done with them."""
     for tensor in tensors_in(list(values)):
         if tensor.is_cuda:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ep_moe.comm import LowLatencyCommunicator, PackedRows
 from ep_moe.comm.fp8 import BLOCK
 from ep_moe.comm.low_latency import Hook, ScaleFormat
+from ep_moe.compat.deep_ep.events import StreamsOfHandle
 
 Rows = Tensor | tuple[Tensor, Tensor]
 
@@ -22,11 +23,13 @@ class LowLatencyHandle(tuple[Tensor, Tensor, int, int, int]):
         communicator: that has the routes.
         routes: its name for them.
         combine_rows: the tensor that experts were told to write to, if any.
+        streams: that its tensors have been used on.
     """
 
     communicator: LowLatencyCommunicator
     routes: Any
     combine_rows: Tensor | None
+    streams: StreamsOfHandle
 
     @classmethod
     def of(cls, communicator: LowLatencyCommunicator, packed: PackedRows) -> LowLatencyHandle:
@@ -35,7 +38,12 @@ class LowLatencyHandle(tuple[Tensor, Tensor, int, int, int]):
         sizes = (communicator.max_tokens, communicator.hidden, communicator.num_experts)
         handle = cls((routes.source_token, routes.ranges, *sizes))
         handle.communicator, handle.routes, handle.combine_rows = communicator, routes, None
+        handle.streams = StreamsOfHandle(routes.source_token.device)
         return handle
+
+    def use(self) -> None:
+        """The current stream uses its tensors."""
+        self.streams.add_current(self.routes)
 
 
 @dataclass(frozen=True)
@@ -126,8 +134,7 @@ def combine(
 def combine_buffer(handle: LowLatencyHandle) -> Tensor:
     """Where experts may write their rows, bf16 ``[local_experts, ranks * max_tokens, hidden]``; one for each handle."""
     if handle.combine_rows is None:
-        shape = (*handle.routes.source_token.shape, handle.communicator.hidden)
-        handle.combine_rows = torch.empty(shape, dtype=torch.bfloat16, device=handle.routes.source_token.device)
+        handle.combine_rows = handle.communicator.combine_buffer(handle.routes)
     return handle.combine_rows
 
 

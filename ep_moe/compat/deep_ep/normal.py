@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from ep_moe.comm import Communicator
 from ep_moe.comm.fp8 import BLOCK
+from ep_moe.compat.deep_ep.events import StreamsOfHandle
 
 Rows = Tensor | tuple[Tensor, Tensor]
 
@@ -32,6 +33,7 @@ class Routes:
         num_rows: rows of tensors here.
         tokens: that this rank dispatched.
         top_k: experts per token.
+        streams: that its tensors have been used on.
     """
 
     communicator: Communicator
@@ -39,6 +41,11 @@ class Routes:
     num_rows: int
     tokens: int
     top_k: int
+    streams: StreamsOfHandle
+
+    def use(self) -> None:
+        """The current stream uses its tensors."""
+        self.streams.add_current(self.handle)
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Received:
         topk_idx: int64 ``[rows, top_k]``, local expert or -1; ``None`` if only ranks were known.
         topk_weights: fp32 ``[rows, top_k]`` or ``None``.
         tokens_per_expert: of each local expert, padded to the alignment; empty if the host does not know.
-        rank_prefix_matrix: int32 ``[ranks, ranks]``; column ``rank`` counts rows from ranks 0 to i, others hold -1.
+        rows_per_rank: int64 ``[ranks]``, rows from each rank.
         routes: for :func:`dispatch_cached` and :func:`combine`.
     """
 
@@ -58,7 +65,7 @@ class Received:
     topk_idx: Tensor | None
     topk_weights: Tensor | None
     tokens_per_expert: list[int]
-    rank_prefix_matrix: Tensor
+    rows_per_rank: Tensor
     routes: Routes
 
 
@@ -138,8 +145,15 @@ def dispatch(
         topk_idx=routing.topk_idx,
         topk_weights=routing.topk_weights,
         tokens_per_expert=[] if num_worst_tokens else list(arrived.segments.host_sizes()),
-        rank_prefix_matrix=_rank_prefix_matrix(routing.rows_per_rank, communicator.rank),
-        routes=Routes(communicator, arrived.handle, arrived.rows.shape[0], topk_idx.shape[0], topk_idx.shape[1]),
+        rows_per_rank=routing.rows_per_rank,
+        routes=Routes(
+            communicator,
+            arrived.handle,
+            arrived.rows.shape[0],
+            topk_idx.shape[0],
+            topk_idx.shape[1],
+            StreamsOfHandle(data.device),
+        ),
     )
 
 
@@ -296,11 +310,3 @@ def _dispatch_scales(communicator: Communicator, handle: Any, scales: Tensor) ->
     words = pad(columns.contiguous().view(torch.int32), (0, -width % _WORDS))
     arrived = communicator.dispatch_cached(words.view(torch.float32), handle, "rows")
     return arrived.view(torch.int32)[:, :width].contiguous()
-
-
-def _rank_prefix_matrix(rows_per_rank: Tensor, rank: int) -> Tensor:
-    """See :class:`Received`."""
-    ranks = rows_per_rank.shape[0]
-    matrix = torch.full((ranks, ranks), -1, dtype=torch.int32, device=rows_per_rank.device)
-    matrix[:, rank] = rows_per_rank.cumsum(0)
-    return matrix

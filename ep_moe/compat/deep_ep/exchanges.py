@@ -1,0 +1,107 @@
+"""What the calls of a ``Buffer`` share: its communicators, made when first needed, its stream, and its end."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ep_moe.comm import Communicator, LowLatencyCommunicator, communicator_factory
+from ep_moe.compat.deep_ep import normal
+from ep_moe.compat.deep_ep.events import CommunicationStream
+
+COMM_VARIABLE, TIMEOUT_VARIABLE = "EP_MOE_COMM", "EP_MOE_COMM_TIMEOUT_S"
+
+
+class Exchanges:
+    """The communicators of one buffer.
+
+    Attributes:
+        rank: this one.
+        size: ranks of the group.
+        stream: of operations that the caller's stream does not wait for.
+        masked: ranks that low-latency exchanges leave out.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        """Prepare for ``group``, as the environment says; nothing is allocated or exchanged yet.
+
+        Raises:
+            ConfigError: if ``torch.distributed`` has not been initialised.
+            ValueError: for an unknown communicator.
+        """
+        choice = os.environ.get(COMM_VARIABLE, "auto")
+        if choice not in ("auto", "portable", "nvlink"):
+            raise ValueError(f"{COMM_VARIABLE}: expected one of auto, portable, nvlink, got {choice!r}")
+        self._factory = communicator_factory(
+            cast(Literal["auto", "portable", "nvlink"], choice),
+            group,
+            max_tokens=None,
+            timeout_s=float(os.environ.get(TIMEOUT_VARIABLE, "30")),
+        )
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self.stream = CommunicationStream()
+        self.masked: set[int] = set()
+        self._communicators: dict[torch.device, Communicator] = {}
+        self._room: dict[torch.device, int] = {}
+        self._low_latency: dict[tuple[torch.device, int, int, int], LowLatencyCommunicator] = {}
+        self._destroyed = False
+
+    def check_alive(self) -> None:
+        """Raise ``RuntimeError`` after :meth:`destroy`."""
+        if self._destroyed:
+            raise RuntimeError("this Buffer has been destroyed")
+
+    def communicator(self, device: torch.device) -> Communicator:
+        """That of normal mode, for tensors on ``device``; collective when it is the first time."""
+        self.check_alive()
+        if device not in self._communicators:
+            refuse_capture("a Buffer is used for the first time")
+            self._communicators[device] = self._factory.build(device)
+        return self._communicators[device]
+
+    def low_latency_communicator(
+        self, device: torch.device, max_tokens: int, hidden: int, num_experts: int
+    ) -> LowLatencyCommunicator:
+        """That of low-latency mode, for exchanges of these sizes; collective when it is the first time."""
+        self.check_alive()
+        key = (device, max_tokens, hidden, num_experts)
+        if key not in self._low_latency:
+            refuse_capture("a Buffer is used for the first time with these sizes")
+            communicator = self._factory.build_low_latency(*key)
+            for rank in self.masked:
+                communicator.mask_rank(rank)
+            self._low_latency[key] = communicator
+        return self._low_latency[key]
+
+    def make_room(self, x: Tensor, num_worst_tokens: int, experts: int, top_k: int) -> None:
+        """The share of each rank in ``num_worst_tokens``; collective when it has to grow, on all ranks then."""
+        share = -(-num_worst_tokens // self.size)
+        if share > self._room.get(x.device, 0):
+            normal.make_room(self.communicator(x.device), x, share, experts, top_k)
+            self._room[x.device] = share
+
+    def mask(self, rank: int, masked: bool) -> None:
+        """Leave a rank out of low-latency exchanges, or let it take part again."""
+        for communicator in self._low_latency.values():
+            communicator.mask_rank(rank, masked)
+        (self.masked.add if masked else self.masked.discard)(rank)
+
+    def destroy(self) -> None:
+        """Let go of all memory, once the devices are done with it."""
+        for device in self._communicators.keys() | {key[0] for key in self._low_latency}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        for kept in (self._communicators, self._room, self._low_latency):
+            kept.clear()
+        self._destroyed = True
+
+
+def refuse_capture(what: str) -> None:
+    """Raise ``RuntimeError`` while a CUDA graph is captured."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"{what} while a CUDA graph is captured: do it before, where memory can be allocated")
