@@ -118,6 +118,26 @@ class ExpertsConfig(Section):
         "Grouped GEMM: our own (bf16 on Hopper), PyTorch's grouped_mm, a plain loop, or TransformerEngine. auto: the "
         "first of native, grouped_mm and loop that runs.",
     )
+    precision: Literal["input", "fp8"] = key(
+        "input",
+        "Of the products of rows with weights, forward and backward: that of the rows, or e4m3 with block scales "
+        "(native on Hopper, emulated on CPUs and by loop). Gradients of weights keep the precision of the rows.",
+    )
+
+    def _check_rules(self) -> None:
+        if self.precision == "fp8":
+            require(
+                self.backend in ("auto", "native", "loop"),
+                "moe.experts.precision",
+                self.precision,
+                f"needs moe.experts.backend auto, native or loop, which is {self.backend}",
+            )
+            require(
+                self.ffn_hidden_size % 128 == 0,
+                "moe.experts.precision",
+                self.precision,
+                f"needs moe.experts.ffn_hidden_size ({self.ffn_hidden_size}) to be a multiple of 128, the scale block",
+            )
 
 
 @dataclass(frozen=True)
@@ -380,10 +400,12 @@ class Config(Section):
     data: DataConfig = key(DataConfig, "The training text.")
 
     def _check_rules(self) -> None:
+        whole_blocks = self.model.hidden_size % 128 == 0
+        allowed = f"needs model.hidden_size ({self.model.hidden_size}) to be a multiple of 128"
+        precision = self.moe.experts.precision
+        require(precision == "input" or whole_blocks, "moe.experts.precision", precision, f"{allowed}, the scale block")
         for name in PHASES:
             phase: PhaseConfig = getattr(self.phases, name)
-            whole_blocks = self.model.hidden_size % 128 == 0
-            allowed = f"needs model.hidden_size ({self.model.hidden_size}) to be a multiple of 128"
             require(phase.mode == "normal" or whole_blocks, f"phases.{name}.mode", phase.mode, allowed)
             require(
                 phase.dispatch_dtype == "input" or whole_blocks,

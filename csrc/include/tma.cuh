@@ -73,11 +73,13 @@ inline bool encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, const 
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// Encodes boxes 128 bytes wide and `box_rows` high of `matrices` row-major matrices of bf16 or fp32 behind one another,
-// which lie in shared memory under the 128-byte swizzle. A box takes the same rows of `box_matrices` matrices.
+// Encodes boxes 128 bytes wide and `box_rows` high of `matrices` row-major matrices of bf16, fp32 or bytes behind one
+// another, which lie in shared memory under the 128-byte swizzle. A box takes the same rows of `box_matrices` matrices.
 inline bool encode_rows(CUtensorMap* map, CUtensorMapDataType type, const void* base, int64_t matrices, int64_t rows,
                         int64_t columns, int box_rows, int box_matrices = 1) {
-  const cuuint64_t element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
+  const cuuint64_t element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4
+                                   : type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1
+                                                                           : 2;
   const cuuint64_t row_bytes = static_cast<cuuint64_t>(columns) * element_bytes;
   return encode_tensor_map(
       map, type, base,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ep_moe.comm import ExpertSegments
 from ep_moe.config import ConfigError
-from ep_moe.experts import native_gemm
+from ep_moe.experts import native_fp8, native_gemm
+from ep_moe.experts.fp8 import EMULATED, Fp8Gemm
 from ep_moe.experts.gemm import GroupedGemm, store_gradient
 from ep_moe.experts.te import TE, import_grouped_gemm
 
@@ -120,6 +121,29 @@ def select_backend(
     if name == "auto":
         return LOOP
     raise ConfigError(obstacle)
+
+
+def select_fp8_backend(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_local_experts: int,
+    hidden_size: int,
+    ffn_hidden_size: int,
+) -> Fp8Gemm:
+    """The back end of FP8 products for rows in ``dtype`` on ``device``; arguments as of :func:`select_backend`.
+
+    Raises:
+        ConfigError: (a ``ValueError``) if none can run this, naming the key and what is allowed.
+    """
+    if name == "loop" or (name == "auto" and device.type != "cuda"):
+        return EMULATED
+    widths = {"model.hidden_size": hidden_size, "moe.experts.ffn_hidden_size": ffn_hidden_size}
+    obstacle = native_gemm.find_obstacle(dtype, device, num_local_experts, widths)
+    if obstacle is not None:
+        raise ConfigError(f"moe.experts.precision = fp8: {obstacle}")
+    return native_fp8.NATIVE
 
 
 def _grouped_mm_obstacle(dtype: torch.dtype, device: torch.device, widths: Mapping[str, int]) -> str | None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from ep_moe.comm import ExpertSegments, PackedSegments
 from ep_moe.config import ExpertsConfig
 from ep_moe.experts.activation import apply_activation, apply_packed_activation, check_row_weights, fc1_width
-from ep_moe.experts.backends import ALIGNMENT, select_backend
-from ep_moe.experts.deferred import DeferredGradients
+from ep_moe.experts.backends import ALIGNMENT, select_backend, select_fp8_backend
+from ep_moe.experts.deferred import DeferredGradients, WeightGradientTask
+from ep_moe.experts.fp8_linear import Fp8Products, QuantizedWeight, fp8_grouped_linear
 from ep_moe.experts.gemm import GroupedGemm, grouped_linear
 from ep_moe.experts.init import initialize_experts
 from ep_moe.experts.swiglu import swiglu_linear
@@ -29,7 +30,7 @@ class GroupedExperts(nn.Module):
     Args:
         hidden_size: width of the rows.
         num_local_experts: experts of this rank.
-        config: inner width, activation and grouped GEMM back end.
+        config: inner width, activation, grouped GEMM back end and its precision.
         first_expert: global index of the first local expert; its initial weights depend on it alone.
         init_method: fills one expert's first projection, ``[fc1 width, hidden]``, in place.
         output_init_method: fills one expert's second projection, ``[hidden, ffn]``, in place.
@@ -74,6 +75,7 @@ class GroupedExperts(nn.Module):
         width = fc1_width(config.activation, ffn)
         self.fc1_weight = nn.Parameter(torch.empty(num_local_experts, width, hidden_size, device=device, dtype=dtype))
         self.fc2_weight = nn.Parameter(torch.empty(num_local_experts, hidden_size, ffn, device=device, dtype=dtype))
+        self._quantized = (QuantizedWeight(), QuantizedWeight())
         initialize_experts(self.fc1_weight, init_method, first_expert)
         initialize_experts(self.fc2_weight, output_init_method, first_expert)
 
@@ -82,9 +84,16 @@ class GroupedExperts(nn.Module):
         """Rows per segment must be a multiple of this; every back end takes ragged segments."""
         return ALIGNMENT
 
+    def forget_quantized_weights(self) -> None:
+        """With ``precision: fp8``, quantise at the next pass: for who writes weights through ``data`` in inference."""
+        for kept in self._quantized:
+            kept.forget()
+
     def takes_packed_rows(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether :meth:`forward` takes :class:`~ep_moe.comm.PackedSegments` of rows in ``dtype`` on ``device``."""
-        return dtype == torch.bfloat16 and self._backend(dtype, device).forward_packed is not None
+        if dtype != torch.bfloat16 or self.config.precision == "fp8":
+            return False
+        return self._backend(dtype, device).forward_packed is not None
 
     def defer_gradients(self) -> DeferredGradients:
         """What :meth:`forward` needs so that its backward pass leaves the weight gradients for later."""
@@ -130,6 +139,8 @@ class GroupedExperts(nn.Module):
         gemm = self._backend(rows.dtype, rows.device)
         defer_fc1, defer_fc2 = (None if deferred is None else functools.partial(deferred.add, i) for i in range(2))
         activation = self.config.activation
+        if self.config.precision == "fp8":
+            return self._forward_fp8(rows, row_weights, segments, (fc1_weight, fc2_weight), (defer_fc1, defer_fc2))
         if gemm.swiglu is not None and activation == "swiglu":
             inner = swiglu_linear(rows, fc1_weight, row_weights, segments, gemm, defer_fc1)
         else:
@@ -142,18 +153,40 @@ class GroupedExperts(nn.Module):
         first, last = self.first_expert, self.first_expert + self.num_local_experts - 1
         return (
             f"experts {first}..{last}, hidden={self.hidden_size}, ffn={self.config.ffn_hidden_size}, "
-            f"activation={self.config.activation}, backend={self.config.backend}"
+            f"activation={self.config.activation}, backend={self.config.backend}, precision={self.config.precision}"
         )
 
+    @property
+    def _sizes(self) -> dict[str, int]:
+        """What a choice of back end depends on besides dtype and device."""
+        return {
+            "num_local_experts": self.num_local_experts,
+            "hidden_size": self.hidden_size,
+            "ffn_hidden_size": self.config.ffn_hidden_size,
+        }
+
     def _backend(self, dtype: torch.dtype, device: torch.device) -> GroupedGemm:
-        return select_backend(
-            self.config.backend,
-            dtype=dtype,
-            device=device,
-            num_local_experts=self.num_local_experts,
-            hidden_size=self.hidden_size,
-            ffn_hidden_size=self.config.ffn_hidden_size,
+        return select_backend(self.config.backend, dtype=dtype, device=device, **self._sizes)
+
+    def _forward_fp8(
+        self,
+        rows: Tensor,
+        row_weights: Tensor | None,
+        segments: ExpertSegments,
+        weights: tuple[Tensor, Tensor],
+        defer: tuple[Callable[[WeightGradientTask], None] | None, ...],
+    ) -> Tensor:
+        """The network with its products in FP8; ``weights`` take the gradients."""
+        fp8 = select_fp8_backend(self.config.backend, dtype=rows.dtype, device=rows.device, **self._sizes)
+        products = Fp8Products(fp8, self._backend(rows.dtype, rows.device))
+        # Of the parameters, not of what autocast makes of them: that would be rounded twice.
+        fc1, fc2 = (
+            kept.get(weight, fp8)
+            for kept, weight in zip(self._quantized, (self.fc1_weight, self.fc2_weight), strict=True)
         )
+        fc1_out = fp8_grouped_linear(rows, weights[0], fc1, segments, products, defer[0])
+        inner = apply_activation(fc1_out, self.config.activation, row_weights, segments.row_count)
+        return fp8_grouped_linear(inner, weights[1], fc2, segments, products, defer[1])
 
     def _forward_packed(self, rows: Tensor, segments: PackedSegments) -> Tensor:
         """The network on the real rows of each expert, into the buffer from which they are combined."""

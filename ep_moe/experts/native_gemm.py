@@ -137,7 +137,7 @@ def swiglu(
 
     The results have the bits of :func:`forward` and ``apply_activation``, one after the other.
     """
-    rows, weight, row_weights = _plain(rows), _plain(weight), as_fp32(row_weights)
+    rows, weight, row_weights = plain(rows), plain(weight), as_fp32(row_weights)
     num_rows, width = rows.shape[0], weight.shape[1]
     out = rows.new_empty(num_rows, width // 2)
     pre_activation = rows.new_empty(num_rows, width) if keep else None
@@ -154,7 +154,7 @@ NATIVE = GroupedGemm(forward, dgrad, wgrad, forward_packed, swiglu)
 
 
 def _multiply_tokens(entry: str, rows: Tensor, weight: Tensor, out: Tensor, ends: Tensor, room: int = 0) -> None:
-    rows, weight = _plain(rows), _plain(weight)
+    rows, weight = plain(rows), plain(weight)
     launch(load_kernels(), entry, _token_arguments(rows, weight, out, ends, room), rows.device)
 
 
@@ -168,7 +168,7 @@ def _token_arguments(rows: Tensor, weight: Tensor, out: Tensor, ends: Tensor, ro
         experts=weight.shape[0],
         reduction=rows.shape[1],
         columns=out.shape[1],
-        blocks=_multiprocessors(rows.get_device()),
+        blocks=multiprocessors(rows.get_device()),
         room=room,
     )
 
@@ -177,7 +177,7 @@ def _multiply_weights(grad: Tensor, rows: Tensor, segments: ExpertSegments, out:
     accumulate = out.dtype == torch.float32
     if rows.shape[0] == 0:
         return out if accumulate else out.zero_()
-    grad, rows = _plain(grad), _plain(rows)
+    grad, rows = plain(grad), plain(rows)
     arguments = GroupedWgradArgs(
         grad=grad.data_ptr(),
         rows=rows.data_ptr(),
@@ -187,7 +187,7 @@ def _multiply_weights(grad: Tensor, rows: Tensor, segments: ExpertSegments, out:
         experts=out.shape[0],
         out_features=out.shape[1],
         in_features=out.shape[2],
-        blocks=_multiprocessors(rows.get_device()),
+        blocks=multiprocessors(rows.get_device()),
         accumulate=accumulate,
     )
     launch(load_kernels(), "grouped_gemm_wgrad", arguments, rows.device)
@@ -221,7 +221,8 @@ def _library_obstacle() -> str | None:
 
 
 @functools.cache
-def _multiprocessors(device: int) -> int:
+def multiprocessors(device: int) -> int:
+    """SMs of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -230,7 +231,8 @@ def _is_plain(x: Tensor) -> bool:
     return x.is_contiguous() and x.data_ptr() % _ALIGNMENT_BYTES == 0
 
 
-def _plain(x: Tensor) -> Tensor:
+def plain(x: Tensor) -> Tensor:
+    """``x``, or a copy of it that the copy engine takes."""
     return x if _is_plain(x) else x.clone(memory_format=torch.contiguous_format)
 
 

@@ -1,0 +1,271 @@
+// Grouped product over tokens in FP8: each expert's rows by its weight, both e4m3 with block scales, the result bf16.
+//
+// Rows have a scale for each 128 elements, weights one for each 128 x 128, as in the DeepSeek-V3 report (arXiv
+// 2412.19437, section 3.3): the products of 128 elements of the reduction are summed by the multiply, then scaled and
+// added to fp32 registers ("promoted"). A tile is up to 256 tokens by 128 weight rows, so that it has one weight scale
+// a step; tokens are the multiply's rows, so that a thread has two token scales a multiply, and are cut into units of
+// 64, which go to the two warpgroups in turn. One thread copies. While one warpgroup promotes, the other multiplies.
+//
+// A tile may read rows of the next expert or beyond the last segment: they fall into result rows of their own, which
+// are never stored.
+#include <cuda_bf16.h>
+
+#include "gemm_ring.cuh"
+#include "gemm_units.cuh"
+#include "launch.cuh"
+#include "tma.cuh"
+#include "wgmma_fp8.cuh"
+
+namespace ep_moe {
+
+struct GroupedFp8Args {
+  const void* rows;            // e4m3 [num_rows][reduction]
+  const float* row_scales;     // [reduction / 128][scale_stride], by row
+  const void* weight;          // e4m3 [experts][columns][reduction]
+  const float* weight_scales;  // [experts][columns / 128][reduction / 128]
+  void* out;                   // bf16 [num_rows][columns]; not written from the last segment's end on
+  const int32_t* ends;         // [experts], where each one's segment ends; the next one's starts there
+  int64_t num_rows;
+  int64_t scale_stride;  // at least num_rows
+  int32_t experts;
+  int32_t reduction;  // a multiple of 128, as is `columns`
+  int32_t columns;
+  int32_t blocks;  // to launch; one fits on an SM
+};
+
+namespace {
+
+constexpr int kRingStages = 4;
+using Ring = RingPosition<kRingStages>;
+using Barriers = RingBarriers<kRingStages>;
+constexpr int kBlockK = 128;                 // elements of the reduction in a stage, which share scales
+constexpr int kUnitBytes = kUnit * kBlockK;  // in a stage
+constexpr int kRowBytes = kMaxTileUnits * kUnitBytes;
+constexpr int kWeightBytes = kFp8Columns * kBlockK;
+constexpr int kStageBytes = kRowBytes + kWeightBytes;
+constexpr int kSharedBytes = kSwizzleGroupBytes + kRingStages * kStageBytes;
+static_assert(kStageBytes % kSwizzleGroupBytes == 0);
+
+struct Fp8Gemm {
+  CUtensorMap rows;
+  CUtensorMap weight;
+  GroupedFp8Args args;
+};
+
+// What all parts of the kernel share.
+struct Fp8Block {
+  const Fp8Gemm* gemm;
+  const UnitTable* table;
+  Barriers* barriers;
+  uint32_t ring;  // shared-memory address of the first stage
+  int blocks_k;
+  int expert = 0;  // UnitTable::find
+  Ring position;
+
+  __device__ __forceinline__ uint32_t stage() const { return ring + position.stage * kStageBytes; }
+};
+
+__device__ __forceinline__ void copy_operands(Fp8Block& block) {
+  const Fp8Gemm& gemm = *block.gemm;
+  for (int index = blockIdx.x; index < block.table->tiles(); index += gridDim.x) {
+    const UnitTile tile = block.table->find(index, block.expert);
+    const int units = tile.units();
+    const uint32_t bytes = units * kUnitBytes + kWeightBytes;
+    for (int k = 0; k < block.blocks_k; ++k) {
+      block.position.wait_empty(*block.barriers);
+      uint64_t* full = &block.barriers->full[block.position.stage];
+      const uint32_t stage = block.stage();
+      mbarrier_arrive_expect_tx(full, bytes);
+      cp_async_bulk_tensor_load(stage + kRowBytes, &gemm.weight, k * kBlockK, tile.weight_tile * kFp8Columns,
+                                tile.expert, full);
+      for (int unit = 0; unit < units; ++unit) {
+        cp_async_bulk_tensor_load(stage + unit * kUnitBytes, &gemm.rows, k * kBlockK, tile.row + unit * kUnit, 0, full);
+      }
+      block.position.advance();
+    }
+  }
+}
+
+// Exchanges a 4 x 4 matrix of words, a column a lane, with its transpose among four neighbouring lanes.
+__device__ __forceinline__ void transpose_in_quad(uint32_t (&words)[4]) {
+#pragma unroll
+  for (int distance = 1; distance <= 2; distance *= 2) {
+    const bool upper = threadIdx.x & distance;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & distance) continue;
+      const uint32_t received = __shfl_xor_sync(~0u, upper ? words[i] : words[i + distance], distance);
+      if (upper) {
+        words[i] = received;
+      } else {
+        words[i + distance] = received;
+      }
+    }
+  }
+}
+
+// Writes a unit's sums as bf16: 16 bytes a thread, 64 bytes a row at a time. `rows` of the unit are real.
+__device__ __forceinline__ void store_unit(const float (&sums)[kFp8Columns / 2], __nv_bfloat16* out, int64_t stride,
+                                           int rows) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+#pragma unroll
+  for (int below = 0; below < 2; ++below) {
+    const int row = warp * 16 + lane / 4 + below * 8;
+    __nv_bfloat16* target = out + row * stride + lane % 4 * 8;
+#pragma unroll
+    for (int part = 0; part < kFp8Columns / 32; ++part) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int j = (part * 4 + i) * 4 + below * 2;
+        const __nv_bfloat162 pair = __floats2bfloat162_rn(sums[j], sums[j + 1]);
+        words[i] = reinterpret_cast<const uint32_t&>(pair);
+      }
+      transpose_in_quad(words);
+      if (row < rows)
+        *reinterpret_cast<uint4*>(target + part * 32) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+}
+
+template <int units>
+__device__ __forceinline__ void multiply_tile(Fp8Block& block, const UnitTile& tile, int warpgroup) {
+  const GroupedFp8Args& args = block.gemm->args;
+  const bool signals = threadIdx.x % 32 == 0;
+  const int lane_row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;  // of a unit, and the one 8 further down
+  const float* weight_scales =
+      args.weight_scales +
+      (static_cast<int64_t>(tile.expert) * (args.columns / kFp8Columns) + tile.weight_tile) * block.blocks_k;
+  float sums[units > 0 ? units : 1][kFp8Columns / 2];
+#pragma unroll
+  for (int unit = 0; unit < units; ++unit) {
+#pragma unroll
+    for (int i = 0; i < kFp8Columns / 2; ++i) sums[unit][i] = 0.0f;
+  }
+  // Each a step ahead. Rows beyond the last tensor row take the scale of that one, and are not stored.
+  int scale_of[units > 0 ? units : 1][2];
+  float next_scale = __ldg(weight_scales), next_row_scales[units > 0 ? units : 1][2];
+#pragma unroll
+  for (int unit = 0; unit < units; ++unit) {
+#pragma unroll
+    for (int below = 0; below < 2; ++below) {
+      const int64_t row = tile.row + (warpgroup + unit * kMultipliers) * kUnit + lane_row + below * 8;
+      scale_of[unit][below] = static_cast<int>(min(row, args.num_rows - 1));
+      next_row_scales[unit][below] = __ldg(args.row_scales + scale_of[unit][below]);
+    }
+  }
+#pragma unroll 1
+  for (int k = 0; k < block.blocks_k; ++k) {
+    float scales[units > 0 ? units : 1][2];
+#pragma unroll
+    for (int unit = 0; unit < units; ++unit) {
+#pragma unroll
+      for (int below = 0; below < 2; ++below) scales[unit][below] = next_row_scales[unit][below] * next_scale;
+    }
+    if (k + 1 < block.blocks_k) {
+      next_scale = __ldg(weight_scales + k + 1);
+      const float* row_scales = args.row_scales + (k + 1) * args.scale_stride;
+#pragma unroll
+      for (int unit = 0; unit < units; ++unit) {
+#pragma unroll
+        for (int below = 0; below < 2; ++below)
+          next_row_scales[unit][below] = __ldg(row_scales + scale_of[unit][below]);
+      }
+    }
+    block.position.wait_full(*block.barriers);
+    const uint32_t stage = block.stage();
+    const uint64_t b = matrix_descriptor(stage + kRowBytes, 0);
+#pragma unroll
+    for (int unit = 0; unit < units; ++unit) {
+      const int place = warpgroup + unit * kMultipliers;
+      const uint64_t a = matrix_descriptor(stage + place * kUnitBytes, 0);
+      float products[kFp8Columns / 2];
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < kBlockK / kFp8MmaK; ++step) {
+        wgmma_e4m3(products, a + step * (kFp8MmaK >> 4), b + step * (kFp8MmaK >> 4), step > 0);
+      }
+      wgmma_commit_group();
+      wgmma_wait_group<0>();
+      touch(products);
+      if (unit == units - 1 && signals) mbarrier_arrive(&block.barriers->empty[block.position.stage]);
+#pragma unroll
+      for (int i = 0; i < kFp8Columns / 2; i += 4) {
+        sums[unit][i] += products[i] * scales[unit][0];
+        sums[unit][i + 1] += products[i + 1] * scales[unit][0];
+        sums[unit][i + 2] += products[i + 2] * scales[unit][1];
+        sums[unit][i + 3] += products[i + 3] * scales[unit][1];
+      }
+    }
+    if (units == 0 && signals) mbarrier_arrive(&block.barriers->empty[block.position.stage]);
+    block.position.advance();
+  }
+#pragma unroll
+  for (int unit = 0; unit < units; ++unit) {
+    const int first = (warpgroup + unit * kMultipliers) * kUnit;
+    __nv_bfloat16* out = static_cast<__nv_bfloat16*>(args.out) + static_cast<int64_t>(tile.row + first) * args.columns +
+                         tile.weight_tile * kFp8Columns;
+    store_unit(sums[unit], out, args.columns, tile.tokens - first);
+  }
+}
+
+__device__ __forceinline__ void multiply(Fp8Block& block, int warpgroup) {
+  for (int index = blockIdx.x; index < block.table->tiles(); index += gridDim.x) {
+    const UnitTile tile = block.table->find(index, block.expert);
+    const int units = (tile.units() - warpgroup + kMultipliers - 1) / kMultipliers;
+    if (units == 2) {
+      multiply_tile<2>(block, tile, warpgroup);
+    } else if (units == 1) {
+      multiply_tile<1>(block, tile, warpgroup);
+    } else {
+      multiply_tile<0>(block, tile, warpgroup);
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kGemmThreads, 1) fp8_gemm_kernel(const __grid_constant__ Fp8Gemm gemm) {
+  extern __shared__ uint8_t dynamic_shared[];
+  __shared__ UnitTable table;
+  __shared__ Barriers barriers;
+  const GroupedFp8Args& args = gemm.args;
+  if (threadIdx.x == 0) barriers.init();
+  table.build(args.ends, args.experts, args.columns / kFp8Columns);
+
+  Fp8Block block;
+  block.gemm = &gemm;
+  block.table = &table;
+  block.barriers = &barriers;
+  block.ring = (shared_address(dynamic_shared) + kSwizzleGroupBytes - 1) / kSwizzleGroupBytes * kSwizzleGroupBytes;
+  block.blocks_k = args.reduction / kBlockK;
+  const int group = static_cast<int>(threadIdx.x / kWarpgroup) - 1;
+  if (group < 0) {
+    setmaxnreg_dec<kProducerRegisters>();
+    if (threadIdx.x % kWarpgroup == 0) copy_operands(block);
+  } else {
+    setmaxnreg_inc<kMultiplierRegisters>();
+    multiply(block, group);
+  }
+}
+
+}  // namespace
+}  // namespace ep_moe
+
+EP_MOE_API const char* ep_moe_grouped_gemm_fp8(const ep_moe::GroupedFp8Args* args, cudaStream_t stream) {
+  using namespace ep_moe;
+  constexpr const char* kWhat = "FP8 grouped GEMM";
+  if (args->num_rows == 0 || args->experts == 0 || args->columns == 0) return nullptr;
+  if (args->experts < 0 || args->experts > kMaxGemmExperts || args->reduction <= 0 || args->reduction % kBlockK != 0 ||
+      args->columns % kFp8Columns != 0 || args->scale_stride < args->num_rows || args->blocks <= 0) {
+    return error_text(cudaErrorInvalidValue, kWhat);
+  }
+  Fp8Gemm gemm;
+  gemm.args = *args;
+  constexpr CUtensorMapDataType kBytes = CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  if (!encode_rows(&gemm.rows, kBytes, args->rows, 1, args->num_rows, args->reduction, kUnit) ||
+      !encode_rows(&gemm.weight, kBytes, args->weight, args->experts, args->columns, args->reduction, kFp8Columns)) {
+    return error_text(cudaErrorInvalidValue, kWhat);
+  }
+  return launch(kWhat, fp8_gemm_kernel, gemm, args->blocks, kGemmThreads, kSharedBytes, LaunchMode::kPlain, stream);
+}
+
+EP_MOE_API size_t ep_moe_grouped_fp8_args_bytes() { return sizeof(ep_moe::GroupedFp8Args); }

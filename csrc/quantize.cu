@@ -1,0 +1,233 @@
+// Quantisation of the experts' operands to e4m3 with block scales: rows with a scale for each 128 elements, weights
+// with one for each 128 x 128, as they lie and transposed.
+//
+// Rows: 16 lanes take 128 elements of eight rows in turn, so that all loads are in flight at once and a block column's
+// scales, which lie side by side for neighbouring rows, go out in one store.
+//
+// Weights: a block of threads takes 128 x 128 elements, kept in registers while their largest is sought. The transposed
+// copy goes through shared memory. Its scales are the same ones, transposed.
+#include "element.cuh"
+#include "fp8.cuh"
+#include "launch.cuh"
+
+namespace ep_moe {
+
+struct QuantizeRowsArgs {
+  const void* x;            // [rows][width]
+  void* values;             // e4m3 [rows][width]
+  float* scales;            // [width / 128][scale_stride], by row
+  const int32_t* num_rows;  // how many of the rows are real, or nullptr for all
+  int64_t rows;
+  int64_t scale_stride;
+  int32_t width;    // a multiple of 128
+  int32_t element;  // Element of x
+};
+
+struct QuantizeWeightArgs {
+  const void* weight;        // [experts][rows][columns]
+  void* values;              // e4m3 [experts][rows][columns]
+  float* scales;             // [experts][rows / 128][columns / 128]
+  void* transposed;          // e4m3 [experts][columns][rows], or nullptr
+  float* transposed_scales;  // [experts][columns / 128][rows / 128], or nullptr
+  int32_t experts;
+  int32_t rows;  // multiples of 128
+  int32_t columns;
+  int32_t element;  // Element of weight
+};
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kLanes = 16;      // on 128 elements, eight each
+constexpr int kRowsAtOnce = 8;  // of a lane
+constexpr int kMaxBlocks = 2112;
+
+// Eight elements in the form in which they are loaded.
+template <typename T>
+struct Eight {
+  static constexpr int kVectors = 8 * sizeof(T) / 16;
+  Vector<T> vectors[kVectors];
+
+  __device__ __forceinline__ void load(const T* from) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) vectors[i] = reinterpret_cast<const Vector<T>*>(from)[i];
+  }
+
+  __device__ __forceinline__ void to_float(float (&values)[8]) const {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      float part[Vector<T>::kCount];
+      vectors[i].to_float(part);
+#pragma unroll
+      for (int j = 0; j < Vector<T>::kCount; ++j) values[i * Vector<T>::kCount + j] = part[j];
+    }
+  }
+};
+
+__device__ __forceinline__ float amax_of_lanes(float amax) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2)
+    amax = max_nan(amax, __shfl_xor_sync(~0u, amax, distance));
+  return amax;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const __grid_constant__ QuantizeRowsArgs args) {
+  const int64_t rows = args.num_rows == nullptr ? args.rows : min(args.rows, static_cast<int64_t>(*args.num_rows));
+  const int blocks = args.width / kScaleBlock;
+  const int64_t items = (rows + kRowsAtOnce - 1) / kRowsAtOnce * blocks;
+  const int lane = threadIdx.x % kLanes;
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * (kThreads / kLanes);
+  // By the warp's first item: lanes without one go along, because the shuffles take all.
+  for (int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32 * (32 / kLanes); first < items;
+       first += stride) {
+    const int64_t item = first + threadIdx.x % 32 / kLanes;
+    const int64_t row = item / blocks * kRowsAtOnce;
+    const int block = static_cast<int>(item % blocks);
+    const int count = item < items ? static_cast<int>(min(rows - row, static_cast<int64_t>(kRowsAtOnce))) : 0;
+    const int64_t offset = row * args.width + block * kScaleBlock + lane * 8;
+    Eight<T> loaded[kRowsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      if (i < count) loaded[i].load(static_cast<const T*>(args.x) + offset + static_cast<int64_t>(i) * args.width);
+    }
+    float my_scale = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      float values[8] = {};
+      if (i < count) loaded[i].to_float(values);
+      const BlockScale scale = BlockScale::of(amax_of_lanes(amax_of(values)));
+      if (lane == i) my_scale = scale.scale;
+      if (i < count) {
+        uint8_t* out = static_cast<uint8_t*>(args.values) + offset + static_cast<int64_t>(i) * args.width;
+        *reinterpret_cast<uint2*>(out) = pack_e4m3(values, scale.factor);
+      }
+    }
+    if (lane < count) args.scales[block * args.scale_stride + row + lane] = my_scale;
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) quantize_weight_kernel(const __grid_constant__ QuantizeWeightArgs args) {
+  constexpr int kRowsOfPass = kThreads / kLanes, kPasses = kScaleBlock / kRowsOfPass;
+  constexpr int kChunkRows = 32;  // of the transposed copy, for a thread
+  __shared__ float warp_amax[kThreads / 32];
+  __shared__ alignas(16) uint8_t staged[kScaleBlock][kScaleBlock];
+  const int column_blocks = args.columns / kScaleBlock, row_blocks = args.rows / kScaleBlock;
+  const int column_block = blockIdx.x % column_blocks;
+  const int row_block = blockIdx.x / column_blocks % row_blocks;
+  const int64_t expert = blockIdx.x / (column_blocks * row_blocks);
+  const int64_t base = expert * args.rows * args.columns;
+  const int lane = threadIdx.x % kLanes, first_row = threadIdx.x / kLanes;
+  const int64_t offset = base + (static_cast<int64_t>(row_block) * kScaleBlock + first_row) * args.columns +
+                         column_block * kScaleBlock + lane * 8;
+
+  Eight<T> loaded[kPasses];
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i)
+    loaded[i].load(static_cast<const T*>(args.weight) + offset + static_cast<int64_t>(i) * kRowsOfPass * args.columns);
+  float amax = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) {
+    float values[8];
+    loaded[i].to_float(values);
+    amax = max_nan(amax, amax_of(values));
+  }
+  amax = amax_of_lanes(amax);
+  amax = max_nan(amax, __shfl_xor_sync(~0u, amax, kLanes));
+  if (threadIdx.x % 32 == 0) warp_amax[threadIdx.x / 32] = amax;
+  __syncthreads();
+#pragma unroll
+  for (int warp = 0; warp < kThreads / 32; ++warp) amax = max_nan(amax, warp_amax[warp]);
+  const BlockScale scale = BlockScale::of(amax);
+  if (threadIdx.x == 0) {
+    args.scales[(expert * row_blocks + row_block) * column_blocks + column_block] = scale.scale;
+    if (args.transposed != nullptr)
+      args.transposed_scales[(expert * column_blocks + column_block) * row_blocks + row_block] = scale.scale;
+  }
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) {
+    float values[8];
+    loaded[i].to_float(values);
+    const uint2 packed = pack_e4m3(values, scale.factor);
+    uint8_t* out = static_cast<uint8_t*>(args.values) + offset + static_cast<int64_t>(i) * kRowsOfPass * args.columns;
+    *reinterpret_cast<uint2*>(out) = packed;
+    *reinterpret_cast<uint2*>(&staged[i * kRowsOfPass + first_row][lane * 8]) = packed;
+  }
+  if (args.transposed == nullptr) return;
+  __syncthreads();
+  for (int item = threadIdx.x; item < kScaleBlock * (kScaleBlock / kChunkRows); item += kThreads) {
+    const int column = item % kScaleBlock, row = item / kScaleBlock * kChunkRows;
+    uint8_t* out = static_cast<uint8_t*>(args.transposed) + base +
+                   (static_cast<int64_t>(column_block) * kScaleBlock + column) * args.rows + row_block * kScaleBlock +
+                   row;
+#pragma unroll
+    for (int half = 0; half < kChunkRows / 16; ++half) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const uint32_t byte = staged[row + half * 16 + i][column];
+        words[i / 4] = i % 4 == 0 ? byte : words[i / 4] | byte << (i % 4 * 8);
+      }
+      reinterpret_cast<uint4*>(out)[half] = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+}
+
+template <typename Args>
+using Kernel = void (*)(Args);
+
+Kernel<QuantizeRowsArgs> find_rows_kernel(int32_t element) {
+  switch (static_cast<Element>(element)) {
+    case Element::kFloat32:
+      return quantize_rows_kernel<float>;
+    case Element::kBFloat16:
+      return quantize_rows_kernel<__nv_bfloat16>;
+    case Element::kFloat16:
+      return quantize_rows_kernel<__half>;
+  }
+  return nullptr;
+}
+
+Kernel<QuantizeWeightArgs> find_weight_kernel(int32_t element) {
+  switch (static_cast<Element>(element)) {
+    case Element::kFloat32:
+      return quantize_weight_kernel<float>;
+    case Element::kBFloat16:
+      return quantize_weight_kernel<__nv_bfloat16>;
+    case Element::kFloat16:
+      return quantize_weight_kernel<__half>;
+  }
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace ep_moe
+
+// Rows that are not real are left alone. Pointers to rows are multiples of 16.
+EP_MOE_API const char* ep_moe_quantize_rows(const ep_moe::QuantizeRowsArgs* args, cudaStream_t stream) {
+  using namespace ep_moe;
+  constexpr const char* kWhat = "row quantisation kernel";
+  if (args->rows == 0 || args->width == 0) return nullptr;
+  const auto kernel = find_rows_kernel(args->element);
+  if (kernel == nullptr || args->width % kScaleBlock != 0) return error_text(cudaErrorInvalidValue, kWhat);
+  const int64_t items = (args->rows + kRowsAtOnce - 1) / kRowsAtOnce * (args->width / kScaleBlock);
+  const int64_t wanted = (items * kLanes + kThreads - 1) / kThreads;
+  const int blocks = static_cast<int>(wanted < kMaxBlocks ? wanted : kMaxBlocks);
+  return launch(kWhat, kernel, *args, blocks, kThreads, 0, LaunchMode::kPlain, stream);
+}
+
+EP_MOE_API const char* ep_moe_quantize_weight(const ep_moe::QuantizeWeightArgs* args, cudaStream_t stream) {
+  using namespace ep_moe;
+  constexpr const char* kWhat = "weight quantisation kernel";
+  const int64_t blocks =
+      static_cast<int64_t>(args->experts) * (args->rows / kScaleBlock) * (args->columns / kScaleBlock);
+  if (blocks == 0) return nullptr;
+  const auto kernel = find_weight_kernel(args->element);
+  if (kernel == nullptr || args->rows % kScaleBlock != 0 || args->columns % kScaleBlock != 0 || blocks > INT32_MAX)
+    return error_text(cudaErrorInvalidValue, kWhat);
+  return launch(kWhat, kernel, *args, static_cast<int>(blocks), kThreads, 0, LaunchMode::kPlain, stream);
+}
+
+EP_MOE_API size_t ep_moe_quantize_rows_args_bytes() { return sizeof(ep_moe::QuantizeRowsArgs); }
+EP_MOE_API size_t ep_moe_quantize_weight_args_bytes() { return sizeof(ep_moe::QuantizeWeightArgs); }

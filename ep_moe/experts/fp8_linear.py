@@ -1,0 +1,127 @@
+"""Linear layers of the experts in FP8, with autograd, and the quantised weights that they keep.
+
+Forward and the gradient of the rows multiply in FP8: rows, and gradients of results, are quantised along the reduction
+of the product that reads them. The gradient of the weights is a product in the dtype of the rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ep_moe.comm import ExpertSegments
+from ep_moe.experts.deferred import WeightGradientTask
+from ep_moe.experts.fp8 import Fp8Gemm, Fp8WeightPair
+from ep_moe.experts.gemm import GroupedGemm, row_major, weight_gradient
+
+
+class QuantizedWeight:
+    """The FP8 copies of one weight.
+
+    Passes with gradients make new ones each time: optimizers change weights in ways that leave no trace (PyTorch's
+    fused ones count no version, Megatron's write through ``data``). Passes without gradients keep them, until a pass
+    with gradients, or until the weight is another tensor or of another version. Who writes a weight through ``data``
+    between such passes calls :meth:`forget`. Captured CUDA graphs hold the copies that they were captured with.
+    """
+
+    def __init__(self) -> None:
+        self._source: tuple[Any, ...] | None = None
+        self._kept: Fp8WeightPair | None = None
+        self._captured: list[Fp8WeightPair] = []
+
+    def get(self, weight: Tensor, gemm: Fp8Gemm) -> Fp8WeightPair:
+        """The copies of ``weight``; with the transposed one where gradients are enabled."""
+        if torch.is_grad_enabled():
+            self.forget()
+            return gemm.quantize_weight(weight.detach(), True)
+        source = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        if self._kept is None or source != self._source:
+            self._source, self._kept = source, gemm.quantize_weight(weight.detach(), False)
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._captured.append(self._kept)
+        return self._kept
+
+    def forget(self) -> None:
+        """Quantise at the next call."""
+        self._source = self._kept = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedWeight:
+        return QuantizedWeight()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return QuantizedWeight, ()
+
+
+@dataclass(frozen=True)
+class Fp8Products:
+    """The back ends of the three products of a linear layer: ``fp8`` of the first two, ``wgrad`` of the third."""
+
+    fp8: Fp8Gemm
+    wgrad: GroupedGemm
+
+
+def fp8_grouped_linear(
+    rows: Tensor,
+    weight: Tensor,
+    quantized: Fp8WeightPair,
+    segments: ExpertSegments,
+    products: Fp8Products,
+    defer: Callable[[WeightGradientTask], None] | None = None,
+) -> Tensor:
+    """As :func:`~ep_moe.experts.gemm.grouped_linear`, with both factors rounded to FP8.
+
+    Gradients pass the rounding as if it were not there (straight-through).
+
+    Args:
+        rows: ``[segments.num_rows, in_features]``.
+        weight: takes the gradient; its values are not read.
+        quantized: the copies of ``weight``; the transposed one serves the gradient of ``rows``.
+        segments: which rows belong to which expert.
+        products: the back ends.
+        defer: takes the computation of the weight's gradient instead of running it.
+
+    Returns:
+        ``[segments.num_rows, out_features]`` in the dtype of ``rows``.
+    """
+    result: Tensor = _Fp8GroupedLinear.apply(rows, weight, quantized, segments, products, defer)
+    return result
+
+
+class _Fp8GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        quantized: Fp8WeightPair,
+        segments: ExpertSegments,
+        products: Fp8Products,
+        defer: Callable[[WeightGradientTask], None] | None,
+    ) -> Tensor:
+        ctx.parameter = weight  # as in grouped_linear
+        ctx.segments, ctx.products, ctx.defer = segments, products, defer
+        ctx.transposed = quantized.transposed
+        rows = row_major(rows)
+        ctx.save_for_backward(rows)
+        return products.fp8.multiply(products.fp8.quantize_rows(rows, segments), quantized.weight, segments, rows.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (rows,) = ctx.saved_tensors
+        grad = row_major(grad)
+        need_rows, need_weight, *_ = ctx.needs_input_grad
+        fp8, segments = ctx.products.fp8, ctx.segments
+        grad_rows = grad_weight = None
+        if need_rows:
+            grad_rows = fp8.multiply(fp8.quantize_rows(grad, segments), ctx.transposed, segments, rows.dtype)
+        if need_weight:
+            task = functools.partial(weight_gradient, ctx.parameter, grad, rows, segments, ctx.products.wgrad)
+            grad_weight = task() if ctx.defer is None else ctx.defer(task)
+        return grad_rows, grad_weight, None, None, None, None
