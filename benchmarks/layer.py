@@ -79,7 +79,7 @@ def main() -> None:
     arguments = parse_arguments()
     launch(arguments.ranks)
     machine = start()
-    say(f"{arguments.tokens} tokens a rank, bf16")
+    say(f"{arguments.tokens} tokens a rank, bf16" + (", experts in FP8" if arguments.precision == "fp8" else ""))
     say(
         "shape             back end    overlap              SMs | layer: fwd  fwd+bwd | GEMMs: fwd  fwd+bwd | "
         "ratio: fwd  both | peak GiB"
@@ -145,7 +145,12 @@ def layer_config(
             num_experts=shape.local_experts * size,
             top_k=shape.top_k,
             comm=arguments.comm,
-            experts=ExpertsConfig(ffn_hidden_size=shape.ffn, activation="swiglu", backend=backend),  # type: ignore[arg-type]
+            experts=ExpertsConfig(
+                ffn_hidden_size=shape.ffn,
+                activation="swiglu",
+                backend=backend,  # type: ignore[arg-type]
+                precision=arguments.precision,
+            ),
             shared_experts=SharedExpertsConfig(ffn_hidden_size=arguments.shared_ffn),
             capacity_rows=arguments.capacity_rows,
         ),
@@ -226,6 +231,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="One MoE layer.")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="default: whole models")
     parser.add_argument("--backends", nargs="+", default=["native", "grouped_mm"])
+    parser.add_argument("--precision", choices=["input", "fp8"], default="input", help="the GEMMs alone stay bf16")
     parser.add_argument("--overlap", nargs="+", default=["none"], help="none, halves, two_batch, or strategies by +")
     parser.add_argument("--shared-ffn", type=int, default=0, help="inner width of shared experts, 0 for none")
     parser.add_argument("--capacity-rows", type=int, help="rows to make room for; the host then waits for no sizes")

@@ -62,10 +62,13 @@ BAD = [
     ("moe.routr.num_groups=2", "moe.routr: unknown key; did you mean moe.router?"),
     ("lr=1", "lr = 1: unknown key; the configuration has data, model, moe, phases, training"),
     ("phases.zzz.mode=normal", "phases.zzz: unknown key; phases has decode, prefill, train"),
-    ("moe.experts={3: 1}", "moe.experts.3 = 1: unknown key; moe.experts has activation, backend, ffn_hidden_size"),
+    (
+        "moe.experts={3: 1}",
+        "moe.experts.3 = 1: unknown key; moe.experts has activation, backend, ffn_hidden_size, precision",
+    ),
     (
         'moe.experts={"a\\nb": 1}',
-        "moe.experts.a b = 1: unknown key; moe.experts has activation, backend, ffn_hidden_size",
+        "moe.experts.a b = 1: unknown key; moe.experts has activation, backend, ffn_hidden_size, precision",
     ),
     ("data.zzzz=1", "data.zzzz = 1: unknown key; data has path, pattern, sequence_length, validation_fraction"),
     ("moe.top_k=two", "moe.top_k = two: must be an integer"),

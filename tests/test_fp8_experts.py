@@ -187,6 +187,10 @@ def test_refusals() -> None:
         ExpertsConfig(backend="te", precision="fp8")
     with pytest.raises(ConfigError, match=r"moe.experts.precision = fp8: needs model.hidden_size"):
         config_from_dict({"model": {"hidden_size": 64}, "moe": {"experts": {"precision": "fp8"}}})
+    with pytest.raises(ConfigError, match=r"moe.experts.precision = fp8: needs hidden_size \(64\)"):
+        GroupedExperts(
+            64, 1, ExpertsConfig(precision="fp8"), init_method=torch.Tensor.zero_, output_init_method=torch.Tensor.zero_
+        )
     assert MoEConfig().experts.precision == "input"
     sizes = {"num_local_experts": 2, "hidden_size": 128, "ffn_hidden_size": 128}
     with pytest.raises(ConfigError, match=r"moe.experts.precision = fp8: .*needs bf16 on a CUDA GPU, got .* on cpu"):

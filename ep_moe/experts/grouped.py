@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ep_moe.comm import ExpertSegments, PackedSegments
-from ep_moe.config import ExpertsConfig
+from ep_moe.comm.fp8 import BLOCK
+from ep_moe.config import ConfigError, ExpertsConfig
 from ep_moe.experts.activation import apply_activation, apply_packed_activation, check_row_weights, fc1_width
 from ep_moe.experts.backends import ALIGNMENT, select_backend, select_fp8_backend
 from ep_moe.experts.deferred import DeferredGradients, WeightGradientTask
@@ -43,7 +44,7 @@ class GroupedExperts(nn.Module):
         fc2_weight: ``[local_experts, hidden, ffn]``.
 
     Raises:
-        ConfigError: (a ``ValueError``) if the back end is not installed.
+        ConfigError: (a ``ValueError``) if the back end is not installed, or the precision does not take the widths.
         ValueError: if a size is not positive or the activation unknown.
     """
 
@@ -67,6 +68,11 @@ class GroupedExperts(nn.Module):
             )
         if config.backend == "te":
             import_grouped_gemm()
+        if config.precision == "fp8" and hidden_size % BLOCK:
+            raise ConfigError(
+                f"moe.experts.precision = fp8: needs hidden_size ({hidden_size}) to be a multiple of {BLOCK}, the "
+                "scale block"
+            )
         self.hidden_size = hidden_size
         self.num_local_experts = num_local_experts
         self.first_expert = first_expert

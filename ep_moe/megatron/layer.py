@@ -32,7 +32,7 @@ from ep_moe.layer import to_compute_dtype
 from ep_moe.megatron.experts import MegatronExperts
 from ep_moe.megatron.handover import Handover
 from ep_moe.megatron.router import MegatronRouter
-from ep_moe.megatron.translate import Backend, BetweenNodes, Comm, honour_overlap, moe_config
+from ep_moe.megatron.translate import Backend, BetweenNodes, Comm, Precision, honour_overlap, moe_config
 from ep_moe.phases import PhaseSelector, most_tokens
 from ep_moe.streams import record_use
 from ep_moe.tracing import StageRanges
@@ -55,6 +55,7 @@ class MegatronEPMoELayer(MoELayer):
         phases: PhasesConfig | None = None,
         comm: Comm = "auto",
         backend: Backend = "auto",
+        precision: Precision = "input",
         ranks_per_node: int | None = None,
         between_nodes: BetweenNodes = "portable",
         **ignored: Any,
@@ -69,6 +70,7 @@ class MegatronEPMoELayer(MoELayer):
             phases: how tokens travel in each phase.
             comm: communicator (key ``moe.comm``).
             backend: grouped GEMM (key ``moe.experts.backend``).
+            precision: of its products (key ``moe.experts.precision``).
             ranks_per_node: key ``moe.comm_ranks_per_node``.
             between_nodes: key ``moe.comm_between_nodes``.
             ignored: keyword arguments that newer versions of Megatron add.
@@ -76,7 +78,7 @@ class MegatronEPMoELayer(MoELayer):
         Raises:
             ConfigError: for a setting of ``config`` that the layer would not honour.
         """
-        moe = moe_config(config, comm=comm, backend=backend)
+        moe = moe_config(config, comm=comm, backend=backend, precision=precision)
         groups = pg_collection if pg_collection is not None else get_default_pg_collection()
         # Not MoELayer's own constructor: it would build Megatron's router, dispatcher and experts as well.
         BaseMoELayer.__init__(self, config=config, layer_number=layer_number, pg_collection=groups)

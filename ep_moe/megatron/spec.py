@@ -10,7 +10,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from ep_moe.config import PhasesConfig
 from ep_moe.megatron.layer import MegatronEPMoELayer
-from ep_moe.megatron.translate import Backend, BetweenNodes, Comm
+from ep_moe.megatron.translate import Backend, BetweenNodes, Comm, Precision
 
 
 def use_ep_moe(
@@ -19,6 +19,7 @@ def use_ep_moe(
     phases: PhasesConfig | None = None,
     comm: Comm = "auto",
     backend: Backend = "auto",
+    precision: Precision = "input",
     ranks_per_node: int | None = None,
     between_nodes: BetweenNodes = "portable",
 ) -> Any:
@@ -30,6 +31,7 @@ def use_ep_moe(
         phases: how tokens travel in each phase; the defaults of ``ep_moe.config.PhasesConfig`` if ``None``.
         comm: communicator (key ``moe.comm``).
         backend: grouped GEMM (key ``moe.experts.backend``).
+        precision: of its products (key ``moe.experts.precision``).
         ranks_per_node: key ``moe.comm_ranks_per_node``.
         between_nodes: key ``moe.comm_between_nodes``.
 
@@ -43,6 +45,7 @@ def use_ep_moe(
         "phases": phases,
         "comm": comm,
         "backend": backend,
+        "precision": precision,
         "ranks_per_node": ranks_per_node,
         "between_nodes": between_nodes,
     }

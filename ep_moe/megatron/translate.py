@@ -13,6 +13,7 @@ from ep_moe.config import PHASES, ConfigError, ExpertsConfig, MoEConfig, PhasesC
 
 Activation = Literal["swiglu", "geglu", "gelu", "relu", "squared_relu"]
 Backend = Literal["auto", "native", "grouped_mm", "loop", "te"]
+Precision = Literal["input", "fp8"]
 Comm = Literal["auto", "portable", "nvlink"]
 BetweenNodes = Literal["portable", "loopback", "nvshmem"]
 
@@ -41,7 +42,7 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 _LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 
 
-def moe_config(config: TransformerConfig, *, comm: Comm, backend: Backend) -> MoEConfig:
+def moe_config(config: TransformerConfig, *, comm: Comm, backend: Backend, precision: Precision = "input") -> MoEConfig:
     """Translate the MoE part of a Megatron configuration.
 
     Shared experts are not part of it: the adapter keeps Megatron's own module for them.
@@ -50,6 +51,7 @@ def moe_config(config: TransformerConfig, *, comm: Comm, backend: Backend) -> Mo
         config: Megatron's configuration.
         comm: communicator, as key ``moe.comm``.
         backend: grouped GEMM, as key ``moe.experts.backend``.
+        precision: of its products, as key ``moe.experts.precision``.
 
     Raises:
         ConfigError: naming the setting that cannot be honoured.
@@ -61,7 +63,10 @@ def moe_config(config: TransformerConfig, *, comm: Comm, backend: Backend) -> Mo
         comm=comm,
         router=_router_config(config),
         experts=ExpertsConfig(
-            ffn_hidden_size=config.moe_ffn_hidden_size, activation=_activation(config), backend=backend
+            ffn_hidden_size=config.moe_ffn_hidden_size,
+            activation=_activation(config),
+            backend=backend,
+            precision=precision,
         ),
     )
 

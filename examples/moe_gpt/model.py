@@ -73,6 +73,7 @@ def build_model(config: Config, device: torch.device) -> GPTModel:
         phases=config.phases,
         comm=config.moe.comm,
         backend=config.moe.experts.backend,
+        precision=config.moe.experts.precision,
         ranks_per_node=config.moe.comm_ranks_per_node,
         between_nodes=config.moe.comm_between_nodes,
     )
