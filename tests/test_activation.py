@@ -104,7 +104,26 @@ def count_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return launched
 
 
-BOTH = ["ep_moe_activation_forward", "ep_moe_activation_backward"]
+BOTH = ["activation_forward", "activation_backward"]
+
+
+def test_every_launch_names_an_entry_point_that_is_declared(monkeypatch: pytest.MonkeyPatch) -> None:
+    declared: set[str] = set()
+    launched: set[str] = set()
+
+    def load(entries: dict[str, object]) -> object:
+        declared.update(entries)
+        return object()
+
+    monkeypatch.setattr(activation_kernels, "load_entry_points", load)
+    monkeypatch.setattr(activation_kernels, "find_library", activation_kernels.find_library.__wrapped__)
+    monkeypatch.setattr(activation_kernels, "launch", lambda library, name, *_: launched.add(name))
+    x, grad, counts = torch.zeros(2, 3, 32), torch.zeros(2, 3, 16), torch.zeros(2, dtype=torch.int32)
+    activation_kernels.forward_packed(x, "swiglu", counts, 16)
+    assert launched == {"activation_forward"}
+    activation_kernels.forward(x, "swiglu", None, None, 16)
+    activation_kernels.backward(grad, x, "swiglu", None, None, need_x=True, need_weights=False)
+    assert launched == declared
 
 
 def test_rows_that_fit() -> None:

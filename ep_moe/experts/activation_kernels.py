@@ -85,7 +85,7 @@ def forward_packed(x: Tensor, activation: str, counts: Tensor, width: int) -> Te
     out = x.new_empty(*x.shape[:-1], width)
     arguments = _arguments(out, activation, counts)
     arguments.x, arguments.out, arguments.room = x.data_ptr(), out.data_ptr(), x.shape[1]
-    _launch("ep_moe_activation_forward", arguments, x.device)
+    _launch("activation_forward", arguments, x.device)
     return out
 
 
