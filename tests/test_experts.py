@@ -7,6 +7,7 @@ import importlib.util
 import math
 import sys
 import types
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from ep_moe.experts import (
     initialize_experts,
 )
 from ep_moe.experts.gemm import GroupedGemm
+from ep_moe.experts.swiglu import swiglu_linear
 from ep_moe.experts.te import TE
 
 ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu", "squared_relu")
@@ -203,6 +205,28 @@ def test_fused_activation_matches_oracle(weighted: bool, kept: list[bool]) -> No
     assert kept == [True, True]
     check_against_oracle("loop", "geglu", torch.float64, [2, 4], weighted=weighted)
     assert len(kept) == 2
+
+
+def test_fused_activation_lets_go_of_pre_activations_before_the_last_gradients(kept: list[bool]) -> None:
+    gemm = grouped.select_backend("auto")  # type: ignore[call-arg]
+    held: list[weakref.ref[Tensor]] = []
+
+    def swiglu(*args: Any, keep: bool) -> tuple[Tensor, Tensor | None]:
+        out, pre_activation = gemm.swiglu(*args, keep=keep)
+        assert pre_activation is not None
+        held.append(weakref.ref(pre_activation))
+        return out, pre_activation
+
+    def dgrad(*args: Any) -> Tensor:
+        assert held[0]() is None
+        return gemm.dgrad(*args)
+
+    watched = dataclasses.replace(gemm, swiglu=swiglu, dgrad=dgrad)
+    rows, weight = torch.randn(5, 4, requires_grad=True), torch.randn(2, 6, 4, requires_grad=True)
+    out = swiglu_linear(rows, weight, None, make_segments([2, 3]), watched)
+    assert held[0]() is not None
+    out.sum().backward()
+    assert rows.grad is not None and weight.grad is not None and len(held) == 1
 
 
 def test_fused_activation_gives_the_gradients_that_are_asked_for(kept: list[bool]) -> None:

@@ -1,9 +1,9 @@
-"""The first projection with SwiGLU behind it as one autograd function, for back ends that fuse them."""
+"""The first projection with SwiGLU behind it, for back ends that compute both at once."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from ep_moe.comm import ExpertSegments
 from ep_moe.experts.activation import activation_backward
 from ep_moe.experts.deferred import WeightGradientTask
-from ep_moe.experts.gemm import GroupedGemm, row_major, weight_gradient
+from ep_moe.experts.gemm import GroupedGemm, grouped_linear, row_major
 
 
 def swiglu_linear(
@@ -41,50 +41,42 @@ def swiglu_linear(
         ``[segments.num_rows, ffn]``. Behind the last segment it is unspecified, as are the gradients of rows and
         ``row_weights``.
     """
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (rows, weight, row_weights))
-    result: Tensor = _SwigluLinear.apply(rows, weight, row_weights, segments, gemm, defer, keep)
+    fused = gemm.swiglu
+    assert fused is not None
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in (rows, weight, row_weights)):
+        return fused(row_major(rows), row_major(weight), segments, row_weights, keep=False)[0]
+    activated: list[Tensor] = []
+
+    def forward(rows: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
+        out, pre_activation = fused(rows, weight, segments, row_weights, keep=True)
+        assert pre_activation is not None
+        activated.append(out)
+        return pre_activation
+
+    # Two nodes, so that backward is done with the pre-activation before it makes the gradients of rows and weight.
+    pre_activation = grouped_linear(rows, weight, segments, replace(gemm, forward=forward), defer)
+    result: Tensor = _Activated.apply(pre_activation, row_weights, segments, activated)
     return result
 
 
-class _SwigluLinear(torch.autograd.Function):
+class _Activated(torch.autograd.Function):
+    """The activation of the first argument, which has been computed."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        rows: Tensor,
-        weight: Tensor,
-        row_weights: Tensor | None,
-        segments: ExpertSegments,
-        gemm: GroupedGemm,
-        defer: Callable[[WeightGradientTask], None] | None,
-        keep: bool,
+        ctx: Any, pre_activation: Tensor, row_weights: Tensor | None, segments: ExpertSegments, activated: list[Tensor]
     ) -> Tensor:
-        assert gemm.swiglu is not None
-        ctx.parameter = weight  # besides the saved one, which may come back as another tensor without main_grad
-        rows, weight = row_major(rows), row_major(weight)
-        out, pre_activation = gemm.swiglu(rows, weight, segments, row_weights, keep=keep)
-        ctx.save_for_backward(rows, weight, row_weights, pre_activation)
-        ctx.segments, ctx.gemm, ctx.defer = segments, gemm, defer
-        return out
+        ctx.save_for_backward(pre_activation, row_weights)
+        ctx.segments = segments
+        return activated.pop()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, row_weights, pre_activation = ctx.saved_tensors
-        need_rows, need_weight, need_row_weights, *_ = ctx.needs_input_grad
-        grad_pre_activation, grad_row_weights = activation_backward(
-            grad,
-            pre_activation,
-            "swiglu",
-            row_weights,
-            ctx.segments.row_count,
-            need_x=need_rows or need_weight,
-            need_weights=need_row_weights,
+        pre_activation, row_weights = ctx.saved_tensors
+        need_x, need_weights, *_ = ctx.needs_input_grad
+        row_count = ctx.segments.row_count
+        grads = activation_backward(
+            grad, pre_activation, "swiglu", row_weights, row_count, need_x=need_x, need_weights=need_weights
         )
-        grad_rows = grad_weight = None
-        if need_rows:
-            grad_rows = ctx.gemm.dgrad(grad_pre_activation, weight, ctx.segments)
-        if need_weight:
-            assert grad_pre_activation is not None
-            task = functools.partial(weight_gradient, ctx.parameter, grad_pre_activation, rows, ctx.segments, ctx.gemm)
-            grad_weight = task() if ctx.defer is None else ctx.defer(task)
-        return grad_rows, grad_weight, grad_row_weights, None, None, None, None
+        return *grads, None, None
