@@ -1,11 +1,10 @@
 """Generate text from a checkpoint of ``train_moe.py``: prefill in normal mode, decode in low-latency mode.
 
-Where every process has a GPU of its own, a decode step is a CUDA graph.
-
     torchrun --nproc-per-node=2 examples/generate.py --config configs/quickstart.yaml --prompt "def main(" --steps 80
 
 Any number of processes may share the experts, whatever number trained them. Each process continues all prompts with
-random numbers of its own; the first prints its text and the rates of all together.
+random numbers of its own; the first prints its text and the rates of all together. ``--graph`` makes a decode step a
+CUDA graph, where every process has a GPU of its own.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", action="append", help="text to continue, repeatable; cut to one length")
     parser.add_argument("--steps", type=int, default=64, help="bytes to generate")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest byte")
-    parser.add_argument("--no-graph", action="store_true", help="decode without a CUDA graph where one is possible")
+    parser.add_argument("--graph", action="store_true", help="capture a decode step in a CUDA graph")
     return parser.parse_args()
 
 
@@ -72,15 +71,19 @@ def run(arguments: argparse.Namespace, config: Config, world: World, prompts: to
             f"--steps = {arguments.steps}: prompt and text have {length} bytes, the model takes "
             f"{config.data.sequence_length} (data.sequence_length)"
         )
+    if arguments.graph and not can_capture(config, world):
+        raise ConfigError(
+            "--graph: needs a GPU a process, bf16, phases.decode.mode: low_latency, a moe.comm other than portable and "
+            "moe.experts.backend auto, native or grouped_mm"
+        )
     folder = arguments.checkpoint or last_checkpoint(config)
     if folder is None:
         raise ConfigError(f"training.output_dir = {config.training.output_dir}: holds no checkpoint; train first")
     model = build_model(config, world.device)
     load_weights(folder, config, model)
     generator = torch.Generator().manual_seed(config.training.seed + world.rank)
-    capture = can_capture(config, world) and not arguments.no_graph
     sampling = {"temperature": arguments.temperature, "generator": generator}
-    result = generate(model, world, prompts, arguments.steps, capture=capture, **sampling)
+    result = generate(model, world, prompts, arguments.steps, capture=arguments.graph, **sampling)
     if world.is_main:
         for text in result.tokens.tolist():
             print(bytes(text).decode(errors="replace"), end="\n---\n")

@@ -54,6 +54,11 @@ def test_too_long_a_text_is_refused(tmp_path: Path) -> None:
         generate(tmp_path, 1, "data.sequence_length=16")
 
 
+def test_a_graph_needs_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"--graph: needs a GPU a process, bf16"):
+        generate(tmp_path, 1, flags=("--graph",))
+
+
 # The kernels' multiples, and the precision that they compute in.
 ON_GPU = (
     "training.device=cuda",
@@ -67,9 +72,9 @@ ON_GPU = (
 @pytest.mark.gpu
 def test_a_captured_decode_step_gives_the_same_text(tmp_path: Path) -> None:
     train(tmp_path, 1, *WIDE, *ON_GPU)
-    texts, rates = generate(tmp_path, 1, *ON_GPU)
+    texts, rates = generate(tmp_path, 1, *ON_GPU, flags=("--graph",))
     assert "decode (low_latency, CUDA graph)" in rates
-    step_by_step, rates = generate(tmp_path, 1, *ON_GPU, flags=("--no-graph",))
+    step_by_step, rates = generate(tmp_path, 1, *ON_GPU)
     assert "decode (low_latency)" in rates
     normal, rates = generate(tmp_path, 1, *ON_GPU, "phases.decode.mode=normal")
     assert "decode (normal)" in rates
