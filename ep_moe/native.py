@@ -35,6 +35,7 @@ __all__ = [
     "load_nvshmem_library",
     "nvshmem_library_path",
     "open_nvshmem_library",
+    "pointer",
     "stream_handle",
 ]
 
@@ -167,6 +168,11 @@ def stream_handle(device: int) -> int:
     Triton asks for it in this way too: ``torch.cuda.current_stream`` builds an object around it, for 4 us a launch.
     """
     return torch._C._cuda_getCurrentRawStream(device)
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    """Address of a tensor's data, for a field of an argument struct."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 @functools.cache

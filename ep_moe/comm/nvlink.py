@@ -22,9 +22,10 @@ from ep_moe.comm.communicator import (
     RowLayout,
     check_dispatch_shapes,
 )
-from ep_moe.comm.nvlink_core import NvlinkCore, pointer
+from ep_moe.comm.nvlink_core import NvlinkCore
 from ep_moe.comm.nvlink_faults import PeerTimeoutError
 from ep_moe.comm.nvlink_wire import ELEMENTS, MOVED, SHARED_BYTES, WireFormat, wire_format
+from ep_moe.native import pointer
 
 _MAX_WARPS, _MAX_STAGES = 8, 3
 _SPINS = 200  # looks at the flag between looks at everything else

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ep_moe.comm import nvlink_args as native
 from ep_moe.comm.nvlink_faults import FaultMonitor
@@ -146,8 +145,3 @@ class NvlinkCore:
         """End it."""
         if not torch.cuda.is_current_stream_capturing():
             self._last.record(self._last_stream)
-
-
-def pointer(tensor: Tensor | None) -> int | None:
-    """Address of a tensor's data, for a field of an argument struct."""
-    return None if tensor is None else tensor.data_ptr()

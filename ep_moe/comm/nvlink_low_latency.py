@@ -28,10 +28,9 @@ from ep_moe.comm.low_latency import (
     check_sizes,
 )
 from ep_moe.comm.nvlink_args import MAX_RANKS
-from ep_moe.comm.nvlink_core import pointer
 from ep_moe.comm.nvlink_faults import FaultMonitor
 from ep_moe.comm.symmetric import SymmetricBuffer, allocate_symmetric
-from ep_moe.native import launch
+from ep_moe.native import launch, pointer
 
 _SCALE_FORMATS: dict[ScaleFormat, int] = {"none": 0, "fp32": 1, "ue8m0": 2}
 _TABLE_BYTES = 96 * 1024  # of shared memory: two blocks share a multiprocessor

@@ -18,7 +18,7 @@ from torch import Tensor
 from ep_moe.comm.nvlink_faults import FaultMonitor
 from ep_moe.comm.symmetric import SymmetricBuffer, allocate_symmetric
 from ep_moe.comm.transport import NodeRoutes
-from ep_moe.native import launch, load_entry_points, load_library
+from ep_moe.native import launch, load_entry_points
 
 MAX_NODES, _PARTS, _SLOTS, _CHUNK_ROWS = 32, 4, 2, 32
 _MOST_CHANNELS, _MOST_BLOCKS = 8, 128
@@ -189,7 +189,6 @@ def loopback_transport(
     Raises:
         NativeLibraryError: if the CUDA library is missing.
     """
-    load_library()
     return SymmetricTransport(
         load_entry_points(ENTRY_POINTS),
         lambda num_bytes: allocate_symmetric(num_bytes, counterparts, device),

@@ -13,9 +13,9 @@ from ctypes import c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor, nn
 
-from ep_moe.native import NativeLibraryError, capability, launch, library_path, load_entry_points
+from ep_moe.comm.nvlink_wire import ELEMENTS
+from ep_moe.native import NativeLibraryError, capability, launch, library_path, load_entry_points, pointer
 
-_ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Element of element.cuh
 _ACTIVATIONS = {"swiglu": 0, "geglu": 1, "gelu": 2, "relu": 3, "squared_relu": 4}  # Activation of pointwise.cuh
 _VECTOR_BYTES = 16
 _CAPABILITY = (9, 0)  # the oldest that the library has code for
@@ -42,7 +42,7 @@ class ActivationArgs(ctypes.Structure):
 
 def rows_fit(dtype: torch.dtype, width: int) -> bool:
     """Whether the kernels take output rows of ``width`` elements: whole vectors of 16 bytes."""
-    return dtype in _ELEMENTS and width > 0 and width * dtype.itemsize % _VECTOR_BYTES == 0
+    return dtype in ELEMENTS and width > 0 and width * dtype.itemsize % _VECTOR_BYTES == 0
 
 
 def usable(x: Tensor, width: int) -> bool:
@@ -71,7 +71,7 @@ def forward(x: Tensor, activation: str, row_weights: Tensor | None, row_count: T
     out = x.new_empty(*x.shape[:-1], width)
     arguments = _arguments(out, activation, row_count)
     weights = as_fp32(row_weights)
-    arguments.x, arguments.out, arguments.row_weights = x.data_ptr(), out.data_ptr(), _pointer(weights)
+    arguments.x, arguments.out, arguments.row_weights = x.data_ptr(), out.data_ptr(), pointer(weights)
     _launch("activation_forward", arguments, x.device)
     return out
 
@@ -112,8 +112,8 @@ def backward(
     grad_weights = x.new_empty(x.shape[:-1], dtype=torch.float32) if need_weights else None
     arguments = _arguments(grad, activation, row_count)
     weights = as_fp32(row_weights)
-    arguments.x, arguments.grad, arguments.row_weights = x.data_ptr(), grad.data_ptr(), _pointer(weights)
-    arguments.grad_x, arguments.grad_weights = _pointer(grad_x), _pointer(grad_weights)
+    arguments.x, arguments.grad, arguments.row_weights = x.data_ptr(), grad.data_ptr(), pointer(weights)
+    arguments.grad_x, arguments.grad_weights = pointer(grad_x), pointer(grad_weights)
     if need_x or need_weights:
         _launch("activation_backward", arguments, x.device)
     if grad_weights is not None and row_weights is not None:
@@ -138,10 +138,10 @@ def find_library() -> ctypes.CDLL | None:
 def _arguments(out_like: Tensor, activation: str, row_count: Tensor | None) -> ActivationArgs:
     width = out_like.shape[-1]
     return ActivationArgs(
-        num_rows=_pointer(row_count),
+        num_rows=pointer(row_count),
         rows=out_like.numel() // width,
         row_vectors=width * out_like.itemsize // _VECTOR_BYTES,
-        element=_ELEMENTS[out_like.dtype],
+        element=ELEMENTS[out_like.dtype],
         activation=_ACTIVATIONS[activation],
     )
 
@@ -160,7 +160,3 @@ def _is_plain(x: Tensor) -> bool:
 def as_fp32(row_weights: Tensor | None) -> Tensor | None:
     """The weights as the kernels read them: one fp32 a row."""
     return None if row_weights is None else row_weights.to(torch.float32).contiguous()
-
-
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()

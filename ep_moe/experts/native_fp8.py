@@ -14,11 +14,10 @@ from torch import Tensor
 
 from ep_moe.comm import ExpertSegments
 from ep_moe.comm.fp8 import BLOCK
+from ep_moe.comm.nvlink_wire import ELEMENTS
 from ep_moe.experts import native_gemm
 from ep_moe.experts.fp8 import Fp8Gemm, Fp8Rows, Fp8Weight, Fp8WeightPair
 from ep_moe.native import launch, load_entry_points
-
-_ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Element of element.cuh
 
 
 class GroupedFp8Args(ctypes.Structure):
@@ -84,7 +83,7 @@ def quantize_rows(rows: Tensor, segments: ExpertSegments) -> Fp8Rows:
         rows=rows.shape[0],
         scale_stride=scales.shape[1],
         width=rows.shape[1],
-        element=_ELEMENTS[rows.dtype],
+        element=ELEMENTS[rows.dtype],
     )
     launch(load_kernels(), "quantize_rows", arguments, rows.device)
     return Fp8Rows(values, scales)
@@ -110,7 +109,7 @@ def quantize_weight(weight: Tensor, transposed: bool) -> Fp8WeightPair:
         experts=experts,
         rows=rows,
         columns=columns,
-        element=_ELEMENTS[weight.dtype],
+        element=ELEMENTS[weight.dtype],
     )
     launch(load_kernels(), "quantize_weight", arguments, weight.device)
     return pair

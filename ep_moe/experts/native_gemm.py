@@ -16,7 +16,7 @@ from torch import Tensor
 from ep_moe.comm import ExpertSegments
 from ep_moe.experts.activation_kernels import as_fp32
 from ep_moe.experts.gemm import GroupedGemm, store_gradient
-from ep_moe.native import NativeLibraryError, capability, launch, load_entry_points
+from ep_moe.native import NativeLibraryError, capability, launch, load_entry_points, pointer
 
 WIDTH_MULTIPLE = 64
 MAX_EXPERTS = 1024
@@ -143,8 +143,8 @@ def swiglu(
     pre_activation = rows.new_empty(num_rows, width) if keep else None
     arguments = SwigluGemmArgs(
         gemm=_token_arguments(rows, weight, out, segments.ends),
-        row_weights=_pointer(row_weights),
-        pre_activation=_pointer(pre_activation),
+        row_weights=pointer(row_weights),
+        pre_activation=pointer(pre_activation),
     )
     launch(load_kernels(), "grouped_gemm_swiglu", arguments, rows.device)
     return out, pre_activation
@@ -234,7 +234,3 @@ def _is_plain(x: Tensor) -> bool:
 def plain(x: Tensor) -> Tensor:
     """``x``, or a copy of it that the copy engine takes."""
     return x if _is_plain(x) else x.clone(memory_format=torch.contiguous_format)
-
-
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
