@@ -271,7 +271,9 @@ class PhaseConfig(Section):
     dispatch_dtype: Literal["input", "fp8"] = key(
         "input", "Rows travel as they are, or as e4m3 with one fp32 scale per 128 channels."
     )
-    num_sms: int | None = key(None, "SMs that communication kernels may occupy; null lets the library choose.", low=1)
+    num_sms: int | None = key(
+        None, "SMs that communication kernels may occupy; null: as many as keep links or memory busy.", low=1
+    )
     overlap: tuple[Literal["shared_experts", "wgrad"], ...] = key(
         (),
         "Strategies that hide communication behind computation: 'shared_experts' run beside the routed ones; 'wgrad' "

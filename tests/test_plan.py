@@ -15,6 +15,7 @@ import torch
 from ep_moe.__main__ import main
 from ep_moe.comm.communicator import RowLayout
 from ep_moe.comm.fp8 import quantize_e4m3
+from ep_moe.comm.sm_budget import HEADROOM, combine_sms, dispatch_sms
 from ep_moe.config import Config, ConfigError
 from ep_moe.config_loading import load_config
 from ep_moe.native import library_path
@@ -157,7 +158,28 @@ def test_chosen_sms_do_not_slow_the_exchange_and_fewer_would() -> None:
     traffic = two_gpus(4096)
     chosen = normal_dispatch(traffic, Rates(), fp8=False)
     assert chosen.time == normal_dispatch(traffic, Rates(), fp8=False, sms=128).time
-    assert chosen.time < normal_dispatch(traffic, Rates(), fp8=False, sms=chosen.sms - 8).time
+    keeping_up = math.floor(chosen.sms / HEADROOM)
+    assert chosen.time < normal_dispatch(traffic, Rates(), fp8=False, sms=keeping_up - 8).time
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_kernels_get_the_sms_that_the_plan_says(ranks: int) -> None:
+    moe = load_config(V3, UNGROUPED).moe
+    topology = topology_of(moe, ranks, 8)
+    traffic = traffic_of(4096, 7168, 8, spread_of(simulate_routing(moe), 256, topology), topology)
+    for layout in ("expert_major", "rows"):
+        assert normal_dispatch(traffic, Rates(), fp8=False, layout=layout).sms == dispatch_sms(
+            ranks, 256 // ranks, 8, layout
+        )
+    assert normal_combine(traffic, Rates()).sms == combine_sms(ranks, 256 // ranks, 8, "expert_major")
+
+
+def test_more_ranks_leave_more_sms_to_gemms() -> None:
+    for layout, budget in itertools.product(("expert_major", "rows"), (dispatch_sms, combine_sms)):
+        budgets = [budget(ranks, 32, 8, layout) for ranks in range(1, 9)]
+        assert budgets == sorted(budgets, reverse=True)
+        assert all(8 <= sms <= 128 and sms % 8 == 0 for sms in budgets)
+    assert dispatch_sms(2, 1, 8, "rows") == dispatch_sms(2, 1, 2, "rows")  # more entries than experts: some are -1
 
 
 def test_queue_pairs_suffice_for_the_messages() -> None:

@@ -25,10 +25,13 @@ from ep_moe.comm.communicator import (
 from ep_moe.comm.nvlink_core import NvlinkCore
 from ep_moe.comm.nvlink_faults import PeerTimeoutError
 from ep_moe.comm.nvlink_wire import ELEMENTS, MOVED, SHARED_BYTES, WireFormat, wire_format
+from ep_moe.comm.sm_budget import combine_sms, dispatch_sms
 from ep_moe.native import pointer
 
 _MAX_WARPS, _MAX_STAGES = 8, 3
 _SPINS = 200  # looks at the flag between looks at everything else
+_ROUTING_SMS = 64  # exchange of routing and layout, which wait more than they move: with 128 they take longer
+_WEIGHTS_SMS = 16  # values of 4 bytes
 
 
 @dataclass(frozen=True)
@@ -215,12 +218,13 @@ class NvlinkCommunicator:
             raise ValueError(f"rows: expected [{expected}, hidden] as dispatched, got {list(rows.shape)}")
         wire = wire_format(rows, ELEMENTS, scaled=False)
         rows = rows.contiguous()
+        num_sms = handle.num_sms or combine_sms(self.size, handle.experts_per_rank, handle.top_k, layout)
         self._core.reserve(handle.tokens, handle.top_k, wire.bytes)
         out = torch.empty(handle.tokens, rows.shape[1], dtype=rows.dtype, device=self.device)
         places = handle.places(layout)
         with self._core:
             arguments = native.CombineArgs(
-                comm=self._core.arguments(handle.num_sms or 128),
+                comm=self._core.arguments(num_sms),
                 slots=places.data_ptr(),
                 owners=handle.owners.data_ptr(),
                 rows=rows.data_ptr(),
@@ -270,7 +274,7 @@ class NvlinkCommunicator:
             most_received = max_rows
         elif max_rows is not None:
             most_rows, most_received = max_rows, min(max_rows, most_received)
-        comm = self._core.arguments(num_sms or 64)
+        comm = self._core.arguments(num_sms or _ROUTING_SMS)
 
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=self.device)
@@ -368,6 +372,7 @@ class NvlinkCommunicator:
     ) -> tuple[Tensor, Tensor | None]:
         """Bring the rows routed here to their places."""
         segments, num_rows, places = handle.segments, handle.num_rows(layout), handle.places(layout)
+        num_sms = handle.num_sms or dispatch_sms(self.size, handle.experts_per_rank, handle.top_k, layout)
         rows_dtype = torch.float8_e4m3fn if wire.scales else x.dtype
         rows = torch.empty(num_rows, x.shape[1], dtype=rows_dtype, device=self.device)
         scales = None
@@ -376,7 +381,7 @@ class NvlinkCommunicator:
         stage_bytes = -(-wire.bytes // 128) * 128
         warps = max(min(SHARED_BYTES // (2 * stage_bytes), _MAX_WARPS), 1)
         arguments = native.DispatchArgs(
-            comm=self._core.arguments(handle.num_sms or 64),
+            comm=self._core.arguments(num_sms),
             slots=places.data_ptr(),
             counts=segments.counts.data_ptr(),
             ends=segments.ends.data_ptr(),
@@ -399,7 +404,7 @@ class NvlinkCommunicator:
     def _exchange_weights(self, by_token: Tensor, by_row: Tensor, handle: NvlinkHandle, *, to_rows: bool) -> None:
         with self._core:
             arguments = native.WeightsArgs(
-                comm=self._core.arguments(min(handle.num_sms or 16, 16)),
+                comm=self._core.arguments(min(handle.num_sms or _WEIGHTS_SMS, _WEIGHTS_SMS)),
                 slots=handle.slots.data_ptr(),
                 topk_idx=handle.topk_idx.data_ptr(),
                 by_token=by_token.data_ptr(),

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ep_moe.comm.sm_budget import MEASURED
 from ep_moe.config import ConfigError
 
 
@@ -33,15 +34,15 @@ class Rates:
         gemm: TFLOP/s of grouped bf16 GEMMs.
     """
 
-    nvlink_pull: float = 333.0
-    nvlink_push: float = 349.0
+    nvlink_pull: float = MEASURED.pull
+    nvlink_push: float = MEASURED.push
     rdma: float = 45.0
     rdma_latency: float = 5.0
     messages_per_qp: float = 2.0
-    memory: float = 4150.0
-    store_per_sm: float = 57.0
-    combine_per_sm: float = 38.0
-    combine_interference: float = 0.4
+    memory: float = MEASURED.memory
+    store_per_sm: float = MEASURED.store_per_sm
+    combine_per_sm: float = MEASURED.combine_per_sm
+    combine_interference: float = MEASURED.combine_interference
     layout: float = 12.0
     low_latency_dispatch: float = 7.9
     low_latency_combine: float = 7.4

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ep_moe.comm.communicator import RowLayout
+from ep_moe.comm.sm_budget import overlapped, sms_to_keep_up
 from ep_moe.plan.rates import Rates, microseconds
 from ep_moe.plan.traffic import Traffic, row_bytes
 
-SM_STEP, MOST_SMS = 8, 128
 LOW_LATENCY_BLOCKS = 264  # two on each of 132 SMs
 _BF16_BYTES = 2
 
@@ -55,7 +55,7 @@ def normal_dispatch(
         rates: of the hardware.
         fp8: rows travel as FP8.
         layout: of what arrives.
-        sms: SM budget; ``None`` for the fewest with which storing is not the slowest stage.
+        sms: SM budget; ``None`` for as many as keep up with the slowest other stage, as the library chooses them.
     """
     size = row_bytes(traffic.hidden, fp8)
     stored = size * (traffic.slots if layout == "expert_major" else traffic.rows)
@@ -77,7 +77,7 @@ def normal_combine(traffic: Traffic, rates: Rates, *, sms: int | None = None) ->
     memory = size * (traffic.slots + 2 * traffic.nvlink_rows + 2 * traffic.rdma_rows + traffic.tokens)
     wire = microseconds(size * traffic.nvlink_rows, rates.nvlink_push)
     in_memory = microseconds(memory, rates.memory)
-    both = max(wire, in_memory) + rates.combine_interference * min(wire, in_memory)
+    both = overlapped(wire, in_memory, rates.combine_interference)
     stages: dict[Limit, float] = {
         "RDMA": microseconds(size * traffic.rdma_rows, rates.rdma),
         "NVLink" if wire >= in_memory else "memory": both,
@@ -113,8 +113,7 @@ def _pipeline(
     sms: int | None,
 ) -> Exchange:
     if sms is None:
-        needed = microseconds(moved_by_sms, per_sm) / max(stages.values())
-        sms = min(math.ceil(needed / SM_STEP) * SM_STEP, MOST_SMS)
+        sms = sms_to_keep_up(microseconds(moved_by_sms, per_sm), max(stages.values()))
     stages = stages | {"SMs": microseconds(moved_by_sms, per_sm * sms)}
     limit = max(stages, key=lambda name: stages[name])
     time = before + stages[limit] + (rates.rdma_latency if traffic.topology.nodes > 1 else 0.0)

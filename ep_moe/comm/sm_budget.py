@@ -1,0 +1,87 @@
+"""How many SMs the exchanges of one node take where the configuration sets none.
+
+Exchanges move a row over a link and, for every expert of a token, through memory. Links and memory have the same rate
+however many SMs ask; what an SM moves is limited. So the more ranks there are, the more of a row's time is link time,
+and the fewer SMs suffice. The rest of them is left to GEMMs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+from ep_moe.comm.communicator import RowLayout
+
+SM_STEP, MOST_SMS = 8, 128
+HEADROOM = 1.5
+"""How much more than limits the exchange the SMs could move: stages that take equally long hinder each other."""
+
+
+@dataclass(frozen=True)
+class KernelRates:
+    """What kernels reach, in GB/s (1e9 bytes a second) of one GPU; measured on two H200 of one host.
+
+    Attributes:
+        pull: read from peers, with both directions busy.
+        push: written to peers, likewise.
+        memory: a large copy in HBM, reads and writes.
+        store_per_sm: stored by the bulk copies of one SM in dispatch.
+        combine_per_sm: read and written by one SM that adds rows in combine.
+        combine_interference: how much of the shorter of wire and memory time adds to the longer in combine; fitted to
+            the one time measured with 128 SMs.
+    """
+
+    pull: float = 333.0
+    push: float = 349.0
+    memory: float = 4150.0
+    store_per_sm: float = 57.0
+    combine_per_sm: float = 38.0
+    combine_interference: float = 0.4
+
+
+MEASURED = KernelRates()
+
+
+def sms_to_keep_up(work_of_one_sm: float, longest_other: float) -> int:
+    """SMs with which their part of an exchange takes less time than its slowest other part, by :data:`HEADROOM`.
+
+    Args:
+        work_of_one_sm: time of the SMs' part on one of them.
+        longest_other: time of that other part, in the same unit.
+    """
+    needed = HEADROOM * work_of_one_sm / longest_other
+    return min(math.ceil(needed / SM_STEP) * SM_STEP, MOST_SMS)
+
+
+def ranks_of_token(ranks: int, experts_per_rank: int, top_k: int) -> float:
+    """Ranks that have an expert of a token, on average, if its ``top_k`` experts are drawn at random."""
+    drawn = min(top_k, ranks * experts_per_rank)
+    elsewhere = math.comb((ranks - 1) * experts_per_rank, drawn) / math.comb(ranks * experts_per_rank, drawn)
+    return ranks * (1 - elsewhere)
+
+
+@functools.cache
+def dispatch_sms(ranks: int, experts_per_rank: int, top_k: int, layout: RowLayout) -> int:
+    """SMs for a dispatch between ``ranks`` of one node; more experts a token store more, more ranks pull more."""
+    arriving = ranks_of_token(ranks, experts_per_rank, top_k)
+    stored = top_k if layout == "expert_major" else arriving
+    pulled = arriving * (1 - 1 / ranks)
+    others = (pulled / MEASURED.pull, (arriving + stored) / MEASURED.memory)
+    return sms_to_keep_up(stored / MEASURED.store_per_sm, max(others))
+
+
+@functools.cache
+def combine_sms(ranks: int, experts_per_rank: int, top_k: int, layout: RowLayout) -> int:
+    """SMs for a combine between ``ranks`` of one node, which adds a rank's rows of a token and then the ranks' sums."""
+    arriving = ranks_of_token(ranks, experts_per_rank, top_k)
+    added = top_k if layout == "expert_major" else arriving
+    pushed = arriving * (1 - 1 / ranks)
+    moved = added + 2 * pushed + 1
+    wire, memory = pushed / MEASURED.push, moved / MEASURED.memory
+    return sms_to_keep_up(moved / MEASURED.combine_per_sm, overlapped(wire, memory, MEASURED.combine_interference))
+
+
+def overlapped(wire: float, memory: float, interference: float) -> float:
+    """Time of combine's two parts beside each other."""
+    return max(wire, memory) + interference * min(wire, memory)
