@@ -107,7 +107,7 @@ def main() -> None:
         with join_processes(config) as world:
             run(arguments, config, world, prompts)
     except (Exception, KeyboardInterrupt):
-        end_all_on_failure(0, str(arguments.checkpoint or "none"))
+        end_all_on_failure()
     # Skips the interpreter's teardown, in which the threads of communication libraries can outlive their state.
     sys.stdout.flush()
     os._exit(0)

@@ -117,7 +117,7 @@ def main() -> None:
             run(config, trainer, world, arguments.resume, arguments.profile)
     except (Exception, KeyboardInterrupt):
         checkpoint = last_checkpoint(config) if config else None
-        end_all_on_failure(trainer.step if trainer else 0, str(checkpoint or "none"))
+        end_all_on_failure(f"Steps done: {trainer.step if trainer else 0}. Last checkpoint: {checkpoint or 'none'}.")
     # Skips the interpreter's teardown, in which the threads of communication libraries can outlive their state.
     sys.stdout.flush()
     os._exit(0)

@@ -50,7 +50,11 @@ def test_modes_and_splits_agree(tmp_path: Path) -> None:
 
 
 def test_too_long_a_text_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=r"prompt and text have 21 bytes, the model takes 16"):
+    with pytest.raises(
+        AssertionError,
+        match=r"Process 0 failed: --steps = 12: prompt and text have 21 bytes, "
+        r"the model takes 16 \(data.sequence_length\)\.\n",
+    ):
         generate(tmp_path, 1, "data.sequence_length=16")
 
 

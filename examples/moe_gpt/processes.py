@@ -75,31 +75,27 @@ def join_processes(config: Config) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def end_all_on_failure(step: int, checkpoint: str) -> None:
+def end_all_on_failure(done: str = "") -> None:
     """Report the exception being handled in one line and end this process, so that torchrun ends the others.
 
     No farewell to the other processes is attempted: they may be waiting in any collective.
 
     Args:
-        step: steps done.
-        checkpoint: the last checkpoint, for the message.
+        done: a sentence on what is left of the run, for the message.
     """
     rank = os.environ.get("RANK", "0")
     error = sys.exc_info()[1]
     if isinstance(error, KeyboardInterrupt):
-        if rank == "0":
-            print(f"\nInterrupted after step {step}. Last checkpoint: {checkpoint}.", file=sys.stderr, flush=True)
         code = INTERRUPTED
+        message = "\nInterrupted" if rank == "0" else ""
     else:
+        code = 1
         if not isinstance(error, ConfigError):
             traceback.print_exc()
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        print(
-            f"Process {rank} failed after step {step}: {reason}. Last checkpoint: {checkpoint}.",
-            file=sys.stderr,
-            flush=True,
-        )
-        code = 1
+        message = f"Process {rank} failed: {reason}"
+    if message:
+        print(f"{message}. {done}".rstrip(), file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)
 
