@@ -63,8 +63,12 @@ _nvlink: dict[tuple[int, int], NvlinkCommunicator] = {}  # a process is a rank o
 
 
 def rank_device(device: str, rank: int) -> torch.device:
-    """The device of a rank; ranks share GPUs where there are fewer."""
-    return torch.device("cuda", rank % torch.cuda.device_count()) if device == "cuda" else torch.device("cpu")
+    """The device of a rank, made the current one as in a program; ranks share GPUs where there are fewer."""
+    if device == "cpu":
+        return torch.device("cpu")
+    on = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(on)  # CUDA graphs are captured on the current device
+    return on
 
 
 LOW_LATENCY_COMMUNICATORS = [
@@ -101,7 +105,4 @@ DEEP_EP_DEVICES = [
 def use_deep_ep(device: str, rank: int) -> torch.device:
     """Let buffers of the DeepEP interface use the communicator that belongs to ``device``; the device of the rank."""
     os.environ["EP_MOE_COMM"] = "portable" if device == "cpu" else "nvlink"
-    on = rank_device(device, rank)
-    if on.type == "cuda":
-        torch.cuda.set_device(on)
-    return on
+    return rank_device(device, rank)
