@@ -1,18 +1,22 @@
 // Combine: the rows of each token (expert-major, or one a token) are summed here, once; the sum of a peer's token is
 // pushed to that peer, which adds what its peers pushed.
 //
-// What moves: rows by bulk copies into a ring in shared memory (warp 0); fp32 sums in registers (the other warps); one
-// row a (token, rank) by ordinary 16-byte stores into the landing buffer of the token's rank.
+// What moves: rows by bulk copies into rings in shared memory; fp32 sums in registers; one row a (token, rank) by
+// ordinary 16-byte stores into the landing buffer of the token's rank.
+//
+// A block has two crews side by side, each of one warp that feeds a ring and of warps that sum what is in it: one
+// pushes the sums of peers' tokens, the other finishes this rank's tokens. So links and memory are busy at the same
+// time: stores to a peer, which wait for the link, hold up no sum that needs memory alone.
 //
 //   writer                        reader                     ordered by
-//   landing (peer)                the token's rank           landing flag of 8 tokens: bar.sync of the summing warps,
-//                                                            then st.release / ld.acquire
-//   (reuse of landing)            the token's rank, before   rule (2) of communicator.cuh: no push before wait_entered
-//   stage (copy engine, load)     summing warps              `full` mbarrier
-//   stage (reused by a load)      summing warps              `empty` mbarrier
+//   landing (peer's pushers)      finishers                  landing flag of 8 tokens: bar.sync of the pushers, then
+//                                                            st.release / ld.acquire
+//   (reuse of landing)            finishers, rounds before   rule (2) of communicator.cuh: no push before wait_entered
+//   stage (copy engine, load)     the ring's summing warps   `full` mbarrier
+//   stage (reused by a load)      the ring's summing warps   `empty` mbarrier
 //
-// A block pushes a group's sums before it waits for what peers push to it, and all blocks are resident, so no two
-// ranks wait for each other.
+// Pushers wait for nobody but for peers to enter the round, and all blocks are resident, so no two ranks wait for each
+// other.
 #include "communicator.cuh"
 #include "element.cuh"
 #include "launch.cuh"
@@ -35,41 +39,60 @@ struct CombineArgs {
 
 namespace {
 
-constexpr int kSummingWarps = 7;
+constexpr int kSummingWarps = 7;  // of a crew
 constexpr int kSummingThreads = kSummingWarps * 32;
-constexpr int kThreads = kSummingThreads + 32;
+constexpr int kThreads = 2 * (kSummingThreads + 32);
 constexpr int kVectorsPerThread = 4;
 constexpr int kPieceBytes = kSummingThreads * kVectorsPerThread * 16;  // rows are summed in pieces of this size
-constexpr int kStages = 14;
-constexpr int kSumBarrier = 1;  // named barrier of the summing warps
+constexpr int kStages = 14;                                            // of both rings
+constexpr int kPushBarrier = 1;                                        // named barrier of the pushing warps
 
+// A crew's stages: row pieces on their way to its summing warps.
 struct Ring {
   uint8_t* data;
   uint64_t* full;
   uint64_t* empty;
+  int stages;
   int place = 0;
   uint32_t parity = 0;
 
+  __device__ uint8_t* piece() const { return data + place * kPieceBytes; }
+
   __device__ void advance() {
-    if (++place == kStages) {
+    if (++place == stages) {
       place = 0;
       parity ^= 1;
     }
   }
 };
 
-// Calls visit(source, group) for the groups of a block's tokens in the order in which they are summed: all peers' share
-// of a group, then this rank's of the group before, so that pushes are under way while this rank's sums wait for them.
-template <typename Visit>
-__device__ void for_each_group(const CombineArgs& args, Visit visit) {
-  const Communicator& comm = args.comm;
+// The groups of tokens that a block takes care of.
+struct GroupRange {
+  int first;
+  int end;
+};
+
+__device__ GroupRange my_groups(const CombineArgs& args) {
   const int groups = args.slot_tokens / kCombineGroup;
   const int each = (groups + gridDim.x - 1) / gridDim.x;
-  const int first = min(static_cast<int>(blockIdx.x) * each, groups), end = min(first + each, groups);
-  for (int group = first; group <= end; ++group) {
-    for (int i = 1; i < comm.shape.ranks && group < end; ++i) visit((comm.rank + i) % comm.shape.ranks, group);
-    if (group > first) visit(comm.rank, group - 1);
-  }
+  const int first = min(static_cast<int>(blockIdx.x) * each, groups);
+  return {first, min(first + each, groups)};
+}
+
+// Calls visit(source, group) for the block's groups of peers' tokens, in the order in which they are pushed.
+template <typename Visit>
+__device__ void for_each_pushed_group(const CombineArgs& args, Visit visit) {
+  const Communicator& comm = args.comm;
+  const GroupRange range = my_groups(args);
+  for (int group = range.first; group < range.end; ++group)
+    for (int i = 1; i < comm.shape.ranks; ++i) visit((comm.rank + i) % comm.shape.ranks, group);
+}
+
+// The same for this rank's tokens.
+template <typename Visit>
+__device__ void for_each_own_group(const CombineArgs& args, Visit visit) {
+  const GroupRange range = my_groups(args);
+  for (int group = range.first; group < range.end; ++group) visit(args.comm.rank, group);
 }
 
 __device__ __forceinline__ int slot_of_lane(const CombineArgs& args, int source, int token, int lane) {
@@ -77,26 +100,24 @@ __device__ __forceinline__ int slot_of_lane(const CombineArgs& args, int source,
   return lane < args.width ? args.slots[entry * args.width + lane] : -1;
 }
 
-__device__ void feed_rows(const CombineArgs& args, Ring ring, int lane) {
-  for_each_group(args, [&](int source, int group) {
-    for (int i = 0; i < kCombineGroup; ++i) {
-      const int slot = slot_of_lane(args, source, group * kCombineGroup + i, lane);
-      const uint32_t wanted = __ballot_sync(~0u, slot >= 0);
-      for (int start = 0; start < args.row_bytes; start += kPieceBytes) {
-        const uint32_t bytes = min(args.row_bytes - start, kPieceBytes);
-        for (uint32_t left = wanted; left != 0; left &= left - 1) {
-          const int64_t row = __shfl_sync(~0u, slot, __ffs(left) - 1);
-          if (lane == 0) {
-            mbarrier_wait_parity(&ring.empty[ring.place], ring.parity ^ 1);
-            mbarrier_arrive_expect_tx(&ring.full[ring.place], bytes);
-            cp_async_bulk_load(ring.data + ring.place * kPieceBytes, args.rows + row * args.row_bytes + start, bytes,
-                               &ring.full[ring.place]);
-          }
-          ring.advance();
+// One warp: all rows of a group into the ring.
+__device__ void feed_group(const CombineArgs& args, Ring& ring, int source, int group, int lane) {
+  for (int i = 0; i < kCombineGroup; ++i) {
+    const int slot = slot_of_lane(args, source, group * kCombineGroup + i, lane);
+    const uint32_t wanted = __ballot_sync(~0u, slot >= 0);
+    for (int start = 0; start < args.row_bytes; start += kPieceBytes) {
+      const uint32_t bytes = min(args.row_bytes - start, kPieceBytes);
+      for (uint32_t left = wanted; left != 0; left &= left - 1) {
+        const int64_t row = __shfl_sync(~0u, slot, __ffs(left) - 1);
+        if (lane == 0) {
+          mbarrier_wait_parity(&ring.empty[ring.place], ring.parity ^ 1);
+          mbarrier_arrive_expect_tx(&ring.full[ring.place], bytes);
+          cp_async_bulk_load(ring.piece(), args.rows + row * args.row_bytes + start, bytes, &ring.full[ring.place]);
         }
+        ring.advance();
       }
     }
-  });
+  }
 }
 
 template <typename T>
@@ -170,50 +191,68 @@ __device__ void wait_landed(const Communicator& comm, int group, uint32_t round)
   for (int peer = 0; peer < comm.shape.ranks; ++peer) {
     if (peer == comm.rank) continue;
     const uint32_t* flag = landing_flag(comm, comm.rank, peer, group);
-    // Pairs with the release in sum_rows.
+    // Pairs with the release in push_sums.
     wait_bounded(comm, Step::kCombine, peer, round,
                  [=] { return static_cast<int32_t>(ld_acquire_sys(flag) - round) >= 0; });
   }
 }
 
+// The sum of the next pieces in the ring, one for every bit of `wanted`.
 template <typename T>
-__device__ void sum_rows(const CombineArgs& args, Ring ring, int thread, uint32_t round) {
+__device__ __forceinline__ void sum_pieces(Ring& ring, uint32_t wanted, int vectors, int thread, Sums<T>& sums) {
+  sums.clear();
+  for (uint32_t left = wanted; left != 0; left &= left - 1) {
+    mbarrier_wait_parity(&ring.full[ring.place], ring.parity);
+    sums.add(ring.piece(), vectors, thread);
+    mbarrier_arrive(&ring.empty[ring.place]);  // by every thread: no slower than by one a warp behind a barrier
+    ring.advance();
+  }
+}
+
+// Pushers: this rank's sum of every peer's token to that peer.
+template <typename T>
+__device__ void push_sums(const CombineArgs& args, Ring ring, int thread, uint32_t round) {
   const Communicator& comm = args.comm;
   const int lane = thread % 32;
   uint32_t entered = 0;
-  for_each_group(args, [&](int source, int group) {
-    const bool mine = source == comm.rank;
-    if (lane == 0) {
-      if (mine) {
-        wait_landed(comm, group, round);
-      } else if ((entered >> source & 1) == 0) {
-        wait_entered(comm, Step::kCombine, source, round);
-      }
-    }
+  for_each_pushed_group(args, [&](int source, int group) {
+    if (lane == 0 && (entered >> source & 1) == 0) wait_entered(comm, Step::kCombine, source, round);
     entered |= 1u << source;
     __syncwarp();
     for (int i = 0; i < kCombineGroup; ++i) {
       const int token = group * kCombineGroup + i;
-      const int slot = slot_of_lane(args, source, token, lane);
-      const uint32_t wanted = __ballot_sync(~0u, slot >= 0);
-      if (mine ? token >= args.tokens : wanted == 0) continue;
-      const uint32_t owners = mine ? args.owners[token] : 0;
+      const uint32_t wanted = __ballot_sync(~0u, slot_of_lane(args, source, token, lane) >= 0);
+      if (wanted == 0) continue;
       for (int start = 0; start < args.row_bytes; start += kPieceBytes) {
         const int vectors = min(args.row_bytes - start, kPieceBytes) / 16;
         Sums<T> sums;
-        sums.clear();
-        for (uint32_t left = wanted; left != 0; left &= left - 1) {
-          mbarrier_wait_parity(&ring.full[ring.place], ring.parity);
-          sums.add(ring.data + ring.place * kPieceBytes, vectors, thread);
-          mbarrier_arrive(&ring.empty[ring.place]);  // by every thread: no slower than by one a warp behind a barrier
-          ring.advance();
-        }
-        if (!mine) {
-          sums.store(landing(args, source, comm.rank, token) + start, vectors, thread);
-          continue;
-        }
+        sum_pieces(ring, wanted, vectors, thread, sums);
+        sums.store(landing(args, source, comm.rank, token) + start, vectors, thread);
+      }
+    }
+    bar_sync(kPushBarrier, kSummingThreads);  // all sums of the group are stored before its flag is released
+    if (thread == 0) st_release_sys(landing_flag(comm, source, comm.rank, group), round);  // pairs with wait_landed
+  });
+}
+
+// Finishers: what all ranks have of this rank's tokens, added over the ranks in ascending order.
+template <typename T>
+__device__ void finish_sums(const CombineArgs& args, Ring ring, int thread, uint32_t round) {
+  const Communicator& comm = args.comm;
+  const int lane = thread % 32;
+  for_each_own_group(args, [&](int source, int group) {
+    if (lane == 0) wait_landed(comm, group, round);
+    __syncwarp();
+    for (int i = 0; i < kCombineGroup; ++i) {
+      const int token = group * kCombineGroup + i;
+      const uint32_t wanted = __ballot_sync(~0u, slot_of_lane(args, source, token, lane) >= 0);
+      if (token >= args.tokens) continue;
+      const uint32_t owners = args.owners[token];
+      for (int start = 0; start < args.row_bytes; start += kPieceBytes) {
+        const int vectors = min(args.row_bytes - start, kPieceBytes) / 16;
+        Sums<T> sums, total;
+        sum_pieces(ring, wanted, vectors, thread, sums);
         sums.round();
-        Sums<T> total;  // over the ranks in ascending order
         total.clear();
         for (uint32_t left = owners; left != 0; left &= left - 1) {
           const int owner = __ffs(left) - 1;
@@ -225,10 +264,6 @@ __device__ void sum_rows(const CombineArgs& args, Ring ring, int thread, uint32_
         }
         total.store(args.out + static_cast<int64_t>(token) * args.row_bytes + start, vectors, thread);
       }
-    }
-    if (!mine) {
-      bar_sync(kSumBarrier, kSummingThreads);  // all sums of the group are stored before its flag is released
-      if (thread == 0) st_release_sys(landing_flag(comm, source, comm.rank, group), round);
     }
   });
 }
@@ -246,11 +281,18 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_const
   }
   fence_proxy_async();  // the copy engine completes on the barriers initialised above
   __syncthreads();
-  const Ring ring = {shared, full, empty};
-  if (threadIdx.x < 32) {
-    feed_rows(args, ring, threadIdx.x);
+  const int push_stages = comm.shape.ranks > 1 ? kStages / 2 : 0;
+  Ring pushed = {shared, full, empty, push_stages};
+  Ring own = {shared + push_stages * kPieceBytes, full + push_stages, empty + push_stages, kStages - push_stages};
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (warp == 0) {
+    for_each_pushed_group(args, [&](int source, int group) { feed_group(args, pushed, source, group, lane); });
+  } else if (warp == 1) {
+    for_each_own_group(args, [&](int source, int group) { feed_group(args, own, source, group, lane); });
+  } else if (warp < 2 + kSummingWarps) {
+    push_sums<T>(args, pushed, threadIdx.x - 64, round);
   } else {
-    sum_rows<T>(args, ring, threadIdx.x - 32, round);
+    finish_sums<T>(args, own, threadIdx.x - 64 - kSummingThreads, round);
   }
   if (blockIdx.x == 0 && threadIdx.x < comm.shape.ranks)
     wait_entered(comm, Step::kCombine, threadIdx.x, round);  // rule (1)
