@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # compute-sanitizer over kernels on small shapes:
 #   tests/run_sanitizer.sh memcheck|racecheck|synccheck|initcheck experts
-#   tests/run_sanitizer.sh memcheck|... low_latency [ranks]
+#   tests/run_sanitizer.sh memcheck|... normal|low_latency [ranks]
 #
 # Only kernels of this library are looked at. Ranks share a GPU, one process each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tool=${1:-memcheck} kernels=${2:-experts} ranks=${3:-2}
-[[ -f tests/sanitize_$kernels.py ]] || { echo "expected experts or low_latency, got $kernels" >&2; exit 2; }
+[[ -f tests/sanitize_$kernels.py ]] || { echo "expected experts, normal or low_latency, got $kernels" >&2; exit 2; }
 export PYTHONPATH=$PWD:$PWD/tests TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1
 exec compute-sanitizer --tool "$tool" --target-processes all --kernel-name kernel_substring=ep_moe --error-exitcode 9 \
   python3 "tests/sanitize_$kernels.py" "$ranks"
