@@ -5,7 +5,7 @@
 // copy into each of its slots. A warp owns a ring of stages and takes every W-th row of its block's share.
 //
 //   writer                        reader                      ordered by
-//   rows[e % 2] (staging, peer)   this kernel                 announce_round (release) / wait_entered (acquire), then
+//   rows[d % 2] (staging, peer)   this kernel                 announce_round (release) / wait_entered (acquire), then
 //                                                             fence.proxy.async, because the copy engine reads
 //   stage (copy engine, load)     the warp                    mbarrier of the stage
 //   stage (reused by a load)      bulk stores of the row      wait_group.read, then __syncwarp
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
   const int each = (args.slot_tokens + gridDim.x - 1) / gridDim.x;
   const int first_token = min(static_cast<int>(blockIdx.x) * each, args.slot_tokens);
   const int tokens = min(first_token + each, args.slot_tokens) - first_token;
-  const int64_t copy_start = static_cast<int64_t>(round % 2) * comm.shape.max_tokens * comm.shape.max_row_bytes;
+  const int64_t staged = staged_rows(comm);
   Rows rows = {args, lane, first_token, warp, tokens * comm.shape.ranks, round, 0};
   uint8_t* ring = shared + static_cast<int64_t>(warp) * args.stages * args.stage_bytes;
 
@@ -118,8 +118,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
     if (!rows.take(item)) return false;
     slots[warp][place][lane] = item.slot;
     if (lane == 0) {
-      const uint8_t* source =
-          part<uint8_t>(comm, item.source, comm.layout.rows) + copy_start + item.token * args.wire_bytes;
+      const uint8_t* source = part<uint8_t>(comm, item.source, staged) + item.token * args.wire_bytes;
       mbarrier_arrive_expect_tx(&arrived[warp][place], static_cast<uint32_t>(args.wire_bytes));
       cp_async_bulk_load(ring + place * args.stage_bytes, source, static_cast<uint32_t>(args.wire_bytes),
                          &arrived[warp][place]);
@@ -153,7 +152,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
   cp_async_bulk_wait_group();
   if (blockIdx.x == 0 && threadIdx.x < comm.shape.ranks)
     wait_entered(comm, Step::kRows, threadIdx.x, round);  // rule (1)
-  end_round(comm, round);
+  if (end_round(comm, round)) comm.workspace->dispatches += 1;
 }
 
 }  // namespace

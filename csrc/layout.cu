@@ -32,6 +32,7 @@ struct LayoutArgs {
   float* slot_weights;            // out [max_rows], 0 in padding; or nullptr
   int64_t* received_topk_idx;     // out [max_received][top_k]: local expert or -1, of received rows; or nullptr
   float* received_topk_weights;   // out [max_received][top_k], 0 where the expert is elsewhere; or nullptr
+  int64_t* rows_per_rank;         // out [ranks]: received rows of each rank there is room for; or nullptr
   int64_t* counts;                // out [local_experts]: real slots there is room for
   int32_t* ends;                  // out [local_experts]: end of each segment, padding included, at most max_rows
   int32_t* histogram;             // scratch [ranks * blocks][bins]
@@ -277,6 +278,15 @@ __device__ int place_segments(const LayoutArgs& args, const Tables& tables, int 
   return carry;
 }
 
+// One warp of block 0, whose rows of a rank are the first of that rank: how many rows of each rank have a place.
+__device__ void publish_rows_per_rank(const LayoutArgs& args, const Tables& tables, int lane) {
+  const int row_bin = tables.bins - 1;
+  if (args.rows_per_rank == nullptr || lane >= tables.ranks) return;
+  const int start = tables.next[lane * tables.bins + row_bin];
+  const int end = lane + 1 < tables.ranks ? tables.next[(lane + 1) * tables.bins + row_bin] : tables.total[row_bin];
+  args.rows_per_rank[lane] = min(end, args.max_received) - min(start, args.max_received);
+}
+
 // One warp of one block: sizes to the device and, where the host waits for them, to the host; faults to the host.
 __device__ void publish_sizes(const LayoutArgs& args, const Tables& tables, int slots, uint32_t round, int lane) {
   const Communicator& comm = args.comm;
@@ -315,6 +325,17 @@ __device__ void fill_padding(const LayoutArgs& args, const Tables& tables) {
       args.row_of_slot[slot] = -1;
       if (args.slot_weights != nullptr) args.slot_weights[slot] = 0.0f;
     }
+  }
+}
+
+// Entries of rows that did not come, which nobody else fills where the host does not know how many did.
+__device__ void fill_unused(const LayoutArgs& args, const Tables& tables) {
+  if (args.received_topk_idx == nullptr || args.host_counts != nullptr) return;
+  const int64_t first = static_cast<int64_t>(tables.total[tables.bins - 1]) * args.top_k + blockIdx.x * kThreads;
+  const int64_t end = static_cast<int64_t>(args.max_received) * args.top_k;
+  for (int64_t i = first + threadIdx.x; i < end; i += gridDim.x * kThreads) {
+    args.received_topk_idx[i] = -1;
+    if (args.received_topk_weights != nullptr) args.received_topk_weights[i] = 0.0f;
   }
 }
 
@@ -386,6 +407,7 @@ __global__ void __launch_bounds__(kThreads, 1) layout_kernel(const __grid_consta
   const Share share = my_chunks(comm);
   const int share_chunks = share.end_chunk - share.first_chunk;
 
+  griddepcontrol_launch_dependents();  // staging
   announce_round(comm, round);
   send_routing(args, share, round);
   for (int i = tid; i < pairs; i += kThreads) tables.next[i] = 0;
@@ -414,12 +436,14 @@ __global__ void __launch_bounds__(kThreads, 1) layout_kernel(const __grid_consta
   scan_blocks(args, tables);
   if (tid < 32) {
     const int slots = place_segments(args, tables, tid);
+    if (blockIdx.x == 0) publish_rows_per_rank(args, tables, tid);
     if (blockIdx.x == 0) publish_sizes(args, tables, slots, round, tid);
   }
   __syncthreads();
   for (int i = tid; i < pairs; i += kThreads) tables.next[i] += tables.bin_start[i % tables.bins];
   __syncthreads();
   fill_padding(args, tables);
+  fill_unused(args, tables);
   for (int chunk = 0; chunk < share_chunks; ++chunk)
     place_chunk(args, routing, tables, weights, (share.first_chunk + chunk) * kChunkTokens);
   if (blockIdx.x == 0 && tid < ranks) wait_entered(comm, Step::kRouting, tid, round);  // rule (1)

@@ -1,11 +1,17 @@
 // Staging: a rank's tokens into its own symmetric buffer, where peers will pull them; as they are, with their scales
 // behind the values if they have any, or quantised to e4m3 with one fp32 scale per 128 channels behind the values.
 //
+// It may run beside the layout kernel ahead of it, which waits for peers while this one waits for memory: nothing of
+// either is the other's.
+//
 //   writer                     reader                         ordered by
-//   rows[e % 2] (own buffer)   peers, dispatch round e        end of this kernel, then announce_round of round e
-//   (reuse of the copy)        peers, dispatch round e - 2    rule (1) of communicator.cuh: this kernel runs after
-//                                                             round e - 1 on the same stream
+//   rows[d % 2] (own buffer)   peers, dispatch d              end of this kernel, then announce_round of that dispatch
+//   (reuse of the copy)        peers, dispatch d - 2          rule (1) of communicator.cuh: this kernel runs after
+//                                                             dispatch d - 1 on the same stream
+//   the results of the layout  the kernel behind this one     griddepcontrol_wait of one block here
 #include <cuda_fp8.h>
+
+#include <algorithm>
 
 #include "communicator.cuh"
 #include "element.cuh"
@@ -24,6 +30,7 @@ struct StageArgs {
   int32_t hidden;
   int32_t element;   // Element of x, if it is to be quantised
   int32_t quantize;  // to e4m3
+  int32_t early;     // the kernel ahead is the layout, which need not have ended
 };
 
 namespace {
@@ -33,14 +40,13 @@ constexpr int kPerThread = 16;  // channels a thread quantises: 8 threads a bloc
 constexpr float kE4m3Max = 448.0f;
 constexpr float kMinAmax = 1e-4f;
 
-__device__ __forceinline__ uint8_t* staged_rows(const StageArgs& args) {
-  const Communicator& comm = args.comm;
-  const int copy = begin_round(comm) % 2;  // of the dispatch that follows
-  return part<uint8_t>(comm, comm.rank, comm.layout.rows) + copy * comm.shape.max_tokens * comm.shape.max_row_bytes;
+// Keeps the kernel from ending before the one ahead has. One block does it, so that those that are done make room.
+__device__ __forceinline__ void end_after_layout() {
+  if (blockIdx.x == gridDim.x - 1) griddepcontrol_wait();
 }
 
 __global__ void __launch_bounds__(kThreads) copy_kernel(const __grid_constant__ StageArgs args) {
-  uint8_t* rows = staged_rows(args);
+  uint8_t* rows = part<uint8_t>(args.comm, args.comm.rank, staged_rows(args.comm));
   const uint4* x = static_cast<const uint4*>(args.x);
   const uint32_t row_vectors = args.row_bytes / 16;
   const int64_t vectors = static_cast<int64_t>(args.tokens) * row_vectors;
@@ -62,18 +68,18 @@ __global__ void __launch_bounds__(kThreads) copy_kernel(const __grid_constant__ 
     float* scales = reinterpret_cast<float*>(rows + i / args.row_scales * args.wire_bytes + args.row_bytes);
     scales[i % args.row_scales] = args.scales[i];
   }
+  end_after_layout();
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constant__ StageArgs args) {
+__global__ void __launch_bounds__(kThreads, 6) quantize_kernel(const __grid_constant__ StageArgs args) {
   constexpr int kVectors = kPerThread / Vector<T>::kCount;
-  uint8_t* rows = staged_rows(args);
-  const int pieces = args.hidden / kPerThread;  // of a row; a multiple of 8, so blocks do not straddle warps
-  const int64_t total = static_cast<int64_t>(args.tokens) * pieces;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < total;
-       i += static_cast<int64_t>(gridDim.x) * kThreads) {
+  uint8_t* rows = part<uint8_t>(args.comm, args.comm.rank, staged_rows(args.comm));
+  const uint32_t pieces = args.hidden / kPerThread;  // of a row; a multiple of 8, so blocks do not straddle warps
+  const uint32_t total = args.tokens * pieces;       // 2^32 would be 128 GB
+  for (uint32_t i = blockIdx.x * kThreads + threadIdx.x; i < total; i += gridDim.x * kThreads) {
     const int64_t token = i / pieces;
-    const int piece = i % pieces;
+    const uint32_t piece = i % pieces;
     const Vector<T>* source =
         reinterpret_cast<const Vector<T>*>(static_cast<const T*>(args.x) + token * args.hidden + piece * kPerThread);
     float values[kPerThread];
@@ -98,6 +104,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constan
     *reinterpret_cast<uint4*>(row + piece * kPerThread) = *reinterpret_cast<const uint4*>(quantised);
     if (piece % 8 == 0) reinterpret_cast<float*>(row + args.hidden)[piece / 8] = amax / kE4m3Max;
   }
+  end_after_layout();
 }
 
 }  // namespace
@@ -109,8 +116,10 @@ EP_MOE_API const char* ep_moe_stage(const ep_moe::StageArgs* args, cudaStream_t 
   if (args->tokens == 0) return nullptr;
   const int64_t work = args->quantize ? static_cast<int64_t>(args->tokens) * args->hidden / kPerThread
                                       : args->tokens * args->wire_bytes / 64;
+  // A thread has one turn: blocks come and go, so that none waits for a second wave, and the layout finds SMs to end
+  // on.
   const int64_t wanted = (work + kThreads - 1) / kThreads;
-  const int blocks = static_cast<int>(wanted < 1056 ? (wanted < 1 ? 1 : wanted) : 1056);  // 8 on each of 132 SMs
+  const int blocks = static_cast<int>(std::clamp<int64_t>(wanted, 1, INT32_MAX / kThreads));
   void (*kernel)(StageArgs) = copy_kernel;
   if (args->quantize) {
     switch (static_cast<Element>(args->element)) {
@@ -125,7 +134,8 @@ EP_MOE_API const char* ep_moe_stage(const ep_moe::StageArgs* args, cudaStream_t 
         break;
     }
   }
-  return launch("staging kernel", kernel, *args, blocks, kThreads, 0, LaunchMode::kPlain, stream);
+  const LaunchMode mode = args->early ? LaunchMode::kProgrammatic : LaunchMode::kPlain;
+  return launch("staging kernel", kernel, *args, blocks, kThreads, 0, mode, stream);
 }
 
 EP_MOE_API size_t ep_moe_stage_args_bytes() { return sizeof(ep_moe::StageArgs); }

@@ -5,6 +5,9 @@
 // rounds before e, and it leaves no round before all peers have entered it. Hence, in round e:
 //   (1) every peer has entered round e - 1, so it has finished rounds up to e - 2: what rounds e - 2 and earlier read
 //       may be overwritten. Parts of the buffer that come in two copies use copy e % 2.
+//       Staged rows are the exception: dispatch d takes copy d % 2, so that they can be staged while the layout, whose
+//       round comes between, still runs. What dispatch d - 2 read may be overwritten once d - 1 has ended here, for all
+//       peers have entered that round.
 //   (2) once a peer is seen (acquire) to have entered round e, it has finished round e - 1: what only it reads, in one
 //       copy, may be overwritten.
 #pragma once
@@ -23,7 +26,8 @@ struct Workspace {
   uint32_t barrier_round;   // the last round whose grid barrier opened
   uint32_t failed;          // set once a wait ended in vain: later waits end at once
   uint32_t reported;        // set once there is a fault report
-  uint32_t reserved[2];
+  uint32_t dispatches;      // finished
+  uint32_t reserved;
 };
 
 // First fields of the arguments of every kernel.
@@ -83,14 +87,20 @@ __device__ __forceinline__ bool wait_entered(const Communicator& comm, Step step
   return wait_bounded(comm, step, peer, round, [=] { return static_cast<int32_t>(ld_acquire_sys(flag) - round) >= 0; });
 }
 
-// All threads of all blocks, last thing in the kernel: the last block closes the round.
-__device__ inline void end_round(const Communicator& comm, uint32_t round) {
+// All threads of all blocks, last thing in the kernel: the last block closes the round. True for one thread of it.
+__device__ inline bool end_round(const Communicator& comm, uint32_t round) {
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  if (atom_add_acq_rel_gpu(&comm.workspace->exited_blocks, 1) == gridDim.x - 1) {
-    comm.workspace->exited_blocks = 0;
-    comm.workspace->round = round;
-  }
+  if (threadIdx.x != 0) return false;
+  if (atom_add_acq_rel_gpu(&comm.workspace->exited_blocks, 1) != gridDim.x - 1) return false;
+  comm.workspace->exited_blocks = 0;
+  comm.workspace->round = round;
+  return true;
+}
+
+// Where in every rank's buffer the staged rows of this dispatch, or of the next one if none is running, begin.
+__device__ __forceinline__ int64_t staged_rows(const Communicator& comm) {
+  const int64_t copy = *reinterpret_cast<volatile uint32_t*>(&comm.workspace->dispatches) % 2;
+  return comm.layout.rows + copy * comm.shape.max_tokens * comm.shape.max_row_bytes;
 }
 
 // All threads of all blocks; all blocks must be resident. Not bounded: blocks of one grid wait only for each other,

@@ -90,6 +90,7 @@ class _Layout:
     slot_weights: Tensor | None
     received_topk_idx: Tensor | None
     received_topk_weights: Tensor | None
+    rows_per_rank: Tensor | None
     max_received: int
 
 
@@ -164,12 +165,13 @@ class NvlinkCommunicator:
         tokens, top_k = topk_idx.shape
         core, local_experts = self._core, num_experts // self.size
         core.reserve(tokens, top_k, wire.bytes)
-        topk_idx = topk_idx.contiguous()
+        x, topk_idx = x.contiguous(), topk_idx.contiguous()
+        scales = None if scales is None else scales.contiguous()
         with core:
             while True:
                 table = self._lay_out(topk_idx, topk_weights, num_experts, layout, alignment, max_rows, num_sms)
-                # Staging needs no sizes: it runs while the host waits for them.
-                self._stage(x, scales, wire)
+                # Staging needs no sizes: it runs beside the layout and while the host waits for them.
+                self._stage(x, scales, wire, early=True)
                 if max_rows is not None:
                     segments = ExpertSegments(table.counts, table.ends, None, table.row_of_slot.shape[0])
                     received = table.max_received
@@ -200,7 +202,7 @@ class NvlinkCommunicator:
         wire = wire_format(x, MOVED, scaled=False)
         self._core.reserve(handle.tokens, handle.top_k, wire.bytes)
         with self._core:
-            self._stage(x, None, wire)
+            self._stage(x.contiguous(), None, wire, early=False)
             return self._pull(x, wire, handle, layout)[0]
 
     def dispatch_weights(self, topk_weights: Tensor, handle: NvlinkHandle) -> Tensor:
@@ -279,15 +281,12 @@ class NvlinkCommunicator:
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=self.device)
 
-        received_topk_idx, received_topk_weights = None, None
+        received_topk_idx, received_topk_weights, rows_per_rank = None, None, None
         if layout == "rows":
             received_topk_idx = empty(most_received, top_k, dtype=torch.int64)
+            rows_per_rank = empty(self.size, dtype=torch.int64)
             if topk_weights is not None:
                 received_topk_weights = empty(most_received, top_k, dtype=torch.float32)
-            if max_rows is not None:  # the host does not learn how many rows there are: those behind the last say so
-                received_topk_idx.fill_(-1)
-                if received_topk_weights is not None:
-                    received_topk_weights.zero_()
         table = _Layout(
             slots=empty(self.size, max_tokens, top_k),
             rows=empty(self.size, max_tokens),
@@ -298,6 +297,7 @@ class NvlinkCommunicator:
             slot_weights=None if topk_weights is None else empty(most_rows, dtype=torch.float32),
             received_topk_idx=received_topk_idx,
             received_topk_weights=received_topk_weights,
+            rows_per_rank=rows_per_rank,
             max_received=most_received,
         )
         histogram = empty(self.size * comm.blocks * (local_experts + 1))
@@ -314,6 +314,7 @@ class NvlinkCommunicator:
             slot_weights=pointer(table.slot_weights),
             received_topk_idx=pointer(received_topk_idx),
             received_topk_weights=pointer(received_topk_weights),
+            rows_per_rank=pointer(rows_per_rank),
             counts=table.counts.data_ptr(),
             ends=table.ends.data_ptr(),
             histogram=histogram.data_ptr(),
@@ -350,9 +351,15 @@ class NvlinkCommunicator:
         _, most_tokens, *counts = self._host_counts[: 3 + local_experts].tolist()
         return most_tokens, counts
 
-    def _stage(self, x: Tensor, scales: Tensor | None, wire: WireFormat) -> None:
-        """Put this rank's tokens where peers pull them in the next round."""
-        x, scales = x.contiguous(), None if scales is None else scales.contiguous()
+    def _stage(self, x: Tensor, scales: Tensor | None, wire: WireFormat, *, early: bool) -> None:
+        """Put this rank's tokens where peers pull them in the next dispatch.
+
+        Args:
+            x: contiguous, as ``scales``.
+            scales: of rows that are e4m3 already.
+            wire: how rows travel.
+            early: beside the layout kernel, which must be the last work of the stream.
+        """
         arguments = native.StageArgs(
             comm=self._core.arguments(1),
             x=x.data_ptr(),
@@ -364,6 +371,7 @@ class NvlinkCommunicator:
             hidden=x.shape[1],
             element=ELEMENTS.get(x.dtype, 0),
             quantize=int(wire.scales > 0 and scales is None),
+            early=int(early),
         )
         self._core.launch("stage", arguments)
 
@@ -420,9 +428,9 @@ class NvlinkCommunicator:
 
 def _received_routing(table: _Layout, topk_weights: Tensor | None, received: int) -> ReceivedRouting | None:
     """What the layout kernel wrote about received rows, if it was asked to."""
-    if table.received_topk_idx is None:
+    if table.received_topk_idx is None or table.rows_per_rank is None:
         return None
     weights = None
     if topk_weights is not None and table.received_topk_weights is not None:
         weights = table.received_topk_weights[:received].to(topk_weights.dtype)
-    return ReceivedRouting(table.received_topk_idx[:received], weights, (table.rows >= 0).sum(1))
+    return ReceivedRouting(table.received_topk_idx[:received], weights, table.rows_per_rank)

@@ -103,6 +103,7 @@ class LayoutArgs(ctypes.Structure):
         ("slot_weights", c_void_p),
         ("received_topk_idx", c_void_p),
         ("received_topk_weights", c_void_p),
+        ("rows_per_rank", c_void_p),
         ("counts", c_void_p),
         ("ends", c_void_p),
         ("histogram", c_void_p),
@@ -130,6 +131,7 @@ class StageArgs(ctypes.Structure):
         ("hidden", c_int32),
         ("element", c_int32),
         ("quantize", c_int32),
+        ("early", c_int32),
     )
 
 
