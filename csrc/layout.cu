@@ -49,6 +49,7 @@ struct LayoutArgs {
 namespace {
 
 constexpr int kThreads = 1024;
+constexpr int kColumnsAtOnce = 8;  // of the histogram that a thread reads side by side
 
 struct Share {
   int first_chunk;
@@ -69,6 +70,9 @@ __device__ void send_routing(const LayoutArgs& args, Share share, uint32_t round
   const int first = share.first_chunk * kChunkTokens;
   const int end = min(share.end_chunk * kChunkTokens, min(args.tokens, comm.shape.max_tokens));
   const int64_t table = (static_cast<int64_t>(copy) * ranks + comm.rank) * comm.shape.max_tokens;
+  const int entries = args.topk_weights == nullptr ? 0 : max(end - first, 0) * top_k;
+  const float* weights = args.topk_weights + static_cast<int64_t>(first) * top_k;
+  float weight = threadIdx.x < entries ? weights[threadIdx.x] : 0.0f;  // under way while routing is sent
   for (int token = first + threadIdx.x; token < end; token += blockDim.x) {
     uint32_t owners = 0;
     for (int base = 0; base < top_k; base += 8) {
@@ -94,14 +98,11 @@ __device__ void send_routing(const LayoutArgs& args, Share share, uint32_t round
     }
     args.owners[token] = static_cast<uint8_t>(owners);
   }
-  if (args.topk_weights != nullptr) {
-    const int entries = max(end - first, 0) * top_k;
-    for (int i = threadIdx.x; i < entries; i += blockDim.x) {
-      const int token = first + i / top_k, k = i % top_k;
-      const float weight = args.topk_weights[static_cast<int64_t>(token) * top_k + k];
-      for (int peer = 0; peer < ranks; ++peer)
-        part<float>(comm, peer, comm.layout.weights)[(table + token) * comm.shape.max_top_k + k] = weight;
-    }
+  for (int i = threadIdx.x; i < entries; i += blockDim.x) {
+    if (i != threadIdx.x) weight = weights[i];
+    const int token = first + i / top_k, k = i % top_k;
+    for (int peer = 0; peer < ranks; ++peer)
+      part<float>(comm, peer, comm.layout.weights)[(table + token) * comm.shape.max_top_k + k] = weight;
   }
   __syncthreads();  // all routing of the share is written before its flags are released
   const int share_chunks = share.end_chunk - share.first_chunk;
@@ -232,12 +233,19 @@ __device__ void scan_blocks(const LayoutArgs& args, const Tables& tables) {
   for (int i = threadIdx.x; i < tables.parts * width; i += kThreads) {
     const int piece = i / width, bin = i % width;
     if (bin >= bins) continue;
-    const int end = min((piece + 1) * per_part, columns);
+    const int start = piece * per_part, end = min(start + per_part, columns), block = blockIdx.x;
+    int source = (start - block + blocks - 1) / blocks;  // whose column of this block comes next
     int sum = 0;
-#pragma unroll 16
-    for (int column = piece * per_part; column < end; ++column) {
-      if (column % blocks == blockIdx.x) tables.next[column / blocks * bins + bin] = sum;
-      sum += __ldcg(&args.histogram[static_cast<int64_t>(column) * bins + bin]);
+    for (int base = start; base < end; base += kColumnsAtOnce) {
+      int counts[kColumnsAtOnce];
+#pragma unroll
+      for (int j = 0; j < kColumnsAtOnce; ++j)  // all loads before the first use, also of the last columns
+        counts[j] = base + j < end ? __ldcg(&args.histogram[static_cast<int64_t>(base + j) * bins + bin]) : 0;
+#pragma unroll
+      for (int j = 0; j < kColumnsAtOnce; ++j) {
+        if (base + j == source * blocks + block && base + j < end) tables.next[source++ * bins + bin] = sum;
+        sum += counts[j];
+      }
     }
     tables.part_sums[piece * bins + bin] = sum;
   }
