@@ -6,8 +6,6 @@ launches on the current stream.
 
 from __future__ import annotations
 
-import ctypes
-import time
 from dataclasses import dataclass
 
 import torch
@@ -18,19 +16,16 @@ from ep_moe.comm import nvlink_args as native
 from ep_moe.comm.communicator import (
     Dispatched,
     ExpertSegments,
-    ReceivedRouting,
     RowLayout,
     check_dispatch_shapes,
 )
 from ep_moe.comm.nvlink_core import NvlinkCore
-from ep_moe.comm.nvlink_faults import PeerTimeoutError
+from ep_moe.comm.nvlink_layout import HostCounts, lay_out
 from ep_moe.comm.nvlink_wire import ELEMENTS, MOVED, SHARED_BYTES, WireFormat, wire_format
 from ep_moe.comm.sm_budget import combine_sms, dispatch_sms
 from ep_moe.native import pointer
 
 _MAX_WARPS, _MAX_STAGES = 8, 3
-_SPINS = 200  # looks at the flag between looks at everything else
-_ROUTING_SMS = 64  # exchange of routing and layout, which wait more than they move: with 128 they take longer
 _WEIGHTS_SMS = 16  # values of 4 bytes
 
 
@@ -77,23 +72,6 @@ class NvlinkHandle:
         return self.rows.unsqueeze(2) if layout == "rows" else self.slots
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """What the layout kernel fills; see :class:`NvlinkHandle` and ``LayoutArgs`` of ``csrc/layout.cu``."""
-
-    slots: Tensor
-    rows: Tensor
-    row_of_slot: Tensor
-    owners: Tensor
-    counts: Tensor
-    ends: Tensor
-    slot_weights: Tensor | None
-    received_topk_idx: Tensor | None
-    received_topk_weights: Tensor | None
-    rows_per_rank: Tensor | None
-    max_received: int
-
-
 class NvlinkCommunicator:
     """A :class:`~ep_moe.comm.communicator.Communicator` for CUDA tensors of GPUs that can access each other.
 
@@ -128,8 +106,7 @@ class NvlinkCommunicator:
         self.rank = self._core.rank
         self.size = self._core.size
         self.device = device
-        # Pinned host memory, which the layout kernel writes: LayoutArgs::host_counts.
-        self._host_counts = torch.zeros(3 + native.MAX_EXPERTS, dtype=torch.int32, device="cpu", pin_memory=True)
+        self._host_counts = HostCounts(self._core)
 
     @property
     def symmetric_bytes(self) -> int:
@@ -169,30 +146,40 @@ class NvlinkCommunicator:
         scales = None if scales is None else scales.contiguous()
         with core:
             while True:
-                table = self._lay_out(topk_idx, topk_weights, num_experts, layout, alignment, max_rows, num_sms)
+                places = lay_out(
+                    core,
+                    topk_idx,
+                    topk_weights,
+                    num_experts=num_experts,
+                    layout=layout,
+                    alignment=alignment,
+                    max_rows=max_rows,
+                    num_sms=num_sms,
+                    host_counts=self._host_counts,
+                )
                 # Staging needs no sizes: it runs beside the layout and while the host waits for them.
                 self._stage(x, scales, wire, early=True)
                 if max_rows is not None:
-                    segments = ExpertSegments(table.counts, table.ends, None, table.row_of_slot.shape[0])
-                    received = table.max_received
+                    segments = ExpertSegments(places.counts, places.ends, None, places.row_of_slot.shape[0])
+                    received = places.max_received
                     break
-                most_tokens, counts = self._wait_for_counts(local_experts)
+                most_tokens, counts = self._host_counts.wait(local_experts)
                 if most_tokens <= core.max_tokens:
                     *sizes, received = counts
                     if alignment > 1:
                         sizes = [-(-size // alignment) * alignment for size in sizes]
-                    segments = ExpertSegments(table.counts, table.ends, tuple(sizes))
+                    segments = ExpertSegments(places.counts, places.ends, tuple(sizes))
                     break
                 core.grow(most_tokens)  # all ranks have learnt the same number
             routes = NvlinkHandle(
-                local_experts, num_sms, topk_idx, table.slots, table.rows, table.owners, segments, received
+                local_experts, num_sms, topk_idx, places.slots, places.rows, places.owners, segments, received
             )
             rows, row_scales = self._pull(x, wire, routes, layout)
         weights = None
-        if topk_weights is not None and table.slot_weights is not None:
-            weights = table.slot_weights[: segments.num_rows].to(topk_weights.dtype)
-        row_of_slot = table.row_of_slot[: segments.num_rows]
-        routing = _received_routing(table, topk_weights, received)
+        if topk_weights is not None and places.slot_weights is not None:
+            weights = places.slot_weights[: segments.num_rows].to(topk_weights.dtype)
+        row_of_slot = places.row_of_slot[: segments.num_rows]
+        routing = places.routing(received, None if topk_weights is None else topk_weights.dtype)
         return Dispatched(rows, row_scales, weights, segments, row_of_slot, routes, routing)
 
     def dispatch_cached(self, x: Tensor, handle: NvlinkHandle, layout: RowLayout = "expert_major") -> Tensor:
@@ -255,101 +242,6 @@ class NvlinkCommunicator:
             raise ValueError(f"num_experts: expected at most {native.MAX_EXPERTS}, got {num_experts}")
         if max_rows is None and torch.cuda.is_current_stream_capturing():
             raise ValueError("max_rows: must be given while a CUDA graph is captured, for the host cannot learn sizes")
-
-    def _lay_out(
-        self,
-        topk_idx: Tensor,
-        topk_weights: Tensor | None,
-        num_experts: int,
-        layout: RowLayout,
-        alignment: int,
-        max_rows: int | None,
-        num_sms: int | None,
-    ) -> _Layout:
-        """Launch the routing exchange: where every arriving row goes, and the weight of each slot."""
-        local_experts, max_tokens = num_experts // self.size, self._core.max_tokens
-        tokens, top_k = topk_idx.shape
-        # As many as can arrive, where the host will learn how many do, and slots that have no tensor in this layout.
-        most_received = self.size * max_tokens
-        most_rows = most_received * top_k + local_experts * (alignment - 1)
-        if max_rows is not None and layout == "rows":
-            most_received = max_rows
-        elif max_rows is not None:
-            most_rows, most_received = max_rows, min(max_rows, most_received)
-        comm = self._core.arguments(num_sms or _ROUTING_SMS)
-
-        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=self.device)
-
-        received_topk_idx, received_topk_weights, rows_per_rank = None, None, None
-        if layout == "rows":
-            received_topk_idx = empty(most_received, top_k, dtype=torch.int64)
-            rows_per_rank = empty(self.size, dtype=torch.int64)
-            if topk_weights is not None:
-                received_topk_weights = empty(most_received, top_k, dtype=torch.float32)
-        table = _Layout(
-            slots=empty(self.size, max_tokens, top_k),
-            rows=empty(self.size, max_tokens),
-            row_of_slot=empty(most_rows),
-            owners=empty(tokens, dtype=torch.uint8),
-            counts=empty(local_experts, dtype=torch.int64),
-            ends=empty(local_experts),
-            slot_weights=None if topk_weights is None else empty(most_rows, dtype=torch.float32),
-            received_topk_idx=received_topk_idx,
-            received_topk_weights=received_topk_weights,
-            rows_per_rank=rows_per_rank,
-            max_received=most_received,
-        )
-        histogram = empty(self.size * comm.blocks * (local_experts + 1))
-        sent_weights = None if topk_weights is None else topk_weights.float().contiguous()
-        self._host_counts[0] = 0
-        arguments = native.LayoutArgs(
-            comm=comm,
-            topk_idx=topk_idx.data_ptr(),
-            topk_weights=pointer(sent_weights),
-            slots=table.slots.data_ptr(),
-            rows=table.rows.data_ptr(),
-            row_of_slot=table.row_of_slot.data_ptr(),
-            owners=table.owners.data_ptr(),
-            slot_weights=pointer(table.slot_weights),
-            received_topk_idx=pointer(received_topk_idx),
-            received_topk_weights=pointer(received_topk_weights),
-            rows_per_rank=pointer(rows_per_rank),
-            counts=table.counts.data_ptr(),
-            ends=table.ends.data_ptr(),
-            histogram=histogram.data_ptr(),
-            host_counts=self._host_counts.data_ptr() if max_rows is None else None,
-            tokens=tokens,
-            top_k=top_k,
-            num_experts=num_experts,
-            alignment=alignment,
-            max_rows=most_rows,
-            max_received=most_received,
-        )
-        self._core.launch("layout", arguments)
-        return table
-
-    def _wait_for_counts(self, local_experts: int) -> tuple[int, list[int]]:
-        """The one wait of the host, until the layout kernel has counted.
-
-        Returns:
-            The most tokens of any rank, and the slots of each local expert, then the received rows.
-        """
-        ready = ctypes.c_uint32.from_address(self._host_counts.data_ptr())
-        # A kernel's own waits end in time; the margin is for kernels of others before it on the stream.
-        limit = 10 * self._core.timeout_s
-        deadline = time.monotonic() + limit
-        while not ready.value:
-            for _ in range(_SPINS):  # sleeping instead would cost more than the wait usually takes
-                if ready.value:
-                    break
-            self._core.check()
-            if time.monotonic() > deadline:
-                torch.cuda.synchronize(self.device)  # raises what went wrong on the device, if anything did
-                raise PeerTimeoutError(f"rank {self.rank}: the layout kernel did not run within {limit:g} s", self.rank)
-        self._core.check()
-        _, most_tokens, *counts = self._host_counts[: 3 + local_experts].tolist()
-        return most_tokens, counts
 
     def _stage(self, x: Tensor, scales: Tensor | None, wire: WireFormat, *, early: bool) -> None:
         """Put this rank's tokens where peers pull them in the next dispatch.
@@ -424,13 +316,3 @@ class NvlinkCommunicator:
                 slot_tokens=handle.slots.shape[1],
             )
             self._core.launch("weights", arguments)
-
-
-def _received_routing(table: _Layout, topk_weights: Tensor | None, received: int) -> ReceivedRouting | None:
-    """What the layout kernel wrote about received rows, if it was asked to."""
-    if table.received_topk_idx is None or table.rows_per_rank is None:
-        return None
-    weights = None
-    if topk_weights is not None and table.received_topk_weights is not None:
-        weights = table.received_topk_weights[:received].to(topk_weights.dtype)
-    return ReceivedRouting(table.received_topk_idx[:received], weights, table.rows_per_rank)

@@ -1,0 +1,178 @@
+"""Where rows go: the results of the layout kernel (``csrc/layout.cu``), and how the host learns their sizes."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ep_moe.comm import nvlink_args as native
+from ep_moe.comm.communicator import ReceivedRouting, RowLayout
+from ep_moe.comm.nvlink_core import NvlinkCore
+from ep_moe.comm.nvlink_faults import PeerTimeoutError
+from ep_moe.native import pointer
+
+_SPINS = 200  # looks at the flag between looks at everything else
+_ROUTING_SMS = 64  # exchange of routing and layout, which wait more than they move: with 128 they take longer
+
+
+@dataclass(frozen=True)
+class RowPlaces:
+    """What the layout kernel fills; ``LayoutArgs`` of ``csrc/layout.cu`` describes the tensors.
+
+    Attributes:
+        slots: int32 ``[ranks, max_tokens, top_k]``.
+        rows: int32 ``[ranks, max_tokens]``.
+        row_of_slot: int32 ``[most slots]``.
+        owners: uint8 ``[tokens]``.
+        counts: int64 ``[local_experts]``.
+        ends: int32 ``[local_experts]``.
+        slot_weights: fp32 ``[most slots]``, if weights were sent.
+        received_topk_idx: int64 ``[max_received, top_k]``, in the layout ``rows``.
+        received_topk_weights: fp32, likewise, if weights were sent.
+        rows_per_rank: int64 ``[ranks]``, in the layout ``rows``.
+        max_received: rows there is room for.
+    """
+
+    slots: Tensor
+    rows: Tensor
+    row_of_slot: Tensor
+    owners: Tensor
+    counts: Tensor
+    ends: Tensor
+    slot_weights: Tensor | None
+    received_topk_idx: Tensor | None
+    received_topk_weights: Tensor | None
+    rows_per_rank: Tensor | None
+    max_received: int
+
+    def routing(self, received: int, dtype: torch.dtype | None) -> ReceivedRouting | None:
+        """The routing of ``received`` rows, with weights of ``dtype`` if any were sent; ``None`` if not asked for."""
+        if self.received_topk_idx is None or self.rows_per_rank is None:
+            return None
+        weights = None
+        if self.received_topk_weights is not None:
+            weights = self.received_topk_weights[:received].to(dtype)
+        return ReceivedRouting(self.received_topk_idx[:received], weights, self.rows_per_rank)
+
+
+class HostCounts:
+    """Pinned host memory in which a layout kernel tells sizes: ``LayoutArgs::host_counts``."""
+
+    def __init__(self, core: NvlinkCore) -> None:
+        self._core = core
+        self._memory = torch.zeros(3 + native.MAX_EXPERTS, dtype=torch.int32, device="cpu", pin_memory=True)
+        self._ready = ctypes.c_int32.from_address(self._memory.data_ptr())
+
+    def expect(self) -> int:
+        """Forget earlier sizes; the address for the kernel."""
+        self._ready.value = 0
+        return self._memory.data_ptr()
+
+    def wait(self, local_experts: int) -> tuple[int, list[int]]:
+        """Wait until the layout kernel has counted: the one wait of the host.
+
+        Returns:
+            The most tokens of any rank, and the slots of each local expert, then the received rows.
+
+        Raises:
+            PeerTimeoutError: if the kernel does not run.
+            ValueError: what the kernel found wrong with its arguments.
+        """
+        core = self._core
+        # A kernel's own waits end in time; the margin is for kernels of others before it on the stream.
+        limit = 10 * core.timeout_s
+        deadline = time.monotonic() + limit
+        while not self._ready.value:
+            for _ in range(_SPINS):  # sleeping instead would cost more than the wait usually takes
+                if self._ready.value:
+                    break
+            core.check()
+            if time.monotonic() > deadline:
+                torch.cuda.synchronize(core.device)  # raises what went wrong on the device, if anything did
+                raise PeerTimeoutError(f"rank {core.rank}: the layout kernel did not run within {limit:g} s", core.rank)
+        core.check()
+        _, most_tokens, *counts = self._memory[: 3 + local_experts].tolist()
+        return most_tokens, counts
+
+
+def lay_out(
+    core: NvlinkCore,
+    topk_idx: Tensor,
+    topk_weights: Tensor | None,
+    *,
+    num_experts: int,
+    layout: RowLayout,
+    alignment: int,
+    max_rows: int | None,
+    num_sms: int | None,
+    host_counts: HostCounts,
+) -> RowPlaces:
+    """Launch the exchange of routing: where every arriving row goes, and the weight of each slot.
+
+    Without ``max_rows`` the kernel tells ``host_counts`` how many rows there are, and places have room for as many as
+    can arrive.
+    """
+    local_experts, max_tokens = num_experts // core.size, core.max_tokens
+    tokens, top_k = topk_idx.shape
+    # As many as can arrive, where the host will learn how many do, and slots that have no tensor in this layout.
+    most_received = core.size * max_tokens
+    most_rows = most_received * top_k + local_experts * (alignment - 1)
+    if max_rows is not None and layout == "rows":
+        most_received = max_rows
+    elif max_rows is not None:
+        most_rows, most_received = max_rows, min(max_rows, most_received)
+    comm = core.arguments(num_sms or _ROUTING_SMS)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=core.device)
+
+    received_topk_idx, received_topk_weights, rows_per_rank = None, None, None
+    if layout == "rows":
+        received_topk_idx = empty(most_received, top_k, dtype=torch.int64)
+        rows_per_rank = empty(core.size, dtype=torch.int64)
+        if topk_weights is not None:
+            received_topk_weights = empty(most_received, top_k, dtype=torch.float32)
+    places = RowPlaces(
+        slots=empty(core.size, max_tokens, top_k),
+        rows=empty(core.size, max_tokens),
+        row_of_slot=empty(most_rows),
+        owners=empty(tokens, dtype=torch.uint8),
+        counts=empty(local_experts, dtype=torch.int64),
+        ends=empty(local_experts),
+        slot_weights=None if topk_weights is None else empty(most_rows, dtype=torch.float32),
+        received_topk_idx=received_topk_idx,
+        received_topk_weights=received_topk_weights,
+        rows_per_rank=rows_per_rank,
+        max_received=most_received,
+    )
+    histogram = empty(core.size * comm.blocks * (local_experts + 1))
+    sent_weights = None if topk_weights is None else topk_weights.float().contiguous()
+    arguments = native.LayoutArgs(
+        comm=comm,
+        topk_idx=topk_idx.data_ptr(),
+        topk_weights=pointer(sent_weights),
+        slots=places.slots.data_ptr(),
+        rows=places.rows.data_ptr(),
+        row_of_slot=places.row_of_slot.data_ptr(),
+        owners=places.owners.data_ptr(),
+        slot_weights=pointer(places.slot_weights),
+        received_topk_idx=pointer(received_topk_idx),
+        received_topk_weights=pointer(received_topk_weights),
+        rows_per_rank=pointer(rows_per_rank),
+        counts=places.counts.data_ptr(),
+        ends=places.ends.data_ptr(),
+        histogram=histogram.data_ptr(),
+        host_counts=host_counts.expect() if max_rows is None else None,
+        tokens=tokens,
+        top_k=top_k,
+        num_experts=num_experts,
+        alignment=alignment,
+        max_rows=most_rows,
+        max_received=most_received,
+    )
+    core.launch("layout", arguments)
+    return places
