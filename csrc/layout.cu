@@ -16,8 +16,8 @@
 //
 // A rank that brings more tokens than the buffers were made for sends what fits; the flags carry the true number, so
 // that all ranks learn of it in the same round and can grow their buffers together.
-#include "communicator.cuh"
 #include "launch.cuh"
+#include "routing_exchange.cuh"
 
 namespace ep_moe {
 
@@ -50,83 +50,6 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kColumnsAtOnce = 8;  // of the histogram that a thread reads side by side
-
-struct Share {
-  int first_chunk;
-  int end_chunk;
-};
-
-__device__ Share my_chunks(const Communicator& comm) {
-  const int chunks = comm.shape.max_tokens / kChunkTokens;
-  const int each = (chunks + gridDim.x - 1) / gridDim.x;
-  const int first = min(static_cast<int>(blockIdx.x) * each, chunks);
-  return {first, min(first + each, chunks)};
-}
-
-__device__ void send_routing(const LayoutArgs& args, Share share, uint32_t round) {
-  const Communicator& comm = args.comm;
-  const int ranks = comm.shape.ranks, top_k = args.top_k, copy = round % 2;
-  const int stride = routing_stride(comm.shape.max_top_k), experts_per_rank = args.num_experts / ranks;
-  const int first = share.first_chunk * kChunkTokens;
-  const int end = min(share.end_chunk * kChunkTokens, min(args.tokens, comm.shape.max_tokens));
-  const int64_t table = (static_cast<int64_t>(copy) * ranks + comm.rank) * comm.shape.max_tokens;
-  const int entries = args.topk_weights == nullptr ? 0 : max(end - first, 0) * top_k;
-  const float* weights = args.topk_weights + static_cast<int64_t>(first) * top_k;
-  float weight = threadIdx.x < entries ? weights[threadIdx.x] : 0.0f;  // under way while routing is sent
-  for (int token = first + threadIdx.x; token < end; token += blockDim.x) {
-    uint32_t owners = 0;
-    for (int base = 0; base < top_k; base += 8) {
-      int64_t experts[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i)  // all loads before the first use
-        experts[i] = base + i < top_k ? args.topk_idx[static_cast<int64_t>(token) * top_k + base + i] : -1;
-      __align__(16) uint16_t packed[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        int expert = static_cast<int>(experts[i]);
-        if (experts[i] < -1 || experts[i] >= args.num_experts) {
-          report_fault(comm, Fault::kExpertRange, Step::kRouting, comm.rank, round, experts[i], args.num_experts);
-          expert = -1;
-        }
-        packed[i] = expert < 0 ? kNotRouted : static_cast<uint16_t>(expert);
-        if (expert >= 0) owners |= 1u << (expert / experts_per_rank);
-      }
-      const uint4 value = *reinterpret_cast<const uint4*>(packed);
-      for (int peer = 0; peer < ranks; ++peer)
-        *reinterpret_cast<uint4*>(part<uint16_t>(comm, peer, comm.layout.routing) + (table + token) * stride + base) =
-            value;
-    }
-    args.owners[token] = static_cast<uint8_t>(owners);
-  }
-  for (int i = threadIdx.x; i < entries; i += blockDim.x) {
-    if (i != threadIdx.x) weight = weights[i];
-    const int token = first + i / top_k, k = i % top_k;
-    for (int peer = 0; peer < ranks; ++peer)
-      part<float>(comm, peer, comm.layout.weights)[(table + token) * comm.shape.max_top_k + k] = weight;
-  }
-  __syncthreads();  // all routing of the share is written before its flags are released
-  const int share_chunks = share.end_chunk - share.first_chunk;
-  for (int i = threadIdx.x; i < share_chunks * ranks; i += blockDim.x) {
-    const int chunk = share.first_chunk + i / ranks, peer = i % ranks;
-    const int chunks = comm.shape.max_tokens / kChunkTokens;
-    uint64_t* flag = part<uint64_t>(comm, peer, comm.layout.chunk_flags) +
-                     (static_cast<int64_t>(copy) * ranks + comm.rank) * chunks + chunk;
-    st_release_sys(flag, static_cast<uint64_t>(round) << 32 | args.tokens);  // pairs with wait_chunk
-  }
-}
-
-// Tokens of a peer once the routing of its chunk is here; 0 if the wait fails.
-__device__ int wait_chunk(const Communicator& comm, int source, int chunk, uint32_t round) {
-  const int chunks = comm.shape.max_tokens / kChunkTokens;
-  const uint64_t* flag = part<uint64_t>(comm, comm.rank, comm.layout.chunk_flags) +
-                         (static_cast<int64_t>(round % 2) * comm.shape.ranks + source) * chunks + chunk;
-  uint64_t value = 0;
-  const bool here = wait_bounded(comm, Step::kRouting, source, round, [&] {
-    value = ld_acquire_sys(flag);  // pairs with the release in send_routing
-    return static_cast<uint32_t>(value >> 32) == round;
-  });
-  return here ? static_cast<int>(value & 0xffffffff) : 0;
-}
 
 // The part of the routing tables that one block works on.
 struct Routing {
@@ -417,7 +340,8 @@ __global__ void __launch_bounds__(kThreads, 1) layout_kernel(const __grid_consta
 
   griddepcontrol_launch_dependents();  // staging
   announce_round(comm, round);
-  send_routing(args, share, round);
+  send_routing(comm, {args.topk_idx, args.topk_weights, args.owners, args.tokens, args.top_k, args.num_experts}, share,
+               round);
   for (int i = tid; i < pairs; i += kThreads) tables.next[i] = 0;
   if (tid < ranks) tables.rank_tokens[tid] = 0;
   __syncthreads();
