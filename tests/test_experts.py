@@ -2,159 +2,38 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
-import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from expert_cases import (
+    ACTIVATIONS,
+    CASES,
+    FFN,
+    HIDDEN,
+    TOLERANCE,
+    assert_close,
+    check_against_oracle,
+    make_experts,
+    make_segments,
+    normal,
+    oracle,
+    plain_activation,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from ep_moe.comm import ExpertSegments
-from ep_moe.config import ConfigError, ExpertsConfig, SharedExpertsConfig
+from ep_moe.config import SharedExpertsConfig
 from ep_moe.experts import (
     GroupedExperts,
     SharedExperts,
     apply_activation,
-    backends,
     fc1_width,
     initialize_experts,
 )
-from ep_moe.experts.gemm import GroupedGemm
-from ep_moe.experts.te import TE
-
-ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu", "squared_relu")
-HIDDEN, FFN = 16, 24
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
-CASES = [
-    ("loop", torch.float64),
-    ("loop", torch.float32),
-    ("loop", torch.bfloat16),
-    ("grouped_mm", torch.float32),
-    ("grouped_mm", torch.bfloat16),
-    ("auto", torch.float64),
-    ("auto", torch.float32),
-]
-
-
-def normal(tensor: Tensor) -> Tensor:
-    return nn.init.normal_(tensor, std=0.3)
-
-
-def make_segments(counts: Sequence[int], alignment: int = 1, device: str = "cpu") -> ExpertSegments:
-    sizes = tuple(-(-count // alignment) * alignment for count in counts)
-    return ExpertSegments(
-        counts=torch.tensor(counts, dtype=torch.int64, device=device),
-        ends=torch.tensor(sizes, device=device).cumsum(0).to(torch.int32),
-        sizes=sizes,
-    )
-
-
-def real_rows(segments: ExpertSegments) -> Tensor:
-    """Which rows are not padding."""
-    return torch.cat(
-        [torch.arange(size) < count for size, count in zip(segments.sizes, segments.counts.tolist(), strict=True)]
-    )
-
-
-def make_experts(
-    num_experts: int,
-    activation: str = "swiglu",
-    backend: str = "loop",
-    dtype: torch.dtype = torch.float32,
-    **kwargs: Any,
-) -> GroupedExperts:
-    kwargs = {"init_method": normal, "output_init_method": normal, **kwargs}
-    config = ExpertsConfig(ffn_hidden_size=FFN, activation=activation, backend=backend)  # type: ignore[arg-type]
-    return GroupedExperts(HIDDEN, num_experts, config, dtype=dtype, **kwargs)
-
-
-def plain_gelu(x: Tensor) -> Tensor:
-    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-
-
-def plain_activation(x: Tensor, activation: str) -> Tensor:
-    half = x.shape[-1] // 2
-    if activation == "swiglu":
-        return x[..., :half] / (1 + torch.exp(-x[..., :half])) * x[..., half:]
-    if activation == "geglu":
-        return plain_gelu(x[..., :half]) * x[..., half:]
-    if activation == "gelu":
-        return plain_gelu(x)
-    return torch.clamp(x, min=0) ** (1 if activation == "relu" else 2)
-
-
-def oracle(
-    rows: Tensor, weights: Tensor | None, fc1: Tensor, fc2: Tensor, segments: ExpertSegments, activation: str
-) -> Tensor:
-    """The weight applied to the output, experts one by one, everything in the dtype given."""
-    out, start = [], 0
-    for expert, size in enumerate(segments.sizes):
-        y = plain_activation(rows[start : start + size] @ fc1[expert].T, activation) @ fc2[expert].T
-        out.append(y if weights is None else y * weights[start : start + size, None])
-        start += size
-    return torch.cat(out)
-
-
-def assert_close(name: str, actual: Tensor | None, expected: Tensor | None, tolerance: float) -> None:
-    """Relative to the largest expected value: cancellation makes element-wise relative errors meaningless."""
-    assert actual is not None and expected is not None, name
-    assert actual.shape == expected.shape, name
-    error = (actual.detach().cpu().double() - expected.detach()).abs()
-    scale = max(expected.detach().abs().max().item(), 1e-3) if expected.numel() else 1.0
-    assert not error.numel() or error.max().item() <= tolerance * scale, f"{name}: {error.max().item() / scale}"
-
-
-def check_against_oracle(
-    backend: str,
-    activation: str,
-    dtype: torch.dtype,
-    counts: Sequence[int],
-    alignment: int = 1,
-    weighted: bool = True,
-    device: str = "cpu",
-) -> None:
-    segments = make_segments(counts, alignment, device)
-    experts = make_experts(len(counts), activation, backend, dtype, device=device)
-    real = real_rows(segments)
-    rows = (torch.randn(segments.num_rows, HIDDEN) * real[:, None]).to(device, dtype).requires_grad_()
-    weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    weights = (torch.rand(segments.num_rows) * real).to(device, weight_dtype).requires_grad_() if weighted else None
-    # Padding rows receive garbage: it must reach no gradient.
-    grad = torch.where(real[:, None], torch.randn(segments.num_rows, HIDDEN), 1e4).to(device, dtype)
-    out = experts(rows, weights, segments)
-    out.backward(grad)
-
-    def wide(x: Tensor) -> Tensor:
-        return x.detach().cpu().double().requires_grad_()
-
-    wide_rows, fc1, fc2 = wide(rows), wide(experts.fc1_weight), wide(experts.fc2_weight)
-    wide_weights = None if weights is None else wide(weights)
-    expected = oracle(wide_rows, wide_weights, fc1, fc2, segments, activation)
-    expected.backward(grad.cpu().double() * real[:, None])
-
-    tolerance = TOLERANCE[dtype]
-    assert out.dtype == dtype and out.is_contiguous()
-    assert_close("out", out, expected, tolerance)
-    assert_close("fc1", experts.fc1_weight.grad, fc1.grad, tolerance)
-    assert_close("fc2", experts.fc2_weight.grad, fc2.grad, tolerance)
-    assert rows.grad is not None and wide_rows.grad is not None
-    assert_close("rows", rows.grad[real.to(device)], wide_rows.grad[real], tolerance)
-    if weights is not None and wide_weights is not None:
-        assert_close("row_weights", weights.grad, wide_weights.grad, tolerance)
-        assert weights.grad is not None and weights.grad.dtype == weight_dtype
-        for tensor in (out, rows.grad, weights.grad):
-            assert not tensor[~real.to(device)].any()
-    for parameter in experts.parameters():
-        assert parameter.grad is not None and parameter.grad.dtype == dtype
-        for expert, count in enumerate(counts):
-            assert count or not parameter.grad[expert].any()
 
 
 @pytest.mark.parametrize(("backend", "dtype"), CASES)
@@ -374,149 +253,6 @@ def test_segment_starts_are_not_padded() -> None:
 def test_errors_name_the_argument(call: Callable[[GroupedExperts], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(make_experts(2))
-
-
-def test_grouped_mm_refuses_what_it_cannot_do() -> None:
-    segments = make_segments([1, 1])
-    with pytest.raises(ConfigError, match=r"moe.experts.backend = grouped_mm: .*float64"):
-        make_experts(2, backend="grouped_mm", dtype=torch.float64)(torch.randn(2, HIDDEN).double(), None, segments)
-    for hidden, ffn, path in ((12, 16, "model.hidden_size = 12"), (16, 12, "moe.experts.ffn_hidden_size = 12")):
-        for backend in ("grouped_mm", "auto"):
-            config = ExpertsConfig(ffn_hidden_size=ffn, backend=backend)  # type: ignore[arg-type]
-            kwargs: dict[str, Any] = {"init_method": normal, "output_init_method": normal, "dtype": torch.bfloat16}
-            experts = GroupedExperts(hidden, 2, config, **kwargs)
-            rows = torch.randn(2, hidden).bfloat16()
-            if backend == "auto":
-                assert experts(rows, None, segments).shape == rows.shape
-            else:
-                with pytest.raises(ValueError, match=f"{path}: must be a multiple of 8"):
-                    experts(rows, None, segments)
-
-
-HAS_TE = importlib.util.find_spec("transformer_engine") is not None
-
-
-@pytest.mark.skipif(HAS_TE, reason="TransformerEngine is installed")
-def test_missing_te_is_a_one_line_configuration_error() -> None:
-    with pytest.raises(ConfigError, match=r"moe.experts.backend = te: .*transformer-engine\[pytorch\]") as error:
-        make_experts(2, backend="te")
-    assert "\n" not in str(error.value)
-
-
-def stand_in_grouped_gemm(
-    a: list[Tensor],
-    b: list[Tensor],
-    out: list[Tensor],
-    quantization_params: list[None],
-    out_dtype: torch.dtype,
-    layout: str = "TN",
-    m_splits: list[int] | None = None,
-    grad: bool = False,
-    accumulate: bool = False,
-    single_output: bool = False,
-) -> None:
-    """Has the signature of TransformerEngine's function, as far as we use it, and a plain loop inside."""
-    assert m_splits is not None and quantization_params == [None] * len(a) and out_dtype == out[0].dtype
-    assert grad == (layout != "TN")
-    product = {"TN": lambda x, y: y @ x.T, "NN": lambda x, y: y @ x, "NT": lambda x, y: y.T @ x}[layout]
-    results = [product(x, y) for x, y in zip(a, b, strict=True)]
-    outputs = out[0].split(m_splits) if single_output else out
-    for output, result in zip(outputs, results, strict=True):
-        output.copy_(output + result if accumulate else result)
-
-
-@pytest.fixture
-def stand_in_te(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = types.ModuleType("transformer_engine.pytorch.cpp_extensions")
-    module.general_grouped_gemm = stand_in_grouped_gemm  # type: ignore[attr-defined]
-    for name in ("transformer_engine", "transformer_engine.pytorch"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-
-
-@pytest.mark.parametrize("counts", [[3, 0, 4], [0, 0, 0]])
-def test_te_receives_our_tensors(stand_in_te: None, counts: list[int]) -> None:
-    """Our half of the binding only: what TransformerEngine is given, and where results go."""
-    check_gemm(TE, torch.float32, counts, "cpu")
-
-
-def test_another_te_is_a_configuration_error(stand_in_te: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["transformer_engine.pytorch.cpp_extensions"]
-    monkeypatch.setattr(module, "general_grouped_gemm", lambda a, b, out, out_dtype, workspaces: None)
-    with pytest.raises(ConfigError, match=r"moe.experts.backend = te: .*has another general_grouped_gemm"):
-        make_experts(2, backend="te")
-
-
-def check_gemm(gemm: GroupedGemm, dtype: torch.dtype, counts: Sequence[int], device: str, capacity: int = 0) -> None:
-    """The three functions of a back end against sums over rows in fp64; a weight gradient in every way to store it."""
-    segments = make_segments(counts, device=device)
-    if capacity:
-        segments = ExpertSegments(segments.counts, segments.ends, None, capacity)
-    total, experts = sum(counts), len(counts)
-    rows, grad = (torch.randn(segments.num_rows, width, device=device, dtype=dtype) for width in (HIDDEN, FFN))
-    rows[total:], grad[total:] = math.nan, math.nan
-    weight = torch.randn(experts, FFN, HIDDEN, device=device, dtype=dtype)
-    expert_of = torch.repeat_interleave(torch.arange(experts), torch.tensor(counts)).to(device)
-    wide_rows, wide_grad, wide_weight = rows[:total].double(), grad[:total].double(), weight.double()
-
-    out = gemm.forward(rows, weight, segments)
-    assert out.shape == (segments.num_rows, FFN) and out.dtype == dtype
-    expected = torch.einsum("rh,rfh->rf", wide_rows, wide_weight[expert_of])
-    assert_close("forward", out[:total], expected.cpu(), TOLERANCE[dtype])
-    grad_rows = gemm.dgrad(grad, weight, segments)
-    assert grad_rows.shape == rows.shape and grad_rows.dtype == dtype
-    expected = torch.einsum("rf,rfh->rh", wide_grad, wide_weight[expert_of])
-    assert_close("dgrad", grad_rows[:total], expected.cpu(), TOLERANCE[dtype])
-
-    member = F.one_hot(expert_of, experts).double()
-    expected = torch.einsum("re,rf,rh->efh", member, wide_grad, wide_rows)
-    grad_weight = gemm.wgrad(grad, rows, segments)
-    assert grad_weight.dtype == dtype
-    assert_close("wgrad", grad_weight, expected.cpu(), TOLERANCE[dtype])
-    assert not grad_weight[torch.tensor(counts) == 0].any()
-    for out_dtype in {dtype, torch.promote_types(dtype, torch.float32)}:
-        start = torch.randn(weight.shape, device=device, dtype=out_dtype)
-        for accumulate in (False, True):
-            buffer = start.clone()
-            assert gemm.wgrad(grad, rows, segments, out=buffer, accumulate=accumulate) is buffer
-            total_gradient = expected + start.double() * accumulate
-            assert_close(f"wgrad, accumulate {accumulate}", buffer, total_gradient.cpu(), TOLERANCE[dtype])
-
-
-GEMMS = [
-    pytest.param(backends.LOOP, torch.float64, id="loop-fp64"),
-    pytest.param(backends.LOOP, torch.bfloat16, id="loop-bf16"),
-    pytest.param(backends.GROUPED_MM, torch.float32, id="grouped_mm-fp32"),
-    pytest.param(backends.GROUPED_MM, torch.bfloat16, id="grouped_mm-bf16"),
-]
-
-
-@pytest.mark.parametrize(("gemm", "dtype"), GEMMS)
-@pytest.mark.parametrize("counts", [[3, 0, 7, 1, 0], [0, 0], [5]])
-def test_gemms(gemm: GroupedGemm, dtype: torch.dtype, counts: list[int]) -> None:
-    check_gemm(gemm, dtype, counts, "cpu")
-    check_gemm(gemm, dtype, counts, "cpu", capacity=16)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("gemm", [backends.LOOP, backends.GROUPED_MM], ids=["loop", "grouped_mm"])
-@pytest.mark.parametrize("counts", [[3, 0, 7, 1, 0], [0, 0], [130, 0, 5]])
-def test_gpu_gemms(gemm: GroupedGemm, counts: list[int]) -> None:
-    check_gemm(gemm, torch.bfloat16, counts, "cuda")
-    check_gemm(gemm, torch.bfloat16, counts, "cuda", capacity=160)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not HAS_TE, reason="TransformerEngine is not installed")
-def test_te_gemms() -> None:
-    check_gemm(TE, torch.bfloat16, [16, 0, 48, 8], "cuda")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not HAS_TE, reason="TransformerEngine is not installed")
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_te_matches_oracle(activation: str) -> None:
-    check_against_oracle("te", activation, torch.bfloat16, [16, 0, 48, 8], device="cuda")
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_experts import HIDDEN, check_against_oracle, make_experts, make_segments, plain_activation
+from expert_cases import HIDDEN, check_against_oracle, make_experts, make_segments, plain_activation
 from torch import Tensor
 
 from ep_moe.comm import ExpertSegments
