@@ -120,56 +120,48 @@ __device__ void feed_group(const CombineArgs& args, Ring& ring, int source, int 
   }
 }
 
+// A thread's part of a row piece, of `count` vectors in all.
 template <typename T>
-struct Sums {
-  static constexpr int kCount = Vector<T>::kCount;
-  float values[kVectorsPerThread][kCount];
+struct Part {
+  Vector<T> vectors[kVectorsPerThread];
 
-  __device__ void clear() {
-#pragma unroll
-    for (int v = 0; v < kVectorsPerThread; ++v)
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) values[v][i] = 0.0f;
-  }
-
-  __device__ void add(const uint8_t* piece, int vectors, int thread) {
+  __device__ void load(const uint8_t* piece, int count, int thread) {
 #pragma unroll
     for (int v = 0; v < kVectorsPerThread; ++v) {
       const int index = v * kSummingThreads + thread;
-      if (index >= vectors) break;
+      vectors[v].bits = index < count ? reinterpret_cast<const Vector<T>*>(piece)[index].bits : make_uint4(0, 0, 0, 0);
+    }
+  }
+
+  __device__ void store(uint8_t* piece, int count, int thread) const {
+#pragma unroll
+    for (int v = 0; v < kVectorsPerThread; ++v) {
+      const int index = v * kSummingThreads + thread;
+      if (index < count) reinterpret_cast<Vector<T>*>(piece)[index] = vectors[v];
+    }
+  }
+};
+
+template <typename T>
+struct Sums {
+  static constexpr int kCount = Vector<T>::kCount;
+  float values[kVectorsPerThread][kCount] = {};
+
+  __device__ void add(const Part<T>& part) {
+#pragma unroll
+    for (int v = 0; v < kVectorsPerThread; ++v) {
       float floats[kCount];
-      reinterpret_cast<const Vector<T>*>(piece)[index].to_float(floats);
+      part.vectors[v].to_float(floats);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) values[v][i] += floats[i];
     }
   }
 
-  // Rounds to T once, as sums are that come from peers.
-  __device__ void round() {
+  __device__ Part<T> rounded() const {
+    Part<T> part;
 #pragma unroll
-    for (int v = 0; v < kVectorsPerThread; ++v) {
-      Vector<T> vector;
-      vector.from_float(values[v]);
-      vector.to_float(values[v]);
-    }
-  }
-
-  __device__ void add(const Sums& other) {
-#pragma unroll
-    for (int v = 0; v < kVectorsPerThread; ++v)
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) values[v][i] += other.values[v][i];
-  }
-
-  __device__ void store(uint8_t* piece, int vectors, int thread) const {
-#pragma unroll
-    for (int v = 0; v < kVectorsPerThread; ++v) {
-      const int index = v * kSummingThreads + thread;
-      if (index >= vectors) break;
-      Vector<T> vector;
-      vector.from_float(values[v]);
-      reinterpret_cast<Vector<T>*>(piece)[index] = vector;
-    }
+    for (int v = 0; v < kVectorsPerThread; ++v) part.vectors[v].from_float(values[v]);
+    return part;
   }
 };
 
@@ -197,16 +189,19 @@ __device__ void wait_landed(const Communicator& comm, int group, uint32_t round)
   }
 }
 
-// The sum of the next pieces in the ring, one for every bit of `wanted`.
+// The sum of the next pieces in the ring, one for every bit of `wanted`; rounded once, as sums are that travel.
 template <typename T>
-__device__ __forceinline__ void sum_pieces(Ring& ring, uint32_t wanted, int vectors, int thread, Sums<T>& sums) {
-  sums.clear();
+__device__ __forceinline__ Part<T> sum_pieces(Ring& ring, uint32_t wanted, int count, int thread) {
+  Sums<T> sums;
   for (uint32_t left = wanted; left != 0; left &= left - 1) {
     mbarrier_wait_parity(&ring.full[ring.place], ring.parity);
-    sums.add(ring.piece(), vectors, thread);
+    Part<T> part;
+    part.load(ring.piece(), count, thread);
     mbarrier_arrive(&ring.empty[ring.place]);  // by every thread: no slower than by one a warp behind a barrier
+    sums.add(part);
     ring.advance();
   }
+  return sums.rounded();
 }
 
 // Pushers: this rank's sum of every peer's token to that peer.
@@ -224,10 +219,9 @@ __device__ void push_sums(const CombineArgs& args, Ring ring, int thread, uint32
       const uint32_t wanted = __ballot_sync(~0u, slot_of_lane(args, source, token, lane) >= 0);
       if (wanted == 0) continue;
       for (int start = 0; start < args.row_bytes; start += kPieceBytes) {
-        const int vectors = min(args.row_bytes - start, kPieceBytes) / 16;
-        Sums<T> sums;
-        sum_pieces(ring, wanted, vectors, thread, sums);
-        sums.store(landing(args, source, comm.rank, token) + start, vectors, thread);
+        const int count = min(args.row_bytes - start, kPieceBytes) / 16;
+        const Part<T> sum = sum_pieces<T>(ring, wanted, count, thread);
+        sum.store(landing(args, source, comm.rank, token) + start, count, thread);
       }
     }
     bar_sync(kPushBarrier, kSummingThreads);  // all sums of the group are stored before its flag is released
@@ -249,20 +243,16 @@ __device__ void finish_sums(const CombineArgs& args, Ring ring, int thread, uint
       if (token >= args.tokens) continue;
       const uint32_t owners = args.owners[token];
       for (int start = 0; start < args.row_bytes; start += kPieceBytes) {
-        const int vectors = min(args.row_bytes - start, kPieceBytes) / 16;
-        Sums<T> sums, total;
-        sum_pieces(ring, wanted, vectors, thread, sums);
-        sums.round();
-        total.clear();
+        const int count = min(args.row_bytes - start, kPieceBytes) / 16;
+        const Part<T> own = sum_pieces<T>(ring, wanted, count, thread);
+        Sums<T> total;
         for (uint32_t left = owners; left != 0; left &= left - 1) {
           const int owner = __ffs(left) - 1;
-          if (owner == comm.rank) {
-            total.add(sums);
-          } else {
-            total.add(landing(args, comm.rank, owner, token) + start, vectors, thread);
-          }
+          Part<T> part = own;
+          if (owner != comm.rank) part.load(landing(args, comm.rank, owner, token) + start, count, thread);
+          total.add(part);
         }
-        total.store(args.out + static_cast<int64_t>(token) * args.row_bytes + start, vectors, thread);
+        total.rounded().store(args.out + static_cast<int64_t>(token) * args.row_bytes + start, count, thread);
       }
     }
   });
