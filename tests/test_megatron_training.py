@@ -8,10 +8,10 @@ How far losses may be apart is measured beside them:
 
 - In fp32 the layers form the same sums in other orders, so they differ by a few roundings a pass. How much a rounding
   grows in training is seen where Megatron's layer starts from weights of which each is off by half a rounding step.
-  Ours may be ``ROUNDINGS`` times as far away as that, or as the rounding of the loss itself.
+  Ours may be ``ROUNDINGS`` times as far away as that, or as a rounding step of the loss itself.
 - In bf16 roundings change what tokens choose. The fp32 losses are the truth for both layers, and ours may be ``RATIO``
-  times as far from them as Megatron's in bf16, in the root of the mean square: there are too few independent
-  deviations in a run for less.
+  times as far from them as Megatron's in bf16, or as the typical rounding of a loss in bf16, a quarter of a step; in
+  the root of the mean square, and not closer, for deviations of neighbouring steps are much the same one.
 """
 
 from __future__ import annotations
@@ -129,8 +129,10 @@ def test_bf16_losses_are_as_exact_as_megatrons(
     got = losses_on(pool_on(device), device, Training(ours=True, dtype=torch.bfloat16, comm=comm, **ours))
     assert (want[:, -1] < 0.95 * want[:, 0]).all(), "nothing was learned"
     theirs_off, ours_off = (float((found - exact).square().mean().sqrt()) for found in (want, got))
-    assert theirs_off < 2**-8 * float(exact.max()), "this training would hide an error behind its roundings"
-    assert ours_off <= RATIO * theirs_off
+    rounding = torch.finfo(torch.bfloat16).eps / 4 * float(exact.max())
+    learned = float((exact[:, 0] - exact[:, -1]).mean())
+    assert theirs_off < 0.04 * learned, "this training would hide an error behind its roundings"
+    assert ours_off <= RATIO * max(theirs_off, rounding)
 
 
 def _twice(rank: int, world: int, device: str, training: Training) -> list[str]:
