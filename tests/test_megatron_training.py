@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -74,7 +75,7 @@ class Pools:
         if device not in self._pools:
             self._pools[device] = RankPool(2)
             if device == "cuda":
-                self.run(device, join_over_nccl, tempfile.mktemp(dir=self._stores.name))
+                self.run(device, join_over_nccl, f"{self._stores.name}/{uuid.uuid4()}")
             self.run(device, _join_megatron)
         try:
             return self._pools[device].run(function, *args)
