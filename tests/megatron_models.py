@@ -71,7 +71,15 @@ def transformer_config(**changes: Any) -> TransformerConfig:
 
 def gpt_model(config: TransformerConfig, **options: Any) -> GPTModel:
     """A ``GPTModel`` with our layer."""
-    spec = use_ep_moe(get_gpt_layer_local_spec(num_experts=config.num_moe_experts), **options)
+    return _gpt_model(config, use_ep_moe(get_gpt_layer_local_spec(num_experts=config.num_moe_experts), **options))
+
+
+def megatrons_gpt_model(config: TransformerConfig) -> GPTModel:
+    """The same model with Megatron's own layer."""
+    return _gpt_model(config, get_gpt_layer_local_spec(num_experts=config.num_moe_experts))
+
+
+def _gpt_model(config: TransformerConfig, spec: Any) -> GPTModel:
     spec.submodules.self_attention.submodules.core_attention = CausalAttention
     return GPTModel(config, spec, vocab_size=VOCAB, max_sequence_length=16, position_embedding_type="learned_absolute")
 

@@ -92,6 +92,19 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
         raise
 
 
+def join_over_nccl(rank: int, world_size: int, store: str) -> None:
+    """Make the processes of a pool one group over NCCL, each with a GPU of its own; run by all of them.
+
+    Args:
+        rank: of this process.
+        world_size: of the pool.
+        store: name of a file that does not exist.
+    """
+    torch.cuda.set_device(rank)
+    dist.destroy_process_group()
+    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{store}", rank=rank, world_size=world_size)
+
+
 def subgroup(world_size: int, size: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """Split the world into consecutive groups of ``size`` (expert parallel) and the groups across them.
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from communicators import rank_device
-from ranks import RankPool
+from ranks import RankPool, join_over_nccl
 from torch import Tensor
 
 # Found, not imported: Megatron looks for DeepEP when it is imported.
@@ -28,12 +27,6 @@ def pool() -> Iterator[RankPool]:
     """Processes that have not imported Megatron yet."""
     with contextlib.closing(RankPool(2)) as processes:
         yield processes
-
-
-def _join_over_nccl(rank: int, world: int, store: str) -> None:
-    torch.cuda.set_device(rank)
-    dist.destroy_process_group()
-    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{store}", rank=rank, world_size=world)
 
 
 def rank_inputs(rank: int, capacity: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -122,5 +115,5 @@ def test_flex_dispatcher(pool: RankPool, capacity: bool) -> None:
 @pytest.mark.parametrize("capacity", [False, True])
 def test_flex_dispatcher_equals_all_to_all_dispatcher(capacity: bool) -> None:
     with contextlib.closing(RankPool(2)) as processes, tempfile.TemporaryDirectory() as folder:
-        processes.run(_join_over_nccl, f"{folder}/store")
+        processes.run(join_over_nccl, f"{folder}/store")
         assert processes.run(_flex, "cuda", capacity) == [[], []]

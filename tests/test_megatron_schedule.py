@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
 
@@ -14,7 +11,7 @@ pytest.importorskip("megatron.core")
 import torch
 from communicators import rank_device
 from megatron.core.models.common.model_chunk_schedule_plan import TransformerModelChunkSchedulePlan
-from megatron.core.pipeline_parallel import utils as schedule_utils
+from megatron_cuda import overlapped_schedule
 from megatron_models import batch, expert_parallel, gpt_model, transformer_config
 from ranks import run_ranks
 from torch import Tensor
@@ -22,37 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "moe_shared_expert_intermediate_size": 16}
 MICRO_BATCHES = 3
-
-
-class NoEvent:
-    """A CUDA event where there is no CUDA: everything runs at once, in the order of the host."""
-
-    def record(self, stream: object) -> None: ...
-
-    def wait(self, stream: object) -> None: ...
-
-
-@contextlib.contextmanager
-def schedule_environment(device: torch.device) -> Iterator[None]:
-    """What the schedule needs besides a model: streams, or stand-ins for them on a CPU."""
-    with contextlib.ExitStack() as stack:
-        if device.type == "cuda":
-            schedule_utils.set_streams()
-        else:
-            for name, stand_in in {
-                "cuda.Event": NoEvent,
-                "cuda.stream": lambda stream: contextlib.nullcontext(),
-                "cuda.current_stream": lambda: None,
-                "cuda.nvtx.range_push": lambda name: None,
-                "cuda.nvtx.range_pop": lambda: None,
-                "Tensor.record_stream": lambda tensor, stream: None,
-            }.items():
-                stack.enter_context(mock.patch(f"torch.{name}", stand_in))
-        for kind in ("ColumnParallelLinear", "RowParallelLinear"):
-            # delay_wgrad_compute is made for TransformerEngine's linear layers; Megatron's own lack the method.
-            name = f"megatron.core.tensor_parallel.layers.{kind}.backward_dw"
-            stack.enter_context(mock.patch(name, lambda layer: None, create=True))
-        yield
 
 
 def _train(
@@ -67,7 +33,7 @@ def _train(
         batches = [tuple(t.to(on) for t in batch(10 * rank + seed)) for seed in range(MICRO_BATCHES)]
         losses = []
         if scheduled:
-            with schedule_environment(on):
+            with overlapped_schedule(on):
                 before, loss = None, None
                 for tokens, positions in [*batches, (None, None)]:
                     plan = (

@@ -45,11 +45,20 @@ def round_trip(communicator: NvlinkLowLatencyCommunicator, x: Tensor, idx: Tenso
     return communicator.combine(packed.rows, idx, weights, packed.handle)
 
 
+def weighted_sum(x: Tensor, idx: Tensor, weights: Tensor, ranks: list[int]) -> Tensor:
+    """What experts of ``ranks`` that do nothing make of ``x``, exactly."""
+    there = sum(((idx // 4 == rank) & (idx >= 0)) for rank in ranks)
+    return x.double() * (weights * there).double().sum(1, keepdim=True)
+
+
+def close(out: Tensor, exact: Tensor) -> Tensor:
+    """Whether a sum is right but for the rounding to bf16, of each rank's part and in the end; on the device."""
+    return ((out.double() - exact).abs() <= 2**-7 * exact.abs() + 1e-30).all()
+
+
 def is_weighted_sum(out: Tensor, x: Tensor, idx: Tensor, weights: Tensor, ranks: list[int]) -> bool:
     """Whether ``out`` is what experts of ``ranks`` that do nothing make of ``x``."""
-    there = sum(((idx // 4 == rank) & (idx >= 0)) for rank in ranks)
-    expected = x.double() * (weights * there).double().sum(1, keepdim=True)
-    return bool(((out.double() - expected).abs() <= 2**-7 * expected.abs() + 1e-30).all())
+    return bool(close(out, weighted_sum(x, idx, weights, ranks)))
 
 
 def _replays(rank: int, world: int, replays: int) -> int:
@@ -63,15 +72,15 @@ def _replays(rank: int, world: int, replays: int) -> int:
         packed = communicator.dispatch(x, idx)
         out = communicator.combine(packed.rows, idx, weights, packed.handle)
         quantised = communicator.dispatch(x, idx, scale_format="fp32")
+    # Drawn once, and judged on the GPU: otherwise ten thousand replays would spend their time with that.
+    sets = [inputs(rank, world, seed) for seed in range(50)]
+    expected = [weighted_sum(*tensors, list(range(world))) for tensors in sets]
     wrong = torch.zeros((), dtype=torch.int64, device=x.device)
     for replay in range(replays):
-        new = inputs(rank, world, replay % 50)
-        for tensor, value in zip((x, idx, weights), new, strict=True):
+        for tensor, value in zip((x, idx, weights), sets[replay % len(sets)], strict=True):
             tensor.copy_(value)
         graph.replay()
-        there = (idx >= 0) & (idx < 4 * world)
-        expected = x.double() * (weights * there).double().sum(1, keepdim=True)
-        wrong += ((out.double() - expected).abs() > 2**-7 * expected.abs() + 1e-30).any()
+        wrong += ~close(out, expected[replay % len(sets)])
         wrong += (quantised.counts != packed.counts).any()
     return int(wrong)
 
@@ -111,7 +120,7 @@ def _streams_and_threads(rank: int, world: int) -> list[bool]:
 
 def call_in_thread(stream: torch.cuda.Stream, hook: object) -> None:
     def call() -> None:
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):  # and on its GPU: a thread begins on the first one
             hook()  # type: ignore[operator]
 
     thread = threading.Thread(target=call)
