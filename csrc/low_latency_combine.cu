@@ -40,15 +40,28 @@ __device__ __forceinline__ uint4* sum_place(const LowLatency& ll, int reader, ui
   return landing_place<uint4>(ll, reader, ll.layout.sums, round, writer, token, ll.shape.hidden * 2);
 }
 
-// A token's weights to the rank `reader`, those of its experts.
-__device__ void send_weights(const LowLatencyCombineArgs& args, int reader, int token, uint32_t round) {
-  const LowLatency& ll = args.ll;
-  if (token >= args.tokens || threadIdx.x >= args.top_k) return;
-  const int64_t entry = static_cast<int64_t>(token) * args.top_k + threadIdx.x;
-  const int64_t expert = args.topk_idx[entry];
-  const float given = args.topk_weights[entry];
-  if (expert < 0 || static_cast<int>(expert) / ll.shape.experts_per_rank != reader) return;
-  const uint32_t weight = __float_as_uint(given);
+// One of the experts of a token of this rank, and its weight.
+struct Entry {
+  int64_t expert;  // or -1
+  float weight;
+};
+
+// That of the thread's number, if the token has so many.
+__device__ __forceinline__ Entry load_entry(const LowLatencyCombineArgs& args, int token) {
+  Entry entry = {-1, 0.0f};
+  if (token < args.tokens && threadIdx.x < args.top_k) {
+    const int64_t place = static_cast<int64_t>(token) * args.top_k + threadIdx.x;
+    entry.expert = args.topk_idx[place];
+    entry.weight = args.topk_weights[place];
+  }
+  return entry;
+}
+
+// The weight to the rank `reader`, if the expert is there.
+__device__ __forceinline__ void send_weight(const LowLatency& ll, const Entry& entry, int reader, int token,
+                                            uint32_t round) {
+  if (entry.expert < 0 || static_cast<int>(entry.expert) / ll.shape.experts_per_rank != reader) return;
+  const uint32_t weight = __float_as_uint(entry.weight);
   st_volatile(reinterpret_cast<uint32_t*>(weight_place(ll, reader, round, ll.rank, token)) + threadIdx.x,
               weight == kEmptyWeight ? 0x7fffffff : weight);
 }
@@ -127,19 +140,25 @@ __device__ __forceinline__ int slot_of_lane(const LowLatencyCombineArgs& args, c
   return lane < args.top_k ? args.slots[place * args.top_k + lane] : -1;
 }
 
-__device__ void send(const LowLatencyCombineArgs& args, uint32_t round, uint32_t present) {
+// Returns the round.
+__device__ uint32_t send(const LowLatencyCombineArgs& args) {
   const LowLatency& ll = args.ll;
   const int ranks = ll.shape.ranks, places = ranks * ll.shape.max_tokens;
   __shared__ float weights[2][kMaxTopK];
+  // All that the block's first weights and sum need is read side by side, before any of it is used.
+  const Owned first(ll, blockIdx.x);
+  const Entry entry = load_entry(args, first.token);
   int slot = -1, turn = 0;
-  if (blockIdx.x < places) slot = slot_of_lane(args, Owned(ll, blockIdx.x));  // under way while weights are sent
+  if (blockIdx.x < places) slot = slot_of_lane(args, first);
+  const uint32_t present = present_ranks(ll), round = ld_volatile(&ll.workspace->combines[blockIdx.x]) + 1;
   if (blockIdx.x == 0 && threadIdx.x < ranks && (present >> threadIdx.x & 1)) {
     uint32_t* entered = reinterpret_cast<uint32_t*>(ll.buffers[threadIdx.x] + ll.layout.entered);
     st_volatile(entered + round % kLandingBuffers * ranks + ll.rank, round);
   }
-  for (int i = blockIdx.x; i < places; i += gridDim.x) {
+  if (blockIdx.x < places && (present >> first.owner & 1)) send_weight(ll, entry, first.owner, first.token, round);
+  for (int i = blockIdx.x + gridDim.x; i < places; i += gridDim.x) {
     const Owned reader(ll, i);
-    if (present >> reader.owner & 1) send_weights(args, reader.owner, reader.token, round);
+    if (present >> reader.owner & 1) send_weight(ll, load_entry(args, reader.token), reader.owner, reader.token, round);
   }
   for (int i = blockIdx.x; i < places; i += gridDim.x) {
     const Owned owned(ll, i);
@@ -148,6 +167,12 @@ __device__ void send(const LowLatencyCombineArgs& args, uint32_t round, uint32_t
     send_sum(args, weights[turn], owned.owner, owned.token, slot, round);
     turn ^= 1;
   }
+  __syncthreads();  // all threads have read the counter
+  if (threadIdx.x == 0) {
+    ll.workspace->combines[blockIdx.x] = round;
+    if (blockIdx.x == 0) *args.round = round;
+  }
+  return round;
 }
 
 // The ranks that return a sum for a token of this rank. All threads of a warp.
@@ -196,13 +221,13 @@ __device__ void receive_token(const LowLatencyCombineArgs& args, int token, uint
   }
 }
 
-__device__ void receive(const LowLatencyCombineArgs& args, uint32_t owners, uint32_t round, uint32_t present) {
+__device__ void receive(const LowLatencyCombineArgs& args, uint32_t round) {
   const LowLatency& ll = args.ll;
   const int ranks = ll.shape.ranks;
+  const uint32_t present = present_ranks(ll);
   const uint64_t start = global_timer_ns();
   for (int token = blockIdx.x; token < args.tokens; token += gridDim.x) {
-    if (token != blockIdx.x) owners = owners_of(args, token, present);
-    receive_token(args, token, owners, round);
+    receive_token(args, token, owners_of(args, token, present), round);
   }
   if (blockIdx.x != gridDim.x - 1 || threadIdx.x >= ranks || (present >> threadIdx.x & 1) == 0) return;
   const int rank = threadIdx.x;
@@ -219,22 +244,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) combine(const __grid_constant_
   const LowLatency& ll = args.ll;
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
-  const uint32_t present = present_ranks(ll);
-  const uint32_t owners = owners_of(args, blockIdx.x, present);  // of the block's first token; read early
-  uint32_t* sent = &ll.workspace->combines[blockIdx.x];
-  uint32_t round;
-  if (ll.phases & kSend) {
-    round = ld_volatile(sent) + 1;
-    send(args, round, present);
-    __syncthreads();  // all threads have read the counter
-    if (threadIdx.x == 0) {
-      *sent = round;
-      if (blockIdx.x == 0) *args.round = round;
-    }
-  } else {
-    round = ld_volatile(args.round);
-  }
-  if (ll.phases & kReceive) receive(args, owners, round, present);
+  const uint32_t round = ll.phases & kSend ? send(args) : ld_volatile(args.round);
+  if (ll.phases & kReceive) receive(args, round);
 }
 
 }  // namespace ep_moe
