@@ -243,6 +243,7 @@ __device__ void receive(const LowLatencyCombineArgs& args, uint32_t round) {
 __global__ void __launch_bounds__(kMaxThreads, 2) combine(const __grid_constant__ LowLatencyCombineArgs args) {
   const LowLatency& ll = args.ll;
   griddepcontrol_launch_dependents();
+  fetch_parameters(args);
   griddepcontrol_wait();
   const uint32_t round = ll.phases & kSend ? send(args) : ld_volatile(args.round);
   if (ll.phases & kReceive) receive(args, round);

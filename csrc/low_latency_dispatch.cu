@@ -349,6 +349,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) dispatch(const __grid_constant
   const LowLatency& ll = args.ll;
   extern __shared__ __align__(16) uint4 shared_table[];
   griddepcontrol_launch_dependents();
+  fetch_parameters(args);
   griddepcontrol_wait();
   const uint32_t present = present_ranks(ll);
   uint32_t* sent = &ll.workspace->dispatches[blockIdx.x];

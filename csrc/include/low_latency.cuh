@@ -123,6 +123,19 @@ struct LowLatency {
   int32_t threads;
 };
 
+// Brings the parameters of a kernel near. Each launch has them somewhere new, and a warp that misses one line of the
+// constant cache after the other waits for each; these reads run side by side, before the kernel ahead has ended.
+template <typename Args>
+__device__ __forceinline__ void fetch_parameters(const Args& args) {
+  constexpr int kLineWords = 16, kWords = sizeof(Args) / 4;
+  // Plus 0, which the compiler does not know: the reads become loads, not operands.
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(&args) + blockIdx.y;
+  uint32_t seen = words[kWords - 1];
+#pragma unroll
+  for (int i = 0; i < kWords; i += kLineWords) seen |= words[i];
+  if (seen == 0) __nanosleep(0);  // never; what is read must be used
+}
+
 // The place of (writer, token) in the copy of a part that `round` uses, at `reader`.
 template <typename T>
 __device__ __forceinline__ T* landing_place(const LowLatency& ll, int reader, int64_t offset, uint32_t round,
