@@ -49,13 +49,19 @@ __device__ __forceinline__ uint32_t tagged(uint32_t expert, uint32_t round) {
 
 __device__ __forceinline__ int routing_bytes(const LowLatency& ll) { return routing_stride(ll.shape.max_top_k) * 2; }
 
-// All ranks learn the experts of a token; of one that does not exist, that it has none. Returns its owners to all
-// threads.
-__device__ uint32_t send_routing(const LowLatencyDispatchArgs& args, int token, uint32_t round, uint32_t present) {
+// The expert of the lane's number, or -1.
+__device__ __forceinline__ int64_t load_expert(const LowLatencyDispatchArgs& args, int token) {
+  const int lane = threadIdx.x % 32;
+  const bool given = token < args.tokens && lane < args.top_k;
+  return given ? args.topk_idx[static_cast<int64_t>(token) * args.top_k + lane] : -1;
+}
+
+// All ranks learn the experts of a token, one `given` to each lane; of one that does not exist, that it has none.
+// Returns its owners to all threads.
+__device__ uint32_t send_routing(const LowLatencyDispatchArgs& args, int token, int64_t given, uint32_t round,
+                                 uint32_t present) {
   const LowLatency& ll = args.ll;
   const int lane = threadIdx.x % 32;
-  int64_t given = -1;
-  if (token < args.tokens && lane < args.top_k) given = args.topk_idx[static_cast<int64_t>(token) * args.top_k + lane];
   if (given < -1 || given >= ll.shape.num_experts) {
     report_fault(ll.report, &ll.workspace->reported, Fault::kExpertRange, Step::kRouting, ll.rank, round, given,
                  ll.shape.num_experts);
@@ -308,12 +314,36 @@ __device__ void place_row(const LowLatencyDispatchArgs& args, int source, int to
   }
 }
 
-__device__ void receive(const LowLatencyDispatchArgs& args, uint32_t round, uint32_t present, uint4* shared_table) {
+// Returns the round.
+__device__ uint32_t send(const LowLatencyDispatchArgs& args) {
+  const LowLatency& ll = args.ll;
+  // All that the block's first token needs is read side by side, before any of it is used.
+  Piece piece;
+  load_piece(args, blockIdx.x, threadIdx.x, piece);
+  int64_t given = load_expert(args, blockIdx.x);
+  const uint32_t present = present_ranks(ll), round = ld_volatile(&ll.workspace->dispatches[blockIdx.x]) + 1;
+  for (int token = blockIdx.x; token < ll.shape.max_tokens; token += gridDim.x) {
+    if (token != blockIdx.x) {
+      load_piece(args, token, threadIdx.x, piece);
+      given = load_expert(args, token);
+    }
+    const uint32_t owners = send_routing(args, token, given, round, present);
+    if (owners != 0) send_row(args, token, piece, round, owners);
+  }
+  __syncthreads();  // all threads have read the counter
+  if (threadIdx.x == 0) {
+    ll.workspace->dispatches[blockIdx.x] = round;
+    if (blockIdx.x == 0) *args.round = round;
+  }
+  return round;
+}
+
+__device__ void receive(const LowLatencyDispatchArgs& args, uint32_t round, uint4* shared_table) {
   const LowLatency& ll = args.ll;
   const int ranks = ll.shape.ranks, local_experts = ll.shape.experts_per_rank, places = ranks * ll.shape.max_tokens;
   const int lane = threadIdx.x % 32;
   __shared__ int partial[2][kMaxThreads / 32][kMaxTopK];
-  const RoutingTable table = receive_routing(args, round, present, shared_table);
+  const RoutingTable table = receive_routing(args, round, present_ranks(ll), shared_table);
   uint32_t* marks = reinterpret_cast<uint32_t*>(shared_table) + args.table_bytes / 4;
   for (int expert = blockIdx.x; expert < local_experts; expert += gridDim.x) {
     mark_places(ll, table, expert, round, marks);
@@ -351,26 +381,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) dispatch(const __grid_constant
   griddepcontrol_launch_dependents();
   fetch_parameters(args);
   griddepcontrol_wait();
-  const uint32_t present = present_ranks(ll);
-  uint32_t* sent = &ll.workspace->dispatches[blockIdx.x];
-  uint32_t round;
-  if (ll.phases & kSend) {
-    round = ld_volatile(sent) + 1;
-    for (int token = blockIdx.x; token < ll.shape.max_tokens; token += gridDim.x) {
-      Piece piece;
-      load_piece(args, token, threadIdx.x, piece);  // under way while the routing is sent
-      const uint32_t owners = send_routing(args, token, round, present);
-      if (owners != 0) send_row(args, token, piece, round, owners);
-    }
-    __syncthreads();  // all threads have read the counter
-    if (threadIdx.x == 0) {
-      *sent = round;
-      if (blockIdx.x == 0) *args.round = round;
-    }
-  } else {
-    round = ld_volatile(args.round);
-  }
-  if (ll.phases & kReceive) receive(args, round, present, shared_table);
+  const uint32_t round = ll.phases & kSend ? send(args) : ld_volatile(args.round);
+  if (ll.phases & kReceive) receive(args, round, shared_table);
 }
 
 }  // namespace ep_moe
