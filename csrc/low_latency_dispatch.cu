@@ -114,33 +114,56 @@ __device__ uint4 quantize(const Vector<__nv_bfloat16> (&x)[2], bool power_of_two
 
 using Piece = Vector<__nv_bfloat16>[2];  // kPerThread channels
 
-__device__ __forceinline__ void load_piece(const LowLatencyDispatchArgs& args, int token, int i, Piece& piece) {
-  if (token >= args.tokens || i >= args.ll.shape.hidden / kPerThread) return;
-  const uint4* x = reinterpret_cast<const uint4*>(args.x + static_cast<int64_t>(token) * args.ll.shape.hidden);
-  piece[0].bits = x[2 * i];
-  piece[1].bits = x[2 * i + 1];
+// Which vectors of a row are a thread's piece of this number: neighbours where they are quantised together; else as far
+// apart as the block is wide, so that a warp's stores fill whole sectors and lines of a peer's memory.
+__device__ __forceinline__ int vector_of_piece(bool quantised, int number, int j) {
+  return quantised ? 2 * (number * blockDim.x + threadIdx.x) + j : (2 * number + j) * blockDim.x + threadIdx.x;
+}
+
+__device__ __forceinline__ void load_piece(const LowLatencyDispatchArgs& args, int token, int number, Piece& piece) {
+  if (token >= args.tokens) return;
+  const int vectors = args.ll.shape.hidden / Vector<__nv_bfloat16>::kCount;
+  const uint4* x = reinterpret_cast<const uint4*>(args.x) + static_cast<int64_t>(token) * vectors;
+  const bool quantised = static_cast<ScaleFormat>(args.scale_format) != ScaleFormat::kNone;
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const int i = vector_of_piece(quantised, number, j);
+    if (i < vectors) piece[j].bits = x[i];
+  }
 }
 
 // A token's row to the ranks of the mask, this one last: its peers have the longer way. `piece` is the thread's first.
 __device__ void send_row(const LowLatencyDispatchArgs& args, int token, Piece& piece, uint32_t round, uint32_t owners) {
   const LowLatency& ll = args.ll;
   const auto format = static_cast<ScaleFormat>(args.scale_format);
-  const int ranks = ll.shape.ranks, hidden = ll.shape.hidden;
-  for (int i = threadIdx.x; i < hidden / kPerThread; i += blockDim.x) {
-    if (i != threadIdx.x) load_piece(args, token, i, piece);
+  const int ranks = ll.shape.ranks, hidden = ll.shape.hidden, vectors = hidden / Vector<__nv_bfloat16>::kCount;
+  for (int number = 0; 2 * number * blockDim.x < vectors; ++number) {
+    if (number > 0) load_piece(args, token, number, piece);
+    const int block = number * blockDim.x + threadIdx.x;  // of kPerThread channels, quantised
     uint4 quantised;
     float scale;
-    if (format != ScaleFormat::kNone) quantised = fill_empty(quantize(piece, format == ScaleFormat::kUe8m0, scale));
-    for (int j = 1; j <= ranks; ++j) {
-      const int peer = (ll.rank + j) % ranks;
+    if (format == ScaleFormat::kNone) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) piece[j].bits = fill_empty(piece[j].bits);
+    } else {
+      if (block >= hidden / kPerThread) return;
+      quantised = fill_empty(quantize(piece, format == ScaleFormat::kUe8m0, scale));
+    }
+    for (int step = 1; step <= ranks; ++step) {
+      const int peer = (ll.rank + step) % ranks;
       if ((owners >> peer & 1) == 0) continue;
       uint8_t* place = landing_place<uint8_t>(ll, peer, ll.layout.rows, round, ll.rank, token, ll.shape.row_bytes);
+      uint4* row = reinterpret_cast<uint4*>(place);
       if (format == ScaleFormat::kNone) {
-        st_volatile(reinterpret_cast<uint4*>(place) + 2 * i, fill_empty(piece[0].bits));
-        st_volatile(reinterpret_cast<uint4*>(place) + 2 * i + 1, fill_empty(piece[1].bits));
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int i = vector_of_piece(false, number, j);
+          if (i < vectors) st_volatile(row + i, piece[j].bits);
+        }
       } else {
-        st_volatile(reinterpret_cast<uint4*>(place) + i, quantised);
-        if (i % 8 == 0) st_volatile(reinterpret_cast<uint32_t*>(place + hidden) + i / 8, __float_as_uint(scale));
+        st_volatile(row + block, quantised);
+        if (block % 8 == 0)
+          st_volatile(reinterpret_cast<uint32_t*>(place + hidden) + block / 8, __float_as_uint(scale));
       }
     }
   }
@@ -319,12 +342,12 @@ __device__ uint32_t send(const LowLatencyDispatchArgs& args) {
   const LowLatency& ll = args.ll;
   // All that the block's first token needs is read side by side, before any of it is used.
   Piece piece;
-  load_piece(args, blockIdx.x, threadIdx.x, piece);
+  load_piece(args, blockIdx.x, 0, piece);
   int64_t given = load_expert(args, blockIdx.x);
   const uint32_t present = present_ranks(ll), round = ld_volatile(&ll.workspace->dispatches[blockIdx.x]) + 1;
   for (int token = blockIdx.x; token < ll.shape.max_tokens; token += gridDim.x) {
     if (token != blockIdx.x) {
-      load_piece(args, token, threadIdx.x, piece);
+      load_piece(args, token, 0, piece);
       given = load_expert(args, token);
     }
     const uint32_t owners = send_routing(args, token, given, round, present);
