@@ -40,6 +40,7 @@ enum class ScaleFormat : int32_t { kNone = 0, kFloat32 = 1, kUe8m0 = 2 };
 
 constexpr int kMaxThreads = 448;
 constexpr int kPerThread = 16;  // channels: 8 threads a block of 128
+constexpr int kLooks = 2;       // vectors of a row that a thread looks at side by side
 constexpr float kE4m3Max = 448.0f;
 constexpr float kMinAmax = 1e-4f;
 
@@ -288,42 +289,83 @@ __device__ int count_before(const LowLatencyDispatchArgs& args, const RoutingTab
   return before;
 }
 
-// The row of one (rank, token) into `slot` of every lane that has one.
-__device__ void place_row(const LowLatencyDispatchArgs& args, int source, int token, int slot, uint32_t round) {
+// Where the row of a (rank, token) lands.
+__device__ __forceinline__ uint8_t* landed_row(const LowLatency& ll, int source, int token, uint32_t round) {
+  return landing_place<uint8_t>(ll, ll.rank, ll.layout.rows, round, source, token, ll.shape.row_bytes);
+}
+
+// What a thread sees of a row at a glance: kLooks vectors, a block's width apart, and a scale.
+struct Glance {
+  uint4 vectors[kLooks];
+  uint32_t scale;
+};
+
+__device__ __forceinline__ int row_bytes_of(const LowLatencyDispatchArgs& args) {
+  return static_cast<ScaleFormat>(args.scale_format) == ScaleFormat::kNone ? 2 * args.ll.shape.hidden
+                                                                           : args.ll.shape.hidden;
+}
+
+// Looks at vectors from `start` on, side by side, whether or not they are here.
+__device__ __forceinline__ void glance_at(const uint4* row, int start, int vectors, Glance& glance) {
+#pragma unroll
+  for (int j = 0; j < kLooks; ++j) {
+    const int i = start + j * blockDim.x + threadIdx.x;
+    if (i < vectors) glance.vectors[j] = ld_volatile(row + i);
+  }
+}
+
+// The first look at a row, which may be here before anybody knows its slots.
+__device__ __forceinline__ void glance_at(const LowLatencyDispatchArgs& args, int source, int token, uint32_t round,
+                                          Glance& glance) {
+  const uint8_t* landed = landed_row(args.ll, source, token, round);
+  glance_at(reinterpret_cast<const uint4*>(landed), 0, row_bytes_of(args) / 16, glance);
+  if (static_cast<ScaleFormat>(args.scale_format) != ScaleFormat::kNone && threadIdx.x < args.ll.shape.hidden / 128)
+    glance.scale = ld_volatile(reinterpret_cast<const uint32_t*>(landed + args.ll.shape.hidden) + threadIdx.x);
+}
+
+// The row of one (rank, token) into `slot` of every lane that has one. `glance` is the first look at it.
+__device__ void place_row(const LowLatencyDispatchArgs& args, int source, int token, int slot, uint32_t round,
+                          Glance& glance) {
   const LowLatency& ll = args.ll;
   const auto format = static_cast<ScaleFormat>(args.scale_format);
-  const int hidden = ll.shape.hidden, row_bytes = format == ScaleFormat::kNone ? 2 * hidden : hidden;
+  const int hidden = ll.shape.hidden, row_bytes = row_bytes_of(args), vectors = row_bytes / 16;
   const uint32_t wanted = __ballot_sync(~0u, slot >= 0);
-  uint8_t* landed = landing_place<uint8_t>(ll, ll.rank, ll.layout.rows, round, source, token, ll.shape.row_bytes);
-  // A first look at the scale, so that it is read beside the row.
-  const int scales = hidden / 128;
-  uint32_t* landed_scales = reinterpret_cast<uint32_t*>(landed + hidden);
-  uint32_t first_scale = kEmptyWord;
-  if (format != ScaleFormat::kNone && threadIdx.x < scales) first_scale = ld_volatile(landed_scales + threadIdx.x);
+  uint8_t* landed = landed_row(ll, source, token, round);
+  uint4* row = reinterpret_cast<uint4*>(landed);
   // Threads of a warp leave the loops together, for the shuffles.
-  for (int first = threadIdx.x / 32 * 32; first < row_bytes / 16; first += blockDim.x) {
-    const int i = first + threadIdx.x % 32;
-    uint4 value;
-    const bool here =
-        i < row_bytes / 16 && take(ll, Step::kRows, source, round, reinterpret_cast<uint4*>(landed) + i, value);
-    for (uint32_t left = wanted; left != 0; left &= left - 1) {
-      const int64_t target = __shfl_sync(~0u, slot, __ffs(left) - 1);
-      if (here) reinterpret_cast<uint4*>(args.rows + target * row_bytes)[i] = value;
+  for (int start = 0; start < vectors; start += kLooks * blockDim.x) {
+    if (start > 0) glance_at(row, start, vectors, glance);
+#pragma unroll
+    for (int j = 0; j < kLooks; ++j) {
+      const int i = start + j * blockDim.x + threadIdx.x;
+      if (i / 32 * 32 >= vectors) break;
+      uint4& value = glance.vectors[j];
+      bool here = i < vectors;
+      if (here && is_empty(value))
+        here = wait_for(ll, Step::kRows, source, round, [&] {
+          value = ld_volatile(row + i);
+          return !is_empty(value);
+        });
+      for (uint32_t left = wanted; left != 0; left &= left - 1) {
+        const int64_t target = __shfl_sync(~0u, slot, __ffs(left) - 1);
+        if (here) reinterpret_cast<uint4*>(args.rows + target * row_bytes)[i] = value;
+      }
+      if (here) empty(row + i);
     }
   }
   if (format == ScaleFormat::kNone) return;
-  const int packed = (scales + 3) / 4 * 4;
+  uint32_t* landed_scales = reinterpret_cast<uint32_t*>(landed + hidden);
+  const int scales = hidden / 128, packed = (scales + 3) / 4 * 4;
   for (int first = threadIdx.x / 32 * 32; first < packed; first += blockDim.x) {
     const int i = first + threadIdx.x % 32;
     uint32_t word = 0;  // behind the last scale
     bool here = i < packed;
     if (i < scales) {
-      if (i == threadIdx.x) word = first_scale;
+      if (i == threadIdx.x) word = glance.scale;
       here = (i == threadIdx.x && word != kEmptyWord) || wait_for(ll, Step::kRows, source, round, [&] {
                word = ld_volatile(landed_scales + i);
                return word != kEmptyWord;
              });
-      if (here) st_volatile(landed_scales + i, kEmptyWord);
     }
     for (uint32_t left = wanted; left != 0; left &= left - 1) {
       const int64_t target = __shfl_sync(~0u, slot, __ffs(left) - 1);
@@ -334,6 +376,7 @@ __device__ void place_row(const LowLatencyDispatchArgs& args, int source, int to
         static_cast<float*>(args.scales)[target * scales + i] = __uint_as_float(word);
       }
     }
+    if (here && i < scales) st_volatile(landed_scales + i, kEmptyWord);
   }
 }
 
@@ -384,10 +427,13 @@ __device__ void receive(const LowLatencyDispatchArgs& args, uint32_t round, uint
     }
     int slot = -1;
     if (__any_sync(~0u, expert >= 0)) {  // the same in all warps
+      const int source = place / ll.shape.max_tokens, token = place % ll.shape.max_tokens;
+      Glance glance;
+      glance_at(args, source, token, round, glance);  // under way while tokens before it are counted
       const int before = count_before(args, table, place, expert, round, partial[turn]);
       turn ^= 1;
       if (expert >= 0) slot = expert * places + before;
-      place_row(args, place / ll.shape.max_tokens, place % ll.shape.max_tokens, slot, round);
+      place_row(args, source, token, slot, round, glance);
     }
     if (threadIdx.x < args.top_k) {
       args.slots[static_cast<int64_t>(place) * args.top_k + lane] = slot;
