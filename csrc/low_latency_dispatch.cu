@@ -266,6 +266,19 @@ __device__ void count_expert(const LowLatencyDispatchArgs& args, int expert, con
   if (args.received != nullptr) atomicAdd(&args.received[expert], sum);
 }
 
+// The rows of experts, behind the block's own rows, which are more urgent; the last blocks begin, which most often have
+// none. All threads; `marks` in shared memory.
+__device__ void count_experts(const LowLatencyDispatchArgs& args, const RoutingTable& table, uint32_t round,
+                              uint32_t* marks) {
+  const int local_experts = args.ll.shape.experts_per_rank;
+  for (int expert = gridDim.x - 1 - blockIdx.x; expert < local_experts; expert += gridDim.x) {
+    mark_places(args.ll, table, expert, round, marks);
+    __syncthreads();
+    if (threadIdx.x / 32 == blockDim.x / 32 - 1) count_expert(args, expert, marks);
+    if (expert + gridDim.x < local_experts) __syncthreads();  // before the marks are overwritten
+  }
+}
+
 // All threads: for every lane with an expert, how many tokens before `place` have it too. `partial` is rewritten by the
 // call after next only.
 __device__ int count_before(const LowLatencyDispatchArgs& args, const RoutingTable& table, int place, int expert,
@@ -410,13 +423,6 @@ __device__ void receive(const LowLatencyDispatchArgs& args, uint32_t round, uint
   const int lane = threadIdx.x % 32;
   __shared__ int partial[2][kMaxThreads / 32][kMaxTopK];
   const RoutingTable table = receive_routing(args, round, present_ranks(ll), shared_table);
-  uint32_t* marks = reinterpret_cast<uint32_t*>(shared_table) + args.table_bytes / 4;
-  for (int expert = blockIdx.x; expert < local_experts; expert += gridDim.x) {
-    mark_places(ll, table, expert, round, marks);
-    __syncthreads();
-    if (threadIdx.x / 32 == blockDim.x / 32 - 1) count_expert(args, expert, marks);
-    if (expert + gridDim.x < local_experts) __syncthreads();  // before the marks are overwritten
-  }
   int turn = 0;
   for (int place = blockIdx.x; place < places; place += gridDim.x) {
     int expert = -1;
@@ -440,6 +446,7 @@ __device__ void receive(const LowLatencyDispatchArgs& args, uint32_t round, uint
       if (slot >= 0) args.source_token[slot] = place % ll.shape.max_tokens;
     }
   }
+  count_experts(args, table, round, reinterpret_cast<uint32_t*>(shared_table) + args.table_bytes / 4);
 }
 
 }  // namespace
