@@ -60,7 +60,8 @@ __device__ __forceinline__ Entry load_entry(const LowLatencyCombineArgs& args, i
 // The weight to the rank `reader`, if the expert is there.
 __device__ __forceinline__ void send_weight(const LowLatency& ll, const Entry& entry, int reader, int token,
                                             uint32_t round) {
-  if (entry.expert < 0 || static_cast<int>(entry.expert) / ll.shape.experts_per_rank != reader) return;
+  const bool valid = entry.expert >= 0 && entry.expert < ll.shape.num_experts;
+  if (!valid || rank_of(ll, static_cast<int>(entry.expert)) != reader) return;
   const uint32_t weight = __float_as_uint(entry.weight);
   st_volatile(reinterpret_cast<uint32_t*>(weight_place(ll, reader, round, ll.rank, token)) + threadIdx.x,
               weight == kEmptyWeight ? 0x7fffffff : weight);
@@ -130,8 +131,12 @@ struct Owned {
   int owner;
   int token;
 
-  __device__ Owned(const LowLatency& ll, int place)
-      : owner((ll.rank + 1 + place / ll.shape.max_tokens) % ll.shape.ranks), token(place % ll.shape.max_tokens) {}
+  __device__ __forceinline__ Owned(const LowLatency& ll, int place) {
+    const RankAndRest parts(place, ll.shape.max_tokens);
+    owner = ll.rank + 1 + parts.rank;
+    if (owner >= ll.shape.ranks) owner -= ll.shape.ranks;
+    token = parts.rest;
+  }
 };
 
 __device__ __forceinline__ int slot_of_lane(const LowLatencyCombineArgs& args, const Owned& owned) {
@@ -182,8 +187,7 @@ __device__ __forceinline__ uint32_t owners_of(const LowLatencyCombineArgs& args,
   int64_t expert = -1;
   if (token < args.tokens && lane < args.top_k) expert = args.topk_idx[static_cast<int64_t>(token) * args.top_k + lane];
   const bool valid = expert >= 0 && expert < ll.shape.num_experts;
-  const int rank = static_cast<int>(expert) / ll.shape.experts_per_rank;
-  return __reduce_or_sync(~0u, valid ? 1u << rank : 0u) & present;
+  return __reduce_or_sync(~0u, valid ? 1u << rank_of(ll, static_cast<int>(expert)) : 0u) & present;
 }
 
 // Adds what the token's owners sent.

@@ -70,19 +70,23 @@ __device__ uint32_t send_routing(const LowLatencyDispatchArgs& args, int token, 
   }
   const int expert = static_cast<int>(given);
   if (threadIdx.x < 32) {
-    // Lane i packs entries 8 piece to 8 piece + 7 for a peer.
+    // Lane i writes to rank i, 8 entries at a time.
     const uint32_t entry = tagged(expert < 0 ? kNoExpert : expert, round);
-    const int pieces = routing_bytes(ll) / 16, peer = lane / pieces, first = lane % pieces * 8;
-    uint32_t words[4];
+    const bool writes = lane < ll.shape.ranks && (present >> lane & 1);
+    uint4* place =
+        landing_place<uint4>(ll, writes ? lane : ll.rank, ll.layout.routing, round, ll.rank, token, routing_bytes(ll));
+#pragma unroll 1
+    for (int piece = 0; piece < routing_bytes(ll) / 16; ++piece) {
+      uint32_t words[4];
 #pragma unroll
-    for (int w = 0; w < 4; ++w)
-      words[w] = __shfl_sync(~0u, entry, first + 2 * w) | __shfl_sync(~0u, entry, first + 2 * w + 1) << 16;
-    if (peer < ll.shape.ranks && (present >> peer & 1)) {
-      uint4* place = landing_place<uint4>(ll, peer, ll.layout.routing, round, ll.rank, token, routing_bytes(ll));
-      st_volatile(place + lane % pieces, make_uint4(words[0], words[1], words[2], words[3]));
+      for (int w = 0; w < 4; ++w) {
+        const int first = 8 * piece + 2 * w;
+        words[w] = __shfl_sync(~0u, entry, first) | __shfl_sync(~0u, entry, first + 1) << 16;
+      }
+      if (writes) st_volatile(place + piece, make_uint4(words[0], words[1], words[2], words[3]));
     }
   }
-  return __reduce_or_sync(~0u, expert < 0 ? 0u : 1u << (expert / ll.shape.experts_per_rank)) & present;
+  return __reduce_or_sync(~0u, expert < 0 ? 0u : 1u << rank_of(ll, expert)) & present;
 }
 
 // 16 channels as e4m3. The 8 threads of a block of 128 channels work together and all get its scale.
@@ -150,8 +154,10 @@ __device__ void send_row(const LowLatencyDispatchArgs& args, int token, Piece& p
       if (block >= hidden / kPerThread) return;
       quantised = fill_empty(quantize(piece, format == ScaleFormat::kUe8m0, scale));
     }
-    for (int step = 1; step <= ranks; ++step) {
-      const int peer = (ll.rank + step) % ranks;
+    int peer = ll.rank;
+#pragma unroll 1
+    for (int step = 0; step < ranks; ++step) {
+      if (++peer == ranks) peer = 0;
       if ((owners >> peer & 1) == 0) continue;
       uint8_t* place = landing_place<uint8_t>(ll, peer, ll.layout.rows, round, ll.rank, token, ll.shape.row_bytes);
       uint4* row = reinterpret_cast<uint4*>(place);
@@ -202,7 +208,8 @@ __device__ RoutingTable receive_routing(const LowLatencyDispatchArgs& args, uint
   const uint64_t start = args.wait_ns != nullptr ? global_timer_ns() : 0;
   uint4 last = make_uint4(~0u, ~0u, ~0u, ~0u);
   for (int i = threadIdx.x; i < ll.shape.ranks * of_rank; i += blockDim.x) {
-    const int source = i / of_rank;
+    const RankAndRest place(i, of_rank);
+    const int source = place.rank;
     uint4 value = make_uint4(~0u, ~0u, ~0u, ~0u);
     bool here = present >> source & 1;
     if (here)
@@ -220,7 +227,7 @@ __device__ RoutingTable receive_routing(const LowLatencyDispatchArgs& args, uint
     } else if (!here) {
       landed[i] = value;
     }
-    if (args.wait_ns != nullptr && blockIdx.x == 0 && i % of_rank == of_rank - 1)
+    if (args.wait_ns != nullptr && blockIdx.x == 0 && place.rest == of_rank - 1)
       atomicAdd(reinterpret_cast<unsigned long long*>(&args.wait_ns[source]), global_timer_ns() - start);
   }
   __syncthreads();
@@ -425,6 +432,7 @@ __device__ void receive(const LowLatencyDispatchArgs& args, uint32_t round, uint
   const RoutingTable table = receive_routing(args, round, present_ranks(ll), shared_table);
   int turn = 0;
   for (int place = blockIdx.x; place < places; place += gridDim.x) {
+    const RankAndRest token(place, ll.shape.max_tokens);
     int expert = -1;
     if (lane < args.top_k) {
       const uint32_t entry = table.entries[static_cast<int64_t>(place) * table.stride + lane];
@@ -433,17 +441,16 @@ __device__ void receive(const LowLatencyDispatchArgs& args, uint32_t round, uint
     }
     int slot = -1;
     if (__any_sync(~0u, expert >= 0)) {  // the same in all warps
-      const int source = place / ll.shape.max_tokens, token = place % ll.shape.max_tokens;
       Glance glance;
-      glance_at(args, source, token, round, glance);  // under way while tokens before it are counted
+      glance_at(args, token.rank, token.rest, round, glance);  // under way while tokens before it are counted
       const int before = count_before(args, table, place, expert, round, partial[turn]);
       turn ^= 1;
       if (expert >= 0) slot = expert * places + before;
-      place_row(args, source, token, slot, round, glance);
+      place_row(args, token.rank, token.rest, slot, round, glance);
     }
     if (threadIdx.x < args.top_k) {
       args.slots[static_cast<int64_t>(place) * args.top_k + lane] = slot;
-      if (slot >= 0) args.source_token[slot] = place % ll.shape.max_tokens;
+      if (slot >= 0) args.source_token[slot] = token.rest;
     }
   }
   count_experts(args, table, round, reinterpret_cast<uint32_t*>(shared_table) + args.table_bytes / 4);

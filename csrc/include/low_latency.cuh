@@ -121,6 +121,28 @@ struct LowLatency {
   uint32_t phases;  // kSend, kReceive or both
   int32_t blocks;
   int32_t threads;
+  uint32_t rank_factor;  // 2^31 / experts_per_rank, rounded up: see rank_of
+};
+
+// The rank of an expert: expert / experts_per_rank without dividing, exact below 2^15 experts.
+__device__ __forceinline__ int rank_of(const LowLatency& ll, int expert) {
+  return __umulhi(2u * expert, ll.rank_factor);
+}
+
+// A number taken apart into a rank and what is left: number / size and number % size. There are few ranks, so that
+// subtracting is quicker than dividing.
+struct RankAndRest {
+  int rank;
+  int rest;
+
+  __device__ __forceinline__ RankAndRest(int number, int size) : rank(0), rest(number) {
+#pragma unroll 1
+    while (rest >= size) {
+      asm("" : "+r"(rest));  // or the compiler divides after all
+      rest -= size;
+      ++rank;
+    }
+  }
 };
 
 // Brings the parameters of a kernel near. Each launch has them somewhere new, and a warp that misses one line of the

@@ -49,6 +49,7 @@ class LowLatency(ctypes.Structure):
         ("phases", c_uint32),
         ("blocks", c_int32),
         ("threads", c_int32),
+        ("rank_factor", c_uint32),
     )
 
 
