@@ -89,17 +89,28 @@ __device__ uint32_t send_routing(const LowLatencyDispatchArgs& args, int token, 
   return __reduce_or_sync(~0u, expert < 0 ? 0u : 1u << rank_of(ll, expert)) & present;
 }
 
-// 16 channels as e4m3. The 8 threads of a block of 128 channels work together and all get its scale.
+// The largest magnitude of 16 channels, or NaN; bf16 holds it exactly, so it is found in pairs.
+__device__ __forceinline__ float max_magnitude(const Vector<__nv_bfloat16> (&x)[2]) {
+  __nv_bfloat162 pairs[kPerThread / 2];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const auto* of_vector = reinterpret_cast<const __nv_bfloat162*>(&x[j].bits);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[4 * j + i] = __habs2(of_vector[i]);
+  }
+#pragma unroll
+  for (int half = kPerThread / 4; half > 0; half /= 2)
+#pragma unroll
+    for (int i = 0; i < half; ++i) pairs[i] = __hmax2_nan(pairs[i], pairs[i + half]);
+  return max_nan(__low2float(pairs[0]), __high2float(pairs[0]));
+}
+
+// 16 channels as e4m3. The 8 threads of a block of 128 channels work together and all get its scale. All threads of a
+// warp.
 __device__ uint4 quantize(const Vector<__nv_bfloat16> (&x)[2], bool power_of_two, float& scale) {
-  float values[kPerThread];
+  float amax = max_magnitude(x);
 #pragma unroll
-  for (int j = 0; j < 2; ++j) x[j].to_float(reinterpret_cast<float (&)[8]>(values[8 * j]));
-  float amax = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) amax = max_nan(amax, fabsf(values[i]));
-  const uint32_t lanes = 0xffu << (threadIdx.x % 32 / 8 * 8);
-#pragma unroll
-  for (int distance = 1; distance < 8; distance *= 2) amax = max_nan(amax, __shfl_xor_sync(lanes, amax, distance));
+  for (int distance = 1; distance < 8; distance *= 2) amax = max_nan(amax, __shfl_xor_sync(~0u, amax, distance));
   amax = max_nan(amax, kMinAmax);
   scale = amax / kE4m3Max;
   float factor = kE4m3Max / amax;
@@ -108,6 +119,9 @@ __device__ uint4 quantize(const Vector<__nv_bfloat16> (&x)[2], bool power_of_two
     scale = __uint_as_float(exponent << 23);
     factor = 1.0f / scale;
   }
+  float values[kPerThread];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) x[j].to_float(reinterpret_cast<float (&)[8]>(values[8 * j]));
   __align__(16) __nv_fp8x2_storage_t quantised[kPerThread / 2];
 #pragma unroll
   for (int i = 0; i < kPerThread / 2; ++i) {
@@ -151,7 +165,6 @@ __device__ void send_row(const LowLatencyDispatchArgs& args, int token, Piece& p
 #pragma unroll
       for (int j = 0; j < 2; ++j) piece[j].bits = fill_empty(piece[j].bits);
     } else {
-      if (block >= hidden / kPerThread) return;
       quantised = fill_empty(quantize(piece, format == ScaleFormat::kUe8m0, scale));
     }
     int peer = ll.rank;
@@ -167,7 +180,7 @@ __device__ void send_row(const LowLatencyDispatchArgs& args, int token, Piece& p
           const int i = vector_of_piece(false, number, j);
           if (i < vectors) st_volatile(row + i, piece[j].bits);
         }
-      } else {
+      } else if (block < hidden / kPerThread) {
         st_volatile(row + block, quantised);
         if (block % 8 == 0)
           st_volatile(reinterpret_cast<uint32_t*>(place + hidden) + block / 8, __float_as_uint(scale));
