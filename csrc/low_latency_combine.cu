@@ -26,8 +26,9 @@ struct LowLatencyCombineArgs {
 namespace {
 
 constexpr int kMaxThreads = 448;
-constexpr int kBatch = 8;  // rows of a token in flight
-constexpr int kLooks = 4;  // sums of a token in flight
+constexpr int kBatch = 8;   // rows of a token in flight
+constexpr int kLooks = 2;   // ranks whose sums of a token are looked for at once
+constexpr int kPieces = 2;  // vectors of each
 
 using Row = Vector<__nv_bfloat16>;
 
@@ -190,38 +191,53 @@ __device__ __forceinline__ uint32_t owners_of(const LowLatencyCombineArgs& args,
   return __reduce_or_sync(~0u, valid ? 1u << rank_of(ll, static_cast<int>(expert)) : 0u) & present;
 }
 
-// Adds what the token's owners sent.
+// Adds what the token's owners sent. A thread takes kPieces vectors at a time, a block's width apart, and looks for
+// them side by side, as sent by kLooks ranks; then again one by one for those that have not come.
 __device__ void receive_token(const LowLatencyCombineArgs& args, int token, uint32_t owners, uint32_t round) {
   const LowLatency& ll = args.ll;
   const int vectors = ll.shape.hidden / Row::kCount;
-  for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
-    float sum[Row::kCount] = {};
+  for (int start = threadIdx.x; start < vectors; start += kPieces * blockDim.x) {
+    float sum[kPieces][Row::kCount] = {};
 #pragma unroll 1
     for (int first = 0; first < ll.shape.ranks; first += kLooks) {
-      Row landed[kLooks];
-#pragma unroll
-      for (int j = 0; j < kLooks; ++j)  // a first look at some of them, so that they are read side by side
-        if (owners >> (first + j) & 1)
-          landed[j].bits = ld_volatile(sum_place(ll, ll.rank, round, first + j, token) + i);
+      Row landed[kLooks][kPieces];
 #pragma unroll
       for (int j = 0; j < kLooks; ++j) {
-        const int rank = first + j;
-        if ((owners >> rank & 1) == 0) continue;
-        uint4* place = sum_place(ll, ll.rank, round, rank, token) + i;
-        if (is_empty(landed[j].bits)) {
-          if (!take(ll, Step::kCombine, rank, round, place, landed[j].bits)) continue;
-        } else {
-          empty(place);
-        }
-        float values[Row::kCount];
-        landed[j].to_float(values);
+        if ((owners >> (first + j) & 1) == 0) continue;
+        const uint4* place = sum_place(ll, ll.rank, round, first + j, token);
 #pragma unroll
-        for (int c = 0; c < Row::kCount; ++c) sum[c] += values[c];
+        for (int p = 0; p < kPieces; ++p) {
+          const int i = start + p * blockDim.x;
+          if (i < vectors) landed[j][p].bits = ld_volatile(place + i);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kLooks; ++j) {
+        if ((owners >> (first + j) & 1) == 0) continue;
+        uint4* place = sum_place(ll, ll.rank, round, first + j, token);
+#pragma unroll
+        for (int p = 0; p < kPieces; ++p) {
+          const int i = start + p * blockDim.x;
+          if (i >= vectors) continue;
+          if (is_empty(landed[j][p].bits)) {
+            if (!take(ll, Step::kCombine, first + j, round, place + i, landed[j][p].bits)) continue;
+          } else {
+            empty(place + i);
+          }
+          float values[Row::kCount];
+          landed[j][p].to_float(values);
+#pragma unroll
+          for (int c = 0; c < Row::kCount; ++c) sum[p][c] += values[c];
+        }
       }
     }
-    Row rounded;
-    rounded.from_float(sum);
-    reinterpret_cast<uint4*>(args.out)[static_cast<int64_t>(token) * vectors + i] = rounded.bits;
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) {
+      const int i = start + p * blockDim.x;
+      Row rounded;
+      rounded.from_float(sum[p]);
+      if (i < vectors) reinterpret_cast<uint4*>(args.out)[static_cast<int64_t>(token) * vectors + i] = rounded.bits;
+    }
   }
 }
 
