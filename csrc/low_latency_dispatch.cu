@@ -189,9 +189,12 @@ __device__ void send_row(const LowLatencyDispatchArgs& args, int token, Piece& p
   }
 }
 
+// Not 0 if half of the word is 0: subtracting 1 from both halves turns a highest bit on that was off.
+__device__ __forceinline__ uint32_t zero_half(uint32_t word) { return (word - 0x00010001) & ~word & 0x80008000; }
+
 __device__ __forceinline__ bool has_entry(uint4 entries, uint32_t both) {
-  return (__vcmpeq2(entries.x, both) | __vcmpeq2(entries.y, both) | __vcmpeq2(entries.z, both) |
-          __vcmpeq2(entries.w, both)) != 0;
+  return (zero_half(entries.x ^ both) | zero_half(entries.y ^ both) | zero_half(entries.z ^ both) |
+          zero_half(entries.w ^ both)) != 0;
 }
 
 // The routing of all ranks' tokens, tagged: in shared memory, or where it landed.
@@ -299,13 +302,13 @@ __device__ void count_experts(const LowLatencyDispatchArgs& args, const RoutingT
   }
 }
 
-// All threads: for every lane with an expert, how many tokens before `place` have it too. `partial` is rewritten by the
-// call after next only.
+// All threads: for every lane with an expert, how many tokens before `place` have it too. Each warp counts its own, and
+// warps that have none leave no trace. `partial` is rewritten by the call after next only.
 __device__ int count_before(const LowLatencyDispatchArgs& args, const RoutingTable& table, int place, int expert,
                             uint32_t round, int (&partial)[kMaxThreads / 32][kMaxTopK]) {
   const int first_expert = args.ll.rank * args.ll.shape.experts_per_rank;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (uint32_t left = __ballot_sync(~0u, expert >= 0); left != 0; left &= left - 1) {
+  for (uint32_t left = warp * 32 < place ? __ballot_sync(~0u, expert >= 0) : 0; left != 0; left &= left - 1) {
     const int k = __ffs(left) - 1;
     const uint32_t same = tagged(first_expert + __shfl_sync(~0u, expert, k), round);
     int count = 0;
@@ -318,7 +321,7 @@ __device__ int count_before(const LowLatencyDispatchArgs& args, const RoutingTab
   if (expert >= 0)
 #pragma unroll
     for (int w = 0; w < kMaxThreads / 32; ++w)
-      if (w * 32 < blockDim.x) before += partial[w][lane];
+      if (w * 32 < min(static_cast<int>(blockDim.x), place)) before += partial[w][lane];
   return before;
 }
 
