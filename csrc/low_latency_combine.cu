@@ -105,17 +105,26 @@ __device__ void send_sum(const LowLatencyCombineArgs& args, float (&weights)[kMa
   }
   __syncthreads();
   uint4* target = sum_place(ll, owner, round, ll.rank, token);
+  const uint4* rows = reinterpret_cast<const uint4*>(args.rows);
+  const bool ahead = count <= kBatch;  // one batch holds all rows: the next vectors are loaded as these are added
   // Threads of a warp leave the loop together, for the shuffles.
+#pragma unroll 1
   for (int start = threadIdx.x / 32 * 32; start < vectors; start += blockDim.x) {
-    const int i = start + lane;
+    const int i = start + lane, next = i + blockDim.x;
     float sum[Row::kCount] = {};
+    uint32_t left = wanted;
     for (int first = 0; first < count; first += kBatch) {
-      if (first > 0 || i != threadIdx.x) load_rows(args, slot, wanted, first, i, batch);
+      if (first > 0 || (i != threadIdx.x && !ahead)) load_rows(args, slot, wanted, first, i, batch);
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
         if (first + j >= count) break;
         float values[Row::kCount];
         batch[j].to_float(values);
+        if (ahead) {
+          const int source = __shfl_sync(~0u, slot, __ffs(left) - 1);
+          left &= left - 1;
+          if (next < vectors) batch[j].bits = rows[static_cast<int64_t>(source) * vectors + next];
+        }
         // Not fused, so that any implementation can compute the same bits.
 #pragma unroll
         for (int c = 0; c < Row::kCount; ++c) sum[c] = __fadd_rn(sum[c], __fmul_rn(weights[first + j], values[c]));
