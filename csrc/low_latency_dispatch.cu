@@ -361,7 +361,7 @@ __device__ __forceinline__ void glance_at(const LowLatencyDispatchArgs& args, in
 
 // The row of one (rank, token) into `slot` of every lane that has one. `glance` is the first look at it.
 __device__ void place_row(const LowLatencyDispatchArgs& args, int source, int token, int slot, uint32_t round,
-                          Glance& glance) {
+                          Glance glance) {
   const LowLatency& ll = args.ll;
   const auto format = static_cast<ScaleFormat>(args.scale_format);
   const int hidden = ll.shape.hidden, row_bytes = row_bytes_of(args), vectors = row_bytes / 16;
@@ -440,33 +440,53 @@ __device__ uint32_t send(const LowLatencyDispatchArgs& args) {
   return round;
 }
 
+// A (rank, token), and what is known of its row before its slots are.
+struct Arrival {
+  int place;
+  RankAndRest token;
+  int expert;  // a local one of the token, one each lane; or -1
+  bool any;    // the row comes here
+  Glance glance;
+};
+
+// The one of number `place`, if there is one. All threads of a warp.
+__device__ __forceinline__ Arrival arrival(const LowLatencyDispatchArgs& args, const RoutingTable& table, int place,
+                                           uint32_t round) {
+  const LowLatency& ll = args.ll;
+  const int lane = threadIdx.x % 32, local_experts = ll.shape.experts_per_rank;
+  const bool exists = place < ll.shape.ranks * ll.shape.max_tokens;
+  Arrival next = {place, RankAndRest(exists ? place : 0, ll.shape.max_tokens), -1, false, {}};
+  if (!exists) return next;
+  if (lane < args.top_k) {
+    const uint32_t entry = table.entries[static_cast<int64_t>(place) * table.stride + lane];
+    const int local = static_cast<int>(entry & kNoExpert) - ll.rank * local_experts;
+    if (entry == tagged(entry & kNoExpert, round) && local >= 0 && local < local_experts) next.expert = local;
+  }
+  next.any = __any_sync(~0u, next.expert >= 0);
+  if (next.any) glance_at(args, next.token.rank, next.token.rest, round, next.glance);
+  return next;
+}
+
 __device__ void receive(const LowLatencyDispatchArgs& args, uint32_t round, uint4* shared_table) {
   const LowLatency& ll = args.ll;
-  const int ranks = ll.shape.ranks, local_experts = ll.shape.experts_per_rank, places = ranks * ll.shape.max_tokens;
+  const int places = ll.shape.ranks * ll.shape.max_tokens;
   const int lane = threadIdx.x % 32;
   __shared__ int partial[2][kMaxThreads / 32][kMaxTopK];
   const RoutingTable table = receive_routing(args, round, present_ranks(ll), shared_table);
   int turn = 0;
-  for (int place = blockIdx.x; place < places; place += gridDim.x) {
-    const RankAndRest token(place, ll.shape.max_tokens);
-    int expert = -1;
-    if (lane < args.top_k) {
-      const uint32_t entry = table.entries[static_cast<int64_t>(place) * table.stride + lane];
-      const int local = static_cast<int>(entry & kNoExpert) - ll.rank * local_experts;
-      if (entry == tagged(entry & kNoExpert, round) && local >= 0 && local < local_experts) expert = local;
-    }
+  for (Arrival next = arrival(args, table, blockIdx.x, round); next.place < places;) {
+    const Arrival now = next;
     int slot = -1;
-    if (__any_sync(~0u, expert >= 0)) {  // the same in all warps
-      Glance glance;
-      glance_at(args, token.rank, token.rest, round, glance);  // under way while tokens before it are counted
-      const int before = count_before(args, table, place, expert, round, partial[turn]);
+    if (now.any) {  // the same in all warps
+      const int before = count_before(args, table, now.place, now.expert, round, partial[turn]);
       turn ^= 1;
-      if (expert >= 0) slot = expert * places + before;
-      place_row(args, token.rank, token.rest, slot, round, glance);
+      if (now.expert >= 0) slot = now.expert * places + before;
     }
+    next = arrival(args, table, now.place + gridDim.x, round);  // looked at before this one is stored
+    if (now.any) place_row(args, now.token.rank, now.token.rest, slot, round, now.glance);
     if (threadIdx.x < args.top_k) {
-      args.slots[static_cast<int64_t>(place) * args.top_k + lane] = slot;
-      if (slot >= 0) args.source_token[slot] = token.rest;
+      args.slots[static_cast<int64_t>(now.place) * args.top_k + lane] = slot;
+      if (slot >= 0) args.source_token[slot] = now.token.rest;
     }
   }
   count_experts(args, table, round, reinterpret_cast<uint32_t*>(shared_table) + args.table_bytes / 4);
