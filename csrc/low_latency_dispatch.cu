@@ -172,7 +172,8 @@ __device__ void send_row(const LowLatencyDispatchArgs& args, int token, Piece& p
     for (int step = 0; step < ranks; ++step) {
       if (++peer == ranks) peer = 0;
       if ((owners >> peer & 1) == 0) continue;
-      uint8_t* place = landing_place<uint8_t>(ll, peer, ll.layout.rows, round, ll.rank, token, ll.shape.row_bytes);
+      uint8_t* place =
+          landing_place<uint8_t>(ll, peer, ll.layout.rows, round, ll.rank, token, static_cast<int>(ll.shape.row_bytes));
       uint4* row = reinterpret_cast<uint4*>(place);
       if (format == ScaleFormat::kNone) {
 #pragma unroll
@@ -327,7 +328,8 @@ __device__ int count_before(const LowLatencyDispatchArgs& args, const RoutingTab
 
 // Where the row of a (rank, token) lands.
 __device__ __forceinline__ uint8_t* landed_row(const LowLatency& ll, int source, int token, uint32_t round) {
-  return landing_place<uint8_t>(ll, ll.rank, ll.layout.rows, round, source, token, ll.shape.row_bytes);
+  return landing_place<uint8_t>(ll, ll.rank, ll.layout.rows, round, source, token,
+                                static_cast<int>(ll.shape.row_bytes));
 }
 
 // What a thread sees of a row at a glance: kLooks vectors, a block's width apart, and a scale.

@@ -161,10 +161,10 @@ __device__ __forceinline__ void fetch_parameters(const Args& args) {
 // The place of (writer, token) in the copy of a part that `round` uses, at `reader`.
 template <typename T>
 __device__ __forceinline__ T* landing_place(const LowLatency& ll, int reader, int64_t offset, uint32_t round,
-                                            int writer, int token, int64_t bytes_per_token) {
-  const int64_t place =
-      (static_cast<int64_t>(round % kLandingBuffers) * ll.shape.ranks + writer) * ll.shape.max_tokens + token;
-  return reinterpret_cast<T*>(ll.buffers[reader] + offset + place * bytes_per_token);
+                                            int writer, int token, int bytes_per_token) {
+  // 31 bits hold it: 2^26 tokens of 8 ranks would need terabytes.
+  const int place = (static_cast<int>(round % kLandingBuffers) * ll.shape.ranks + writer) * ll.shape.max_tokens + token;
+  return reinterpret_cast<T*>(ll.buffers[reader] + offset + static_cast<int64_t>(place) * bytes_per_token);
 }
 
 __device__ __forceinline__ bool is_empty(uint4 v) {
