@@ -155,8 +155,7 @@ __device__ __forceinline__ int slot_of_lane(const LowLatencyCombineArgs& args, c
   return lane < args.top_k ? args.slots[place * args.top_k + lane] : -1;
 }
 
-// Returns the round.
-__device__ uint32_t send(const LowLatencyCombineArgs& args) {
+__device__ Round send(const LowLatencyCombineArgs& args) {
   const LowLatency& ll = args.ll;
   const int ranks = ll.shape.ranks, places = ranks * ll.shape.max_tokens;
   __shared__ float weights[2][kMaxTopK];
@@ -187,7 +186,7 @@ __device__ uint32_t send(const LowLatencyCombineArgs& args) {
     ll.workspace->combines[blockIdx.x] = round;
     if (blockIdx.x == 0) *args.round = round;
   }
-  return round;
+  return {round, present};
 }
 
 // The ranks that return a sum for a token of this rank. All threads of a warp.
@@ -250,10 +249,9 @@ __device__ void receive_token(const LowLatencyCombineArgs& args, int token, uint
   }
 }
 
-__device__ void receive(const LowLatencyCombineArgs& args, uint32_t round) {
+__device__ void receive(const LowLatencyCombineArgs& args, uint32_t round, uint32_t present) {
   const LowLatency& ll = args.ll;
   const int ranks = ll.shape.ranks;
-  const uint32_t present = present_ranks(ll);
   const uint64_t start = args.wait_ns != nullptr ? global_timer_ns() : 0;
   for (int token = blockIdx.x; token < args.tokens; token += gridDim.x) {
     receive_token(args, token, owners_of(args, token, present), round);
@@ -274,8 +272,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) combine(const __grid_constant_
   griddepcontrol_launch_dependents();
   fetch_parameters(args);
   griddepcontrol_wait();
-  const uint32_t round = ll.phases & kSend ? send(args) : ld_volatile(args.round);
-  if (ll.phases & kReceive) receive(args, round);
+  const Round round = ll.phases & kSend ? send(args) : Round{ld_volatile(args.round), present_ranks(ll)};
+  if (ll.phases & kReceive) receive(args, round.number, round.present);
 }
 
 }  // namespace ep_moe

@@ -418,8 +418,7 @@ __device__ void place_row(const LowLatencyDispatchArgs& args, int source, int to
   }
 }
 
-// Returns the round.
-__device__ uint32_t send(const LowLatencyDispatchArgs& args) {
+__device__ Round send(const LowLatencyDispatchArgs& args) {
   const LowLatency& ll = args.ll;
   // All that the block's first token needs is read side by side, before any of it is used.
   Piece piece;
@@ -439,7 +438,7 @@ __device__ uint32_t send(const LowLatencyDispatchArgs& args) {
     ll.workspace->dispatches[blockIdx.x] = round;
     if (blockIdx.x == 0) *args.round = round;
   }
-  return round;
+  return {round, present};
 }
 
 // A (rank, token), and what is known of its row before its slots are.
@@ -469,12 +468,12 @@ __device__ __forceinline__ Arrival arrival(const LowLatencyDispatchArgs& args, c
   return next;
 }
 
-__device__ void receive(const LowLatencyDispatchArgs& args, uint32_t round, uint4* shared_table) {
+__device__ void receive(const LowLatencyDispatchArgs& args, uint32_t round, uint32_t present, uint4* shared_table) {
   const LowLatency& ll = args.ll;
   const int places = ll.shape.ranks * ll.shape.max_tokens;
   const int lane = threadIdx.x % 32;
   __shared__ int partial[2][kMaxThreads / 32][kMaxTopK];
-  const RoutingTable table = receive_routing(args, round, present_ranks(ll), shared_table);
+  const RoutingTable table = receive_routing(args, round, present, shared_table);
   int turn = 0;
   for (Arrival next = arrival(args, table, blockIdx.x, round); next.place < places;) {
     const Arrival now = next;
@@ -502,8 +501,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) dispatch(const __grid_constant
   griddepcontrol_launch_dependents();
   fetch_parameters(args);
   griddepcontrol_wait();
-  const uint32_t round = ll.phases & kSend ? send(args) : ld_volatile(args.round);
-  if (ll.phases & kReceive) receive(args, round, shared_table);
+  const Round round = ll.phases & kSend ? send(args) : Round{ld_volatile(args.round), present_ranks(ll)};
+  if (ll.phases & kReceive) receive(args, round.number, round.present, shared_table);
 }
 
 }  // namespace ep_moe

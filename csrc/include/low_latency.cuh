@@ -187,6 +187,12 @@ __device__ __forceinline__ uint32_t present_ranks(const LowLatency& ll) {
   return ~*reinterpret_cast<volatile uint32_t*>(&ll.workspace->masked) & ((1u << ll.shape.ranks) - 1);
 }
 
+// What a kernel reads of its round.
+struct Round {
+  uint32_t number;
+  uint32_t present;  // bit r: rank r takes part
+};
+
 // Whether a wait for `rank` that began at `start` (0 at first) is to end; reports that. Kept out of the way of code
 // that is in a hurry.
 __device__ __noinline__ inline bool is_over(const LowLatency& ll, Step step, int rank, uint32_t round,
