@@ -12,7 +12,7 @@
 //
 //   written by a peer in S(n)          read in R(n) by               emptied
 //   routing[n % 4], all tokens         all blocks                    never: tagged with the round
-//   rows[n % 4], tokens for this rank  the thread that copies them   by that thread, at once
+//   rows[n % 4], tokens for this rank  the thread that copies them   by that thread, once stored
 //   sums[n % 4], tokens of this rank   the thread that adds them     by that thread, at once
 //   weights[n % 4]                     the thread that needs them, in S(n), then emptied by it
 //   entered[n % 4]                     one thread                    never: holds the round

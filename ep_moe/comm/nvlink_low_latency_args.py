@@ -54,7 +54,7 @@ class LowLatency(ctypes.Structure):
 
 
 class LowLatencyDispatchArgs(ctypes.Structure):
-    """``LowLatencyDispatchArgs`` of ``low_latency_dispatch.cu``."""
+    """``LowLatencyDispatchArgs`` of ``low_latency_routing.cuh``."""
 
     _fields_ = (
         ("ll", LowLatency),
