@@ -26,8 +26,9 @@ struct LowLatencyCombineArgs {
 namespace {
 
 constexpr int kMaxThreads = 448;
-constexpr int kBatch = 8;  // rows of a token in flight
-constexpr int kLooks = 4;  // sums of a token in flight
+constexpr int kBatch = 8;   // rows of a token in flight
+constexpr int kLooks = 2;   // ranks whose sums of a token are looked for at once
+constexpr int kPieces = 2;  // vectors of each
 
 using Row = Vector<__nv_bfloat16>;
 
@@ -40,15 +41,29 @@ __device__ __forceinline__ uint4* sum_place(const LowLatency& ll, int reader, ui
   return landing_place<uint4>(ll, reader, ll.layout.sums, round, writer, token, ll.shape.hidden * 2);
 }
 
-// A token's weights to the rank `reader`, those of its experts.
-__device__ void send_weights(const LowLatencyCombineArgs& args, int reader, int token, uint32_t round) {
-  const LowLatency& ll = args.ll;
-  if (token >= args.tokens || threadIdx.x >= args.top_k) return;
-  const int64_t entry = static_cast<int64_t>(token) * args.top_k + threadIdx.x;
-  const int64_t expert = args.topk_idx[entry];
-  const float given = args.topk_weights[entry];
-  if (expert < 0 || static_cast<int>(expert) / ll.shape.experts_per_rank != reader) return;
-  const uint32_t weight = __float_as_uint(given);
+// One of the experts of a token of this rank, and its weight.
+struct Entry {
+  int64_t expert;  // or -1
+  float weight;
+};
+
+// That of the thread's number, if the token has so many.
+__device__ __forceinline__ Entry load_entry(const LowLatencyCombineArgs& args, int token) {
+  Entry entry = {-1, 0.0f};
+  if (token < args.tokens && threadIdx.x < args.top_k) {
+    const int64_t place = static_cast<int64_t>(token) * args.top_k + threadIdx.x;
+    entry.expert = args.topk_idx[place];
+    entry.weight = args.topk_weights[place];
+  }
+  return entry;
+}
+
+// The weight to the rank `reader`, if the expert is there.
+__device__ __forceinline__ void send_weight(const LowLatency& ll, const Entry& entry, int reader, int token,
+                                            uint32_t round) {
+  const bool valid = entry.expert >= 0 && entry.expert < ll.shape.num_experts;
+  if (!valid || rank_of(ll, static_cast<int>(entry.expert)) != reader) return;
+  const uint32_t weight = __float_as_uint(entry.weight);
   st_volatile(reinterpret_cast<uint32_t*>(weight_place(ll, reader, round, ll.rank, token)) + threadIdx.x,
               weight == kEmptyWeight ? 0x7fffffff : weight);
 }
@@ -90,17 +105,26 @@ __device__ void send_sum(const LowLatencyCombineArgs& args, float (&weights)[kMa
   }
   __syncthreads();
   uint4* target = sum_place(ll, owner, round, ll.rank, token);
+  const uint4* rows = reinterpret_cast<const uint4*>(args.rows);
+  const bool ahead = count <= kBatch;  // one batch holds all rows: the next vectors are loaded as these are added
   // Threads of a warp leave the loop together, for the shuffles.
+#pragma unroll 1
   for (int start = threadIdx.x / 32 * 32; start < vectors; start += blockDim.x) {
-    const int i = start + lane;
+    const int i = start + lane, next = i + blockDim.x;
     float sum[Row::kCount] = {};
+    uint32_t left = wanted;
     for (int first = 0; first < count; first += kBatch) {
-      if (first > 0 || i != threadIdx.x) load_rows(args, slot, wanted, first, i, batch);
+      if (first > 0 || (i != threadIdx.x && !ahead)) load_rows(args, slot, wanted, first, i, batch);
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
         if (first + j >= count) break;
         float values[Row::kCount];
         batch[j].to_float(values);
+        if (ahead) {
+          const int source = __shfl_sync(~0u, slot, __ffs(left) - 1);
+          left &= left - 1;
+          if (next < vectors) batch[j].bits = rows[static_cast<int64_t>(source) * vectors + next];
+        }
         // Not fused, so that any implementation can compute the same bits.
 #pragma unroll
         for (int c = 0; c < Row::kCount; ++c) sum[c] = __fadd_rn(sum[c], __fmul_rn(weights[first + j], values[c]));
@@ -117,8 +141,12 @@ struct Owned {
   int owner;
   int token;
 
-  __device__ Owned(const LowLatency& ll, int place)
-      : owner((ll.rank + 1 + place / ll.shape.max_tokens) % ll.shape.ranks), token(place % ll.shape.max_tokens) {}
+  __device__ __forceinline__ Owned(const LowLatency& ll, int place) {
+    const RankAndRest parts(place, ll.shape.max_tokens);
+    owner = ll.rank + 1 + parts.rank;
+    if (owner >= ll.shape.ranks) owner -= ll.shape.ranks;
+    token = parts.rest;
+  }
 };
 
 __device__ __forceinline__ int slot_of_lane(const LowLatencyCombineArgs& args, const Owned& owned) {
@@ -127,19 +155,24 @@ __device__ __forceinline__ int slot_of_lane(const LowLatencyCombineArgs& args, c
   return lane < args.top_k ? args.slots[place * args.top_k + lane] : -1;
 }
 
-__device__ void send(const LowLatencyCombineArgs& args, uint32_t round, uint32_t present) {
+__device__ Round send(const LowLatencyCombineArgs& args) {
   const LowLatency& ll = args.ll;
   const int ranks = ll.shape.ranks, places = ranks * ll.shape.max_tokens;
   __shared__ float weights[2][kMaxTopK];
+  // All that the block's first weights and sum need is read side by side, before any of it is used.
+  const Owned first(ll, blockIdx.x);
+  const Entry entry = load_entry(args, first.token);
   int slot = -1, turn = 0;
-  if (blockIdx.x < places) slot = slot_of_lane(args, Owned(ll, blockIdx.x));  // under way while weights are sent
+  if (blockIdx.x < places) slot = slot_of_lane(args, first);
+  const uint32_t present = present_ranks(ll), round = ld_volatile(&ll.workspace->combines[blockIdx.x]) + 1;
   if (blockIdx.x == 0 && threadIdx.x < ranks && (present >> threadIdx.x & 1)) {
     uint32_t* entered = reinterpret_cast<uint32_t*>(ll.buffers[threadIdx.x] + ll.layout.entered);
     st_volatile(entered + round % kLandingBuffers * ranks + ll.rank, round);
   }
-  for (int i = blockIdx.x; i < places; i += gridDim.x) {
+  if (blockIdx.x < places && (present >> first.owner & 1)) send_weight(ll, entry, first.owner, first.token, round);
+  for (int i = blockIdx.x + gridDim.x; i < places; i += gridDim.x) {
     const Owned reader(ll, i);
-    if (present >> reader.owner & 1) send_weights(args, reader.owner, reader.token, round);
+    if (present >> reader.owner & 1) send_weight(ll, load_entry(args, reader.token), reader.owner, reader.token, round);
   }
   for (int i = blockIdx.x; i < places; i += gridDim.x) {
     const Owned owned(ll, i);
@@ -148,6 +181,12 @@ __device__ void send(const LowLatencyCombineArgs& args, uint32_t round, uint32_t
     send_sum(args, weights[turn], owned.owner, owned.token, slot, round);
     turn ^= 1;
   }
+  __syncthreads();  // all threads have read the counter
+  if (threadIdx.x == 0) {
+    ll.workspace->combines[blockIdx.x] = round;
+    if (blockIdx.x == 0) *args.round = round;
+  }
+  return {round, present};
 }
 
 // The ranks that return a sum for a token of this rank. All threads of a warp.
@@ -157,52 +196,65 @@ __device__ __forceinline__ uint32_t owners_of(const LowLatencyCombineArgs& args,
   int64_t expert = -1;
   if (token < args.tokens && lane < args.top_k) expert = args.topk_idx[static_cast<int64_t>(token) * args.top_k + lane];
   const bool valid = expert >= 0 && expert < ll.shape.num_experts;
-  const int rank = static_cast<int>(expert) / ll.shape.experts_per_rank;
-  return __reduce_or_sync(~0u, valid ? 1u << rank : 0u) & present;
+  return __reduce_or_sync(~0u, valid ? 1u << rank_of(ll, static_cast<int>(expert)) : 0u) & present;
 }
 
-// Adds what the token's owners sent.
+// Adds what the token's owners sent. A thread takes kPieces vectors at a time, a block's width apart, and looks for
+// them side by side, as sent by kLooks ranks; then again one by one for those that have not come.
 __device__ void receive_token(const LowLatencyCombineArgs& args, int token, uint32_t owners, uint32_t round) {
   const LowLatency& ll = args.ll;
   const int vectors = ll.shape.hidden / Row::kCount;
-  for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
-    float sum[Row::kCount] = {};
+  for (int start = threadIdx.x; start < vectors; start += kPieces * blockDim.x) {
+    float sum[kPieces][Row::kCount] = {};
 #pragma unroll 1
     for (int first = 0; first < ll.shape.ranks; first += kLooks) {
-      Row landed[kLooks];
-#pragma unroll
-      for (int j = 0; j < kLooks; ++j)  // a first look at some of them, so that they are read side by side
-        if (owners >> (first + j) & 1)
-          landed[j].bits = ld_volatile(sum_place(ll, ll.rank, round, first + j, token) + i);
+      Row landed[kLooks][kPieces];
 #pragma unroll
       for (int j = 0; j < kLooks; ++j) {
-        const int rank = first + j;
-        if ((owners >> rank & 1) == 0) continue;
-        uint4* place = sum_place(ll, ll.rank, round, rank, token) + i;
-        if (is_empty(landed[j].bits)) {
-          if (!take(ll, Step::kCombine, rank, round, place, landed[j].bits)) continue;
-        } else {
-          empty(place);
-        }
-        float values[Row::kCount];
-        landed[j].to_float(values);
+        if ((owners >> (first + j) & 1) == 0) continue;
+        const uint4* place = sum_place(ll, ll.rank, round, first + j, token);
 #pragma unroll
-        for (int c = 0; c < Row::kCount; ++c) sum[c] += values[c];
+        for (int p = 0; p < kPieces; ++p) {
+          const int i = start + p * blockDim.x;
+          if (i < vectors) landed[j][p].bits = ld_volatile(place + i);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kLooks; ++j) {
+        if ((owners >> (first + j) & 1) == 0) continue;
+        uint4* place = sum_place(ll, ll.rank, round, first + j, token);
+#pragma unroll
+        for (int p = 0; p < kPieces; ++p) {
+          const int i = start + p * blockDim.x;
+          if (i >= vectors) continue;
+          if (is_empty(landed[j][p].bits)) {
+            if (!take(ll, Step::kCombine, first + j, round, place + i, landed[j][p].bits)) continue;
+          } else {
+            empty(place + i);
+          }
+          float values[Row::kCount];
+          landed[j][p].to_float(values);
+#pragma unroll
+          for (int c = 0; c < Row::kCount; ++c) sum[p][c] += values[c];
+        }
       }
     }
-    Row rounded;
-    rounded.from_float(sum);
-    reinterpret_cast<uint4*>(args.out)[static_cast<int64_t>(token) * vectors + i] = rounded.bits;
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) {
+      const int i = start + p * blockDim.x;
+      Row rounded;
+      rounded.from_float(sum[p]);
+      if (i < vectors) reinterpret_cast<uint4*>(args.out)[static_cast<int64_t>(token) * vectors + i] = rounded.bits;
+    }
   }
 }
 
-__device__ void receive(const LowLatencyCombineArgs& args, uint32_t owners, uint32_t round, uint32_t present) {
+__device__ void receive(const LowLatencyCombineArgs& args, uint32_t round, uint32_t present) {
   const LowLatency& ll = args.ll;
   const int ranks = ll.shape.ranks;
-  const uint64_t start = global_timer_ns();
+  const uint64_t start = args.wait_ns != nullptr ? global_timer_ns() : 0;
   for (int token = blockIdx.x; token < args.tokens; token += gridDim.x) {
-    if (token != blockIdx.x) owners = owners_of(args, token, present);
-    receive_token(args, token, owners, round);
+    receive_token(args, token, owners_of(args, token, present), round);
   }
   if (blockIdx.x != gridDim.x - 1 || threadIdx.x >= ranks || (present >> threadIdx.x & 1) == 0) return;
   const int rank = threadIdx.x;
@@ -218,23 +270,10 @@ __device__ void receive(const LowLatencyCombineArgs& args, uint32_t owners, uint
 __global__ void __launch_bounds__(kMaxThreads, 2) combine(const __grid_constant__ LowLatencyCombineArgs args) {
   const LowLatency& ll = args.ll;
   griddepcontrol_launch_dependents();
+  fetch_parameters(args);
   griddepcontrol_wait();
-  const uint32_t present = present_ranks(ll);
-  const uint32_t owners = owners_of(args, blockIdx.x, present);  // of the block's first token; read early
-  uint32_t* sent = &ll.workspace->combines[blockIdx.x];
-  uint32_t round;
-  if (ll.phases & kSend) {
-    round = ld_volatile(sent) + 1;
-    send(args, round, present);
-    __syncthreads();  // all threads have read the counter
-    if (threadIdx.x == 0) {
-      *sent = round;
-      if (blockIdx.x == 0) *args.round = round;
-    }
-  } else {
-    round = ld_volatile(args.round);
-  }
-  if (ll.phases & kReceive) receive(args, owners, round, present);
+  const Round round = ll.phases & kSend ? send(args) : Round{ld_volatile(args.round), present_ranks(ll)};
+  if (ll.phases & kReceive) receive(args, round.number, round.present);
 }
 
 }  // namespace ep_moe

@@ -12,7 +12,7 @@
 //
 //   written by a peer in S(n)          read in R(n) by               emptied
 //   routing[n % 4], all tokens         all blocks                    never: tagged with the round
-//   rows[n % 4], tokens for this rank  the thread that copies them   by that thread, at once
+//   rows[n % 4], tokens for this rank  the thread that copies them   by that thread, once stored
 //   sums[n % 4], tokens of this rank   the thread that adds them     by that thread, at once
 //   weights[n % 4]                     the thread that needs them, in S(n), then emptied by it
 //   entered[n % 4]                     one thread                    never: holds the round
@@ -121,15 +121,50 @@ struct LowLatency {
   uint32_t phases;  // kSend, kReceive or both
   int32_t blocks;
   int32_t threads;
+  uint32_t rank_factor;  // 2^31 / experts_per_rank, rounded up: see rank_of
 };
+
+// The rank of an expert: expert / experts_per_rank without dividing, exact below 2^15 experts.
+__device__ __forceinline__ int rank_of(const LowLatency& ll, int expert) {
+  return __umulhi(2u * expert, ll.rank_factor);
+}
+
+// A number taken apart into a rank and what is left: number / size and number % size. There are few ranks, so that
+// subtracting is quicker than dividing.
+struct RankAndRest {
+  int rank;
+  int rest;
+
+  __device__ __forceinline__ RankAndRest(int number, int size) : rank(0), rest(number) {
+#pragma unroll 1
+    while (rest >= size) {
+      asm("" : "+r"(rest));  // or the compiler divides after all
+      rest -= size;
+      ++rank;
+    }
+  }
+};
+
+// Brings the parameters of a kernel near. Each launch has them somewhere new, and a warp that misses one line of the
+// constant cache after the other waits for each; these reads run side by side, before the kernel ahead has ended.
+template <typename Args>
+__device__ __forceinline__ void fetch_parameters(const Args& args) {
+  constexpr int kLineWords = 16, kWords = sizeof(Args) / 4;
+  // Plus 0, which the compiler does not know: the reads become loads, not operands.
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(&args) + blockIdx.y;
+  uint32_t seen = words[kWords - 1];
+#pragma unroll
+  for (int i = 0; i < kWords; i += kLineWords) seen |= words[i];
+  if (seen == 0) __nanosleep(0);  // never; what is read must be used
+}
 
 // The place of (writer, token) in the copy of a part that `round` uses, at `reader`.
 template <typename T>
 __device__ __forceinline__ T* landing_place(const LowLatency& ll, int reader, int64_t offset, uint32_t round,
-                                            int writer, int token, int64_t bytes_per_token) {
-  const int64_t place =
-      (static_cast<int64_t>(round % kLandingBuffers) * ll.shape.ranks + writer) * ll.shape.max_tokens + token;
-  return reinterpret_cast<T*>(ll.buffers[reader] + offset + place * bytes_per_token);
+                                            int writer, int token, int bytes_per_token) {
+  // 31 bits hold it: 2^26 tokens of 8 ranks would need terabytes.
+  const int place = (static_cast<int>(round % kLandingBuffers) * ll.shape.ranks + writer) * ll.shape.max_tokens + token;
+  return reinterpret_cast<T*>(ll.buffers[reader] + offset + static_cast<int64_t>(place) * bytes_per_token);
 }
 
 __device__ __forceinline__ bool is_empty(uint4 v) {
@@ -151,6 +186,12 @@ __device__ __forceinline__ void empty(uint4* address) {
 __device__ __forceinline__ uint32_t present_ranks(const LowLatency& ll) {
   return ~*reinterpret_cast<volatile uint32_t*>(&ll.workspace->masked) & ((1u << ll.shape.ranks) - 1);
 }
+
+// What a kernel reads of its round.
+struct Round {
+  uint32_t number;
+  uint32_t present;  // bit r: rank r takes part
+};
 
 // Whether a wait for `rank` that began at `start` (0 at first) is to end; reports that. Kept out of the way of code
 // that is in a hurry.

@@ -441,6 +441,7 @@ class NvlinkLowLatencyCommunicator:
             rank=self.rank,
             blocks=min(2 * multiprocessors, self.size * self.max_tokens, native.MAX_BLOCKS),
             threads=min(max(threads, 128), _MAX_THREADS),
+            rank_factor=-(-(2**31) // (self.num_experts // self.size)),
         )
 
 

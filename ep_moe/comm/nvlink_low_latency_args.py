@@ -49,11 +49,12 @@ class LowLatency(ctypes.Structure):
         ("phases", c_uint32),
         ("blocks", c_int32),
         ("threads", c_int32),
+        ("rank_factor", c_uint32),
     )
 
 
 class LowLatencyDispatchArgs(ctypes.Structure):
-    """``LowLatencyDispatchArgs`` of ``low_latency_dispatch.cu``."""
+    """``LowLatencyDispatchArgs`` of ``low_latency_routing.cuh``."""
 
     _fields_ = (
         ("ll", LowLatency),
