@@ -1,9 +1,9 @@
 """Gradients of a model whose experts are sharded: summed over the right ranks, and clipped by their common norm.
 
 The marking of parameters is that of Megatron-Core (``core/distributed/distributed_data_parallel.py``, checked with
-0.16): a parameter with ``allreduce = False`` belongs to one expert-parallel rank, any other is the same everywhere.
-:class:`~ep_moe.layer.EPMoELayer` marks its experts so. Megatron users keep Megatron's own data parallelism; these
-functions serve a plain training loop, with any ``torch.distributed`` backend.
+0.16 and 0.19): a parameter with ``allreduce = False`` belongs to one expert-parallel rank, any other is the same
+everywhere. :class:`~ep_moe.layer.EPMoELayer` marks its experts so. Megatron users keep Megatron's own data parallelism;
+these functions serve a plain training loop, with any ``torch.distributed`` backend.
 
 Expected groups, of the D ranks that hold the model: the *data-parallel group* is all D ranks, each with its own
 tokens; an *expert-parallel group* is E of them that hold all experts together; an *expert-data-parallel group* is

@@ -10,10 +10,8 @@ CUDA graph, where every process has a GPU of its own.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -21,15 +19,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from ep_moe.config import Config, ConfigError
 from ep_moe.config_loading import load_config
-
-# Megatron warns of every optional package that it does without, and of layers that are not its own.
-warnings.filterwarnings("ignore", module=r"megatron\.")
-logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
-
-from moe_gpt.checkpoint import last_checkpoint, load_weights  # noqa: E402
-from moe_gpt.decoding import can_capture, generate  # noqa: E402
-from moe_gpt.model import build_model  # noqa: E402
-from moe_gpt.processes import World, end_all_on_failure, join_processes  # noqa: E402
+from moe_gpt.checkpoint import last_checkpoint, load_weights
+from moe_gpt.decoding import can_capture, generate
+from moe_gpt.model import build_model
+from moe_gpt.processes import World, end_all_on_failure, join_processes
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,17 +21,12 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from ep_moe.config import Config, ConfigError, TrainingConfig
 from ep_moe.config_loading import load_config
 from ep_moe.tracing import annotate_stages, trace
-
-# Megatron warns of every optional package that it does without, and of layers that are not its own.
-warnings.filterwarnings("ignore", module=r"megatron\.")
-logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
-
-from moe_gpt.bigram import bigram_loss  # noqa: E402
-from moe_gpt.checkpoint import last_checkpoint  # noqa: E402
-from moe_gpt.corpus import load_corpus  # noqa: E402
-from moe_gpt.processes import World, end_all_on_failure, join_processes  # noqa: E402
-from moe_gpt.report import RunReport  # noqa: E402
-from moe_gpt.trainer import Trainer  # noqa: E402
+from moe_gpt.bigram import bigram_loss
+from moe_gpt.checkpoint import last_checkpoint
+from moe_gpt.corpus import load_corpus
+from moe_gpt.processes import World, end_all_on_failure, join_processes
+from moe_gpt.report import RunReport
+from moe_gpt.trainer import Trainer
 
 PROFILED_STEPS = range(3, 6)
 

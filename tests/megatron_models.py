@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from ep_moe.megatron import use_ep_moe
+from ep_moe.megatron.releases import get_moe_metrics_tracker
 
 HIDDEN, FFN, EXPERTS, VOCAB = 32, 24, 8, 64
 
@@ -70,7 +72,7 @@ def transformer_config(**changes: Any) -> TransformerConfig:
 
 
 def gpt_model(config: TransformerConfig, **options: Any) -> GPTModel:
-    """A ``GPTModel`` with our layer."""
+    """A ``GPTModel`` with our layer, also in multi-token prediction if the configuration has it."""
     return _gpt_model(config, use_ep_moe(get_gpt_layer_local_spec(num_experts=config.num_moe_experts), **options))
 
 
@@ -81,10 +83,42 @@ def megatrons_gpt_model(config: TransformerConfig) -> GPTModel:
 
 def _gpt_model(config: TransformerConfig, spec: Any) -> GPTModel:
     spec.submodules.self_attention.submodules.core_attention = CausalAttention
-    return GPTModel(config, spec, vocab_size=VOCAB, max_sequence_length=16, position_embedding_type="learned_absolute")
+    prediction = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False) if config.mtp_num_layers else None
+    return GPTModel(
+        config,
+        spec,
+        vocab_size=VOCAB,
+        max_sequence_length=16,
+        position_embedding_type="learned_absolute",
+        mtp_block_spec=prediction,
+    )
 
 
 def batch(seed: int, sequences: int = 2) -> tuple[Tensor, Tensor]:
     """Random tokens and positions ``[sequences, 16]``."""
     tokens = torch.randint(VOCAB, (sequences, 16), generator=torch.Generator().manual_seed(seed))
     return tokens, torch.arange(16).expand(sequences, 16)
+
+
+def module_of(mlp: Any) -> Any:
+    """What the MLP of a layer spec builds: the spec is a ``functools.partial`` in newer releases of Megatron."""
+    return mlp.func if isinstance(mlp, functools.partial) else mlp.module
+
+
+def submodules_of(mlp: Any) -> Any:
+    """The submodules of that spec."""
+    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+
+
+def take_logged_losses() -> dict[str, list[float]]:
+    """The lines of Megatron's loss log by name, this rank's part; empties the log."""
+    if get_moe_metrics_tracker is not None:
+        log = get_moe_metrics_tracker().metrics
+        found = {name: line.values.tolist() for name, line in log.items()}
+    else:
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+        log = get_moe_layer_wise_logging_tracker()
+        found = {name: line["values"].tolist() for name, line in log.items()}
+    log.clear()
+    return found

@@ -18,8 +18,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe import grouped_gemm_util
-from megatron.core.transformer.moe.experts import GroupedMLP, SequentialMLP
+from megatron.core.transformer.moe import experts as moe_experts
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron_models import EXPERTS, FFN, HIDDEN, batch, expert_parallel, gpt_model, transformer_config
 from ranks import run_ranks
@@ -29,6 +28,9 @@ from ep_moe.comm import ExpertSegments
 from ep_moe.megatron import from_native, to_native
 from ep_moe.megatron.experts import MegatronExperts
 from ep_moe.megatron.translate import moe_config
+
+# Newer releases of Megatron have no GroupedMLP any more; its checkpoints remain (test_grouped_layout_...).
+MEGATRONS_OWN = ["sequential", *(["grouped"] if hasattr(moe_experts, "GroupedMLP") else [])]
 
 
 def our_experts(seed: int) -> MegatronExperts:
@@ -54,10 +56,10 @@ def megatron_experts(kind: str) -> nn.Module:
     local = EXPERTS // groups.ep.size()
     if kind == "sequential":
         submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        return SequentialMLP(local, transformer_config(), submodules, groups)
+        return moe_experts.SequentialMLP(local, transformer_config(), submodules, pg_collection=groups)
     # Only the constructor and the checkpoint code are used; the GEMM library they ask for is not.
-    with mock.patch.object(grouped_gemm_util, "assert_grouped_gemm_is_available"):
-        return GroupedMLP(local, transformer_config(), groups)
+    with mock.patch("megatron.core.transformer.moe.grouped_gemm_util.assert_grouped_gemm_is_available"):
+        return moe_experts.GroupedMLP(local, transformer_config(), pg_collection=groups)
 
 
 @contextlib.contextmanager
@@ -121,6 +123,16 @@ def test_grouped_layout_is_megatrons_view() -> None:
     assert torch.equal(back["fc1_weight"], fc1) and torch.equal(back["fc2_weight"], fc2)
 
 
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "side by side"])
+def test_a_single_parameter_for_all_experts_loads(stacked: bool) -> None:
+    """As ``TEGroupedMLP`` stores with ``moe_single_grouped_weight``."""
+    native = {"e.fc1_weight": torch.randn(3, 2 * FFN, HIDDEN), "e.fc2_weight": torch.randn(3, HIDDEN, FFN)}
+    names = {"e.fc1_weight": "e.linear_fc1.weight", "e.fc2_weight": "e.linear_fc2.weight"}
+    state = {names[name]: weight if stacked else weight.flatten(0, 1) for name, weight in native.items()}
+    loaded = to_native(state, "e.", 3)
+    assert loaded.keys() == native.keys() and all(torch.equal(loaded[name], native[name]) for name in native)
+
+
 def test_unknown_layout_is_an_error() -> None:
     with pytest.raises(ValueError, match="layout: expected one of native, sequential, grouped, te_grouped, got 'x'"):
         from_native({}, "x")  # type: ignore[arg-type]
@@ -164,7 +176,7 @@ def whole_native(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("singleton", [False, True], ids=["stacked", "singleton"])
 @pytest.mark.parametrize(
     ("source", "target"),
-    [("ours", "ours"), ("sequential", "ours"), ("ours", "sequential"), ("grouped", "ours"), ("ours", "grouped")],
+    [("ours", "ours"), *((kind, "ours") for kind in MEGATRONS_OWN), *(("ours", kind) for kind in MEGATRONS_OWN)],
 )
 def test_distributed_checkpoints_are_interchangeable(tmp_path: Path, source: str, target: str, singleton: bool) -> None:
     folder = str(tmp_path / "checkpoint")

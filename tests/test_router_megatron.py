@@ -50,8 +50,11 @@ def densify(topk_idx: Tensor, topk_weights: Tensor, num_experts: int = EXPERTS) 
 
 def megatron_topk(logits: Tensor, top_k: int, router: RouterConfig, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Megatron's routing with the options of our section ``router``."""
-    return topk_routing_with_score_function(
-        logits,
+    # Older releases round scores to bf16 and then choose, newer ones choose from fp32 scores, as ours does. With fp32
+    # logits, to which the rounding of the result is left, all do. Logits that are chosen from are never rounded.
+    of_logits = router.score_function == "softmax" and not router.pre_softmax
+    probs, chosen = topk_routing_with_score_function(
+        logits if of_logits or logits.dtype != torch.bfloat16 else logits.float(),
         top_k,
         use_pre_softmax=router.pre_softmax,
         num_groups=router.num_groups,
@@ -60,6 +63,7 @@ def megatron_topk(logits: Tensor, top_k: int, router: RouterConfig, bias: Tensor
         score_function=router.score_function,
         expert_bias=bias,
     )
+    return probs.type_as(logits), chosen
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -172,9 +172,9 @@ class _GroupedLinear(torch.autograd.Function):
 def weight_gradient(weight: Tensor, grad: Tensor, rows: Tensor, segments: ExpertSegments, gemm: GroupedGemm) -> Tensor:
     """The gradient of ``weight``, or, if it was added to Megatron's ``main_grad``, a tensor without meaning.
 
-    Megatron's ``DistributedDataParallel`` (checked with 0.16) gives its parameters ``main_grad``, a view of the buffer
-    that it reduces, and the mark ``grad_added_to_main_grad``. Its hook asks for a gradient to be there, and adds it to
-    ``main_grad`` only where the mark is false.
+    Megatron's ``DistributedDataParallel`` (checked with 0.16 and 0.19) gives its parameters ``main_grad``, a view of
+    the buffer that it reduces, and the mark ``grad_added_to_main_grad``. Its hook asks for a gradient to be there, and
+    adds it to ``main_grad`` only where the mark is false.
     """
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None or not hasattr(weight, "grad_added_to_main_grad"):

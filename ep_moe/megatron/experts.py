@@ -6,7 +6,8 @@ projection ``F1`` wide and second ``F`` deep:
 ====================  ==============================================================================
 ``sequential``        ``local_experts.{i}.linear_fc1.weight [F1, H]``, ``...linear_fc2.weight [H, F]``
 ``grouped``           ``weight1 [H, L * F1]``, ``weight2 [L * F, H]``
-``te_grouped``        ``linear_fc1.weight{i} [F1, H]``, ``linear_fc2.weight{i} [H, F]``
+``te_grouped``        ``linear_fc1.weight{i} [F1, H]``, ``linear_fc2.weight{i} [H, F]``, or, with
+                      ``moe_single_grouped_weight``, ``linear_fc1.weight`` and ``linear_fc2.weight`` with all of them
 ours (``native``)     ``fc1_weight [L, F1, H]``, ``fc2_weight [L, H, F]``
 ====================  ==============================================================================
 
@@ -49,6 +50,9 @@ def to_native(state: Mapping[str, Tensor], prefix: str, num_local_experts: int) 
         for names in (sequential, te):
             if all(name in out for name in names):
                 out[f"{prefix}{native}"] = torch.stack([out.pop(name) for name in names])
+        if f"{prefix}{linear}.weight" in out:
+            weight = out.pop(f"{prefix}{linear}.weight")
+            out[f"{prefix}{native}"] = weight.reshape(num_local_experts, -1, weight.shape[-1])
         if f"{prefix}{grouped}" in out:
             weight = out.pop(f"{prefix}{grouped}")
             hidden_first = native == "fc1_weight"

@@ -20,12 +20,11 @@ from megatron.core import utils as megatron_utils
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer, MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import MoECudaGraphTensorStore, get_default_pg_collection
-from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ep_moe.comm import communicator_factory
-from ep_moe.config import PHASES, PhasesConfig
+from ep_moe.config import PHASES, ConfigError, PhasesConfig
 from ep_moe.dispatcher import ExchangeShape, TokenDispatcher
 from ep_moe.experts.deferred import DeferredGradients
 from ep_moe.layer import to_compute_dtype
@@ -51,6 +50,8 @@ class MegatronEPMoELayer(MoELayer):
         submodules: MoESubmodules | None = None,
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool | None = None,
+        name: str | None = None,
         *,
         phases: PhasesConfig | None = None,
         comm: Comm = "auto",
@@ -67,6 +68,9 @@ class MegatronEPMoELayer(MoELayer):
             submodules: only ``shared_experts`` is used, Megatron's own module.
             layer_number: of the layer in the model, from 1.
             pg_collection: process groups; Megatron's global ones if ``None``.
+            is_mtp_layer: whether the layer is part of multi-token prediction, where layers are numbered anew; ``None``
+                where Megatron does not tell.
+            name: of the layer in the model; for the shared experts.
             phases: how tokens travel in each phase.
             comm: communicator (key ``moe.comm``).
             backend: grouped GEMM (key ``moe.experts.backend``).
@@ -79,12 +83,18 @@ class MegatronEPMoELayer(MoELayer):
             ConfigError: for a setting of ``config`` that the layer would not honour.
         """
         moe = moe_config(config, comm=comm, backend=backend, precision=precision)
+        if is_mtp_layer is None and getattr(config, "mtp_use_repeated_layer", False):
+            raise ConfigError(
+                "TransformerConfig.mtp_use_repeated_layer = True: this release of Megatron does not tell the layer "
+                "whether it is repeated; EPMoELayer needs False"
+            )
         groups = pg_collection if pg_collection is not None else get_default_pg_collection()
         # Not MoELayer's own constructor: it would build Megatron's router, dispatcher and experts as well.
         BaseMoELayer.__init__(self, config=config, layer_number=layer_number, pg_collection=groups)
         if ignored:
             logger.info("MegatronEPMoELayer ignores %s", ", ".join(ignored))
         self.submodules = submodules
+        self.is_mtp_layer = bool(is_mtp_layer)
         self.tp_group = groups.tp
         self._set_megatron_flags(config)
 
@@ -101,7 +111,7 @@ class MegatronEPMoELayer(MoELayer):
             ranks_per_node=ranks_per_node,
             between_nodes=between_nodes,
         )
-        self.router = MegatronRouter(config, moe, groups, **kind)
+        self.router = MegatronRouter(config, moe, groups, is_mtp_layer=self.is_mtp_layer, **kind)
         self.experts = MegatronExperts(
             config.hidden_size,
             self.num_local_experts,
@@ -120,11 +130,10 @@ class MegatronEPMoELayer(MoELayer):
             # Built as if nothing overlapped: Megatron's overlap is a part of its own dispatchers.
             plain = copy.copy(config)
             plain.moe_shared_expert_overlap = False
-            self.shared_experts = build_module(
-                submodules.shared_experts,
-                config=plain,
-                pg_collection=groups,
-                gate=config.moe_shared_expert_gate,
+            # Releases that name their modules pass a name; the others know no such argument.
+            named = {} if name is None else {"name": f"{name}.shared_experts"}
+            self.shared_experts = submodules.shared_experts(
+                config=plain, pg_collection=groups, gate=config.moe_shared_expert_gate, **named
             )
         shape = ExchangeShape(
             moe.num_experts,

@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.spec_utils import ModuleSpec
-
 from ep_moe.config import PhasesConfig
 from ep_moe.megatron.layer import MegatronEPMoELayer
+from ep_moe.megatron.releases import replace_moe_layer
 from ep_moe.megatron.translate import Backend, BetweenNodes, Comm, Precision
 
 
@@ -23,11 +21,12 @@ def use_ep_moe(
     ranks_per_node: int | None = None,
     between_nodes: BetweenNodes = "portable",
 ) -> Any:
-    """Replace Megatron's ``MoELayer`` by ours in a layer spec or in a block of layer specs.
+    """Replace Megatron's ``MoELayer`` by ours in a layer spec, a block of layer specs or the spec of a hybrid stack.
 
     Args:
         spec: what ``get_gpt_layer_local_spec``, ``get_gpt_layer_with_transformer_engine_spec`` or
-            ``get_gpt_decoder_block_spec`` return; left as it is.
+            ``get_gpt_decoder_block_spec`` return, or a ``hybrid_stack_spec``; left as it is. Give the result to
+            ``get_gpt_mtp_block_spec``, and multi-token prediction has our layer too.
         phases: how tokens travel in each phase; the defaults of ``ep_moe.config.PhasesConfig`` if ``None``.
         comm: communicator (key ``moe.comm``).
         backend: grouped GEMM (key ``moe.experts.backend``).
@@ -52,7 +51,8 @@ def use_ep_moe(
     replaced, count = _replace(spec, params)
     if count == 0:
         raise ValueError(
-            "spec: expected a layer spec or block spec with a MoELayer; pass num_experts to the function that builds it"
+            "spec: expected the spec of a layer, block or stack with a MoELayer; "
+            "pass num_experts to the function that builds it"
         )
     return replaced
 
@@ -64,12 +64,17 @@ def _replace(spec: Any, params: dict[str, Any]) -> tuple[Any, int]:
         results = [_replace(layer, params) for layer in spec.layer_specs]
         block.layer_specs = [layer for layer, _ in results]
         return block, sum(count for _, count in results)
-    mlp = getattr(getattr(spec, "submodules", None), "mlp", None)
-    if not isinstance(mlp, ModuleSpec) or mlp.module is not MoELayer:
-        return spec, 0
-    layer = copy.copy(spec)
-    layer.submodules = copy.copy(spec.submodules)
-    layer.submodules.mlp = copy.copy(mlp)
-    layer.submodules.mlp.module = MegatronEPMoELayer
-    layer.submodules.mlp.params = {**mlp.params, **params}
-    return layer, 1
+    submodules: Any = getattr(spec, "submodules", None)
+    if hasattr(submodules, "moe_layer"):
+        inside, count = _replace(submodules.moe_layer, params)
+        return _with_submodule(spec, "moe_layer", inside), count
+    mlp = replace_moe_layer(getattr(submodules, "mlp", None), MegatronEPMoELayer, params)
+    return (spec, 0) if mlp is None else (_with_submodule(spec, "mlp", mlp), 1)
+
+
+def _with_submodule(spec: Any, name: str, value: Any) -> Any:
+    """A copy of ``spec`` with another submodule."""
+    changed = copy.copy(spec)
+    changed.submodules = copy.copy(spec.submodules)
+    setattr(changed.submodules, name, value)
+    return changed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch.nn.functional as F
@@ -32,6 +33,12 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("moe_latent_size", (None,), "latent projections are not implemented"),
     ("moe_pad_expert_input_to_capacity", (False,), "rows are never padded to the capacity"),
     ("expert_tensor_parallel_size", (1, None), "experts are not split over tensor-parallel ranks"),
+    ("expert_gtp_weight_remat_size", (1,), "experts are not split over other ranks either"),
+    ("moe_expert_rank_capacity_factor", (None,), "capacity is per expert, not per rank"),
+    ("moe_router_score_function", ("softmax", "sigmoid"), "other score functions are not implemented"),
+    ("moe_router_force_biased", (None,), "random biases of experts are not implemented"),
+    ("moe_mlp_glu_interleave_size", (None,), "gate and up projection are not interleaved"),
+    ("transformer_impl", ("transformer_engine", "local"), "phases of the layer take the place of Megatron's inference"),
     ("fp8", (None, False), "experts compute in the dtype of their parameters"),
     ("fp4", (None, False), "experts compute in the dtype of their parameters"),
     ("cuda_graph_impl", (None, "none"), "the dispatch reads sizes on the host"),
@@ -101,14 +108,24 @@ def honour_overlap(config: TransformerConfig, phases: PhasesConfig) -> PhasesCon
             f"phases.train.overlap = [{', '.join(phases.train.overlap)}]: under overlap_moe_expert_parallel_comm "
             "Megatron's schedule places the stages; leave it empty (and set TransformerConfig.delay_wgrad_compute)"
         )
-    if not config.moe_shared_expert_overlap:
-        return phases
-    settings = {name: getattr(phases, name) for name in PHASES}
-    return PhasesConfig(
+    if config.moe_shared_expert_overlap:
+        phases = _with_overlap(phases, PHASES, "shared_experts")
+    # A setting of newer releases.
+    if getattr(config, "overlap_dispatch_backward_with_experts_wgrad", False):
+        phases = _with_overlap(phases, ("train",), "wgrad")
+    return phases
+
+
+def _with_overlap(
+    phases: PhasesConfig, names: Sequence[str], strategy: Literal["shared_experts", "wgrad"]
+) -> PhasesConfig:
+    """``phases`` with a strategy added to those of the phases named."""
+    return dataclasses.replace(
+        phases,
         **{
-            name: dataclasses.replace(phase, overlap=tuple(dict.fromkeys((*phase.overlap, "shared_experts"))))
-            for name, phase in settings.items()
-        }
+            name: dataclasses.replace(phase, overlap=tuple(dict.fromkeys((*phase.overlap, strategy))))
+            for name, phase in ((name, getattr(phases, name)) for name in names)
+        },
     )
 
 

@@ -40,7 +40,7 @@ class Routing:
 class TopKRouter(nn.Module):
     """Routes every token to ``moe.top_k`` experts.
 
-    Agrees with Megatron-Core 0.16's router where both have an option; input jitter is for training mode only.
+    Agrees with Megatron-Core's router (0.16 to 0.19) where both have an option; input jitter is for training mode only.
     Losses are attached in training mode with grad enabled. Tokens per expert (for the bias, and for the global
     balance loss) are counted once per micro-batch in training mode, see :class:`OncePerMicroBatch`.
 

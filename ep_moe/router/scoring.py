@@ -79,8 +79,8 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """Choose ``top_k`` experts per token and weigh them.
 
-    Scores are computed in fp32 or better and rounded to the dtype of the logits. The bias takes part in the
-    choice only (DeepSeek-V3, arXiv 2408.15664), never in the weights.
+    Scores are fp32 or better, and only the weights are rounded to the dtype of the logits, for scores rounded to
+    bf16 would often tie. The bias takes part in the choice only (DeepSeek-V3, arXiv 2408.15664), never in the weights.
 
     On Hopper or newer GPUs, fp32 logits take one CUDA kernel forward and one backward; others, and all logits where the
     CUDA library was not built or ``select`` is replaced, take PyTorch operations.
@@ -97,11 +97,10 @@ def route(
     """
     if select is select_experts and route_kernels.usable(logits, top_k, router):
         return route_kernels.route(logits, top_k, router, expert_bias)
-    dtype = logits.dtype
-    wide = score_dtype(dtype)
+    wide = score_dtype(logits.dtype)
     groups = (router.num_groups, router.group_topk)
     if router.score_function == "sigmoid":
-        scores = logits.to(wide).sigmoid().to(dtype)
+        scores = logits.to(wide).sigmoid()
         if expert_bias is None:
             weights, topk_idx = select(scores, top_k, *groups)
         else:
@@ -110,10 +109,10 @@ def route(
         if top_k > 1:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     elif router.pre_softmax:
-        weights, topk_idx = select(logits.softmax(-1, dtype=wide).to(dtype), top_k, *groups)
+        weights, topk_idx = select(logits.softmax(-1, dtype=wide), top_k, *groups)
     else:
         chosen_logits, topk_idx = select(logits, top_k, *groups)
-        weights = chosen_logits.softmax(-1, dtype=wide).to(dtype)
+        weights = chosen_logits.softmax(-1, dtype=wide)
     if router.routed_scaling_factor != 1.0:
         weights = weights * router.routed_scaling_factor
-    return topk_idx, weights
+    return topk_idx, weights.to(logits.dtype)
