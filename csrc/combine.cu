@@ -112,8 +112,7 @@ __device__ void feed_group(const CombineArgs& args, Ring& ring, int source, int 
         if (lane == 0) {
           mbarrier_wait_parity(&ring.empty[ring.place], ring.parity ^ 1);
           mbarrier_arrive_expect_tx(&ring.full[ring.place], bytes);
-          cp_async_bulk_load_once(ring.piece(), args.rows + row * args.row_bytes + start, bytes,
-                                  &ring.full[ring.place]);
+          cp_async_bulk_load(ring.piece(), args.rows + row * args.row_bytes + start, bytes, &ring.full[ring.place]);
         }
         ring.advance();
       }
