@@ -20,14 +20,17 @@ HEADROOM = 1.5
 
 @dataclass(frozen=True)
 class KernelRates:
-    """What kernels reach, in GB/s (1e9 bytes a second) of one GPU; measured on two H200 of one host.
+    """What kernels reach, in GB/s (1e9 bytes a second) of one GPU; measured on two GPUs of one host.
+
+    Those of combine on H100, the others on H200.
 
     Attributes:
         pull: read from peers, with both directions busy.
         push: written to peers, likewise.
         memory: a large copy in HBM, reads and writes.
         store_per_sm: stored by the bulk copies of one SM in dispatch.
-        combine_per_sm: read and written by one SM that adds rows in combine.
+        combine_per_crew: read and written in combine by half of an SM's warps: those that push sums to peers, or those
+            that finish this rank's tokens.
         combine_interference: how much of the shorter of wire and memory time adds to the longer in combine; fitted to
             the one time measured with 128 SMs.
     """
@@ -36,8 +39,8 @@ class KernelRates:
     push: float = 349.0
     memory: float = 4150.0
     store_per_sm: float = 57.0
-    combine_per_sm: float = 38.0
-    combine_interference: float = 0.4
+    combine_per_crew: float = 36.5
+    combine_interference: float = 0.2
 
 
 MEASURED = KernelRates()
@@ -77,9 +80,21 @@ def combine_sms(ranks: int, experts_per_rank: int, top_k: int, layout: RowLayout
     arriving = ranks_of_token(ranks, experts_per_rank, top_k)
     added = top_k if layout == "expert_major" else arriving
     pushed = arriving * (1 - 1 / ranks)
-    moved = added + 2 * pushed + 1
-    wire, memory = pushed / MEASURED.push, moved / MEASURED.memory
-    return sms_to_keep_up(moved / MEASURED.combine_per_sm, overlapped(wire, memory, MEASURED.combine_interference))
+    crew = busier_crew(added, pushed, 1.0, 1 - 1 / ranks)
+    wire, memory = pushed / MEASURED.push, (added + 2 * pushed + 1) / MEASURED.memory
+    return sms_to_keep_up(crew / MEASURED.combine_per_crew, overlapped(wire, memory, MEASURED.combine_interference))
+
+
+def busier_crew(added: float, pushed: float, finished: float, from_peers: float) -> float:
+    """Rows that the busier crew of combine reads and writes; the crews are those of ``csrc/combine.cu``.
+
+    Args:
+        added: rows that this rank adds, of all tokens.
+        pushed: sums that it pushes to peers, and that peers push to it.
+        finished: tokens of this rank.
+        from_peers: which part of the added rows is of peers' tokens.
+    """
+    return max(added * from_peers + pushed, added * (1 - from_peers) + pushed + finished)
 
 
 def overlapped(wire: float, memory: float, interference: float) -> float:

@@ -14,7 +14,8 @@ from ep_moe.config import ConfigError
 class Rates:
     """Rates in GB/s (1e9 bytes a second) into or out of one GPU with both directions busy, times in microseconds.
 
-    The defaults were measured on two H200 of one host, but for those marked as assumed.
+    The defaults were measured on two GPUs of one host, those of combine on H100 and the others on H200, but for those
+    marked as assumed.
 
     Attributes:
         nvlink_pull: what kernels read from peers.
@@ -24,7 +25,7 @@ class Rates:
         messages_per_qp: messages a microsecond that a queue pair takes; assumed.
         memory: a large copy in HBM, reads and writes.
         store_per_sm: what one SM stores by bulk copies.
-        combine_per_sm: what one SM reads and writes when it adds rows.
+        combine_per_crew: what one of the two crews of an SM reads and writes in combine.
         combine_interference: how much of the shorter of wire and memory time adds to the longer in combine; fitted to
             the one time measured with 128 SMs.
         layout: exchange of routing and computation of every row's place.
@@ -41,7 +42,7 @@ class Rates:
     messages_per_qp: float = 2.0
     memory: float = MEASURED.memory
     store_per_sm: float = MEASURED.store_per_sm
-    combine_per_sm: float = MEASURED.combine_per_sm
+    combine_per_crew: float = MEASURED.combine_per_crew
     combine_interference: float = MEASURED.combine_interference
     layout: float = 12.0
     low_latency_dispatch: float = 7.9

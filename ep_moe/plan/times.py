@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ep_moe.comm.communicator import RowLayout
-from ep_moe.comm.sm_budget import overlapped, sms_to_keep_up
+from ep_moe.comm.sm_budget import busier_crew, overlapped, sms_to_keep_up
 from ep_moe.plan.rates import Rates, microseconds
 from ep_moe.plan.traffic import Traffic, row_bytes
 
@@ -82,7 +82,9 @@ def normal_combine(traffic: Traffic, rates: Rates, *, sms: int | None = None) ->
         "RDMA": microseconds(size * traffic.rdma_rows, rates.rdma),
         "NVLink" if wire >= in_memory else "memory": both,
     }
-    return _pipeline(traffic, rates, size, stages, 0.0, memory, rates.combine_per_sm, sms)
+    from_peers = traffic.nvlink_rows / traffic.rows if traffic.rows else 0.0
+    crew = busier_crew(traffic.slots, traffic.nvlink_rows, float(traffic.tokens), from_peers)
+    return _pipeline(traffic, rates, size, stages, 0.0, size * crew, rates.combine_per_crew, sms)
 
 
 def low_latency_dispatch(traffic: Traffic, rates: Rates, *, fp8: bool) -> Exchange:
