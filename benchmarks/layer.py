@@ -150,6 +150,7 @@ def layer_config(
                 activation="swiglu",
                 backend=backend,  # type: ignore[arg-type]
                 precision=arguments.precision,
+                recompute_activation=not arguments.keep_activations,
             ),
             shared_experts=SharedExpertsConfig(ffn_hidden_size=arguments.shared_ffn),
             capacity_rows=arguments.capacity_rows,
@@ -235,6 +236,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--overlap", nargs="+", default=["none"], help="none, halves, two_batch, or strategies by +")
     parser.add_argument("--shared-ffn", type=int, default=0, help="inner width of shared experts, 0 for none")
     parser.add_argument("--capacity-rows", type=int, help="rows to make room for; the host then waits for no sizes")
+    parser.add_argument("--keep-activations", action="store_true", help="instead of computing them again in backward")
     parser.add_argument("--main-grad", action="store_true", help="add expert gradients to fp32 buffers")
     parser.add_argument("--comm", choices=["auto", "portable", "nvlink"], default="auto")
     parser.add_argument("--tokens", type=int, default=4096, help="per rank")

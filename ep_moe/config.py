@@ -123,6 +123,11 @@ class ExpertsConfig(Section):
         "Of the products of rows with weights, forward and backward: that of the rows, or e4m3 with block scales "
         "(native on Hopper, emulated on CPUs and by loop). Gradients of weights keep the precision of the rows.",
     )
+    recompute_activation: bool = key(
+        True,
+        "Training keeps the outputs of the first projection only; backward computes the activations again, for a pass "
+        "over them and a third less memory between the projections (half, if the activation is not gated).",
+    )
 
     def _check_rules(self) -> None:
         if self.precision == "fp8":

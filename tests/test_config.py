@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ep_moe.config import Config, ConfigError, MoEConfig, PhaseConfig, RouterConfig, TrainingConfig
@@ -64,11 +64,13 @@ BAD = [
     ("phases.zzz.mode=normal", "phases.zzz: unknown key; phases has decode, prefill, train"),
     (
         "moe.experts={3: 1}",
-        "moe.experts.3 = 1: unknown key; moe.experts has activation, backend, ffn_hidden_size, precision",
+        "moe.experts.3 = 1: unknown key; moe.experts has activation, backend, ffn_hidden_size, precision, "
+        "recompute_activation",
     ),
     (
         'moe.experts={"a\\nb": 1}',
-        "moe.experts.a b = 1: unknown key; moe.experts has activation, backend, ffn_hidden_size, precision",
+        "moe.experts.a b = 1: unknown key; moe.experts has activation, backend, ffn_hidden_size, precision, "
+        "recompute_activation",
     ),
     ("data.zzzz=1", "data.zzzz = 1: unknown key; data has path, pattern, sequence_length, validation_fraction"),
     ("moe.top_k=two", "moe.top_k = two: must be an integer"),
@@ -257,6 +259,7 @@ for leaf in LEAVES:
     MISSPELT.pop(leaf, None)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(sorted(MISSPELT)))
 def test_a_misspelt_key_is_answered_with_the_real_one(misspelt: str) -> None:
     with pytest.raises(ConfigError) as caught:

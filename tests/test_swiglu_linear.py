@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from expert_cases import HIDDEN, check_against_oracle, make_experts, make_segments, plain_activation
+from expert_cases import HIDDEN, check_against_oracle, make_experts, make_segments
 from torch import Tensor
 
 from ep_moe.comm import ExpertSegments
-from ep_moe.experts import backends, grouped
+from ep_moe.experts import apply_activation, backends, grouped
 from ep_moe.experts.swiglu import swiglu_linear
 
 
@@ -26,8 +26,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     ) -> tuple[Tensor, Tensor | None]:
         calls.append(keep)
         pre_activation = backends.LOOP.forward(rows, weight, segments)
-        out = plain_activation(pre_activation, "swiglu")
-        return out if weights is None else out * weights[:, None], pre_activation if keep else None
+        return apply_activation(pre_activation, "swiglu", weights), pre_activation if keep else None
 
     gemm = dataclasses.replace(backends.LOOP, swiglu=swiglu)
     monkeypatch.setattr(grouped, "select_backend", lambda *args, **kwargs: gemm)
@@ -59,7 +58,7 @@ def test_fused_activation_lets_go_of_pre_activations_before_the_last_gradients(k
 
     watched = dataclasses.replace(gemm, swiglu=swiglu, dgrad=dgrad)
     rows, weight = torch.randn(5, 4, requires_grad=True), torch.randn(2, 6, 4, requires_grad=True)
-    out = swiglu_linear(rows, weight, None, make_segments([2, 3]), watched)
+    out = swiglu_linear(rows, weight, None, make_segments([2, 3]), watched)[0]
     assert held[0]() is not None
     out.sum().backward()
     assert rows.grad is not None and weight.grad is not None and len(held) == 1

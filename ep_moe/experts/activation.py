@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ep_moe.experts import activation_kernels
+from ep_moe.experts.recompute import Recipe
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,16 @@ def apply_activation(
         )
     result: Tensor = _Activation.apply(x, row_weights, activation, row_count)
     return result
+
+
+def activation_recipe(
+    x: Tensor, activation: str, row_weights: Tensor | None = None, row_count: Tensor | None = None
+) -> Recipe:
+    """How to make the result of :func:`apply_activation` again; arguments as there."""
+    weights = None if row_weights is None else row_weights.detach()
+    return Recipe(
+        (x.detach(), weights, row_count), lambda x, weights, count: apply_activation(x, activation, weights, count)
+    )
 
 
 def apply_packed_activation(x: Tensor, activation: str, counts: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from ep_moe.comm import ExpertSegments
 from ep_moe.experts.deferred import WeightGradientTask
 from ep_moe.experts.fp8 import Fp8Gemm, Fp8WeightPair
 from ep_moe.experts.gemm import GroupedGemm, row_major, weight_gradient
+from ep_moe.experts.recompute import Recipe, kept
 
 
 class QuantizedWeight:
@@ -73,6 +74,7 @@ def fp8_grouped_linear(
     segments: ExpertSegments,
     products: Fp8Products,
     defer: Callable[[WeightGradientTask], None] | None = None,
+    recipe: Recipe | None = None,
 ) -> Tensor:
     """As :func:`~ep_moe.experts.gemm.grouped_linear`, with both factors rounded to FP8.
 
@@ -85,11 +87,12 @@ def fp8_grouped_linear(
         segments: which rows belong to which expert.
         products: the back ends.
         defer: takes the computation of the weight's gradient instead of running it.
+        recipe: to make ``rows`` again in backward instead of keeping them.
 
     Returns:
         ``[segments.num_rows, out_features]`` in the dtype of ``rows``.
     """
-    result: Tensor = _Fp8GroupedLinear.apply(rows, weight, quantized, segments, products, defer)
+    result: Tensor = _Fp8GroupedLinear.apply(rows, weight, quantized, segments, products, defer, recipe)
     return result
 
 
@@ -103,25 +106,28 @@ class _Fp8GroupedLinear(torch.autograd.Function):
         segments: ExpertSegments,
         products: Fp8Products,
         defer: Callable[[WeightGradientTask], None] | None,
+        recipe: Recipe | None,
     ) -> Tensor:
         ctx.parameter = weight  # as in grouped_linear
         ctx.segments, ctx.products, ctx.defer = segments, products, defer
         ctx.transposed = quantized.transposed
         rows = row_major(rows)
-        ctx.save_for_backward(rows)
+        recipe = recipe or kept(rows)
+        ctx.save_for_backward(*recipe.tensors)
+        ctx.make_rows, ctx.dtype = recipe.make, rows.dtype
         return products.fp8.multiply(products.fp8.quantize_rows(rows, segments), quantized.weight, segments, rows.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (rows,) = ctx.saved_tensors
         grad = row_major(grad)
         need_rows, need_weight, *_ = ctx.needs_input_grad
         fp8, segments = ctx.products.fp8, ctx.segments
         grad_rows = grad_weight = None
         if need_rows:
-            grad_rows = fp8.multiply(fp8.quantize_rows(grad, segments), ctx.transposed, segments, rows.dtype)
+            grad_rows = fp8.multiply(fp8.quantize_rows(grad, segments), ctx.transposed, segments, ctx.dtype)
         if need_weight:
+            rows = ctx.make_rows(*ctx.saved_tensors)
             task = functools.partial(weight_gradient, ctx.parameter, grad, rows, segments, ctx.products.wgrad)
             grad_weight = task() if ctx.defer is None else ctx.defer(task)
-        return grad_rows, grad_weight, None, None, None, None
+        return grad_rows, grad_weight, None, None, None, None, None

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ep_moe.comm import ExpertSegments
 from ep_moe.experts.deferred import WeightGradientTask
+from ep_moe.experts.recompute import Recipe, kept
 
 
 class WeightGradient(Protocol):
@@ -123,12 +124,14 @@ def grouped_linear(
     segments: ExpertSegments,
     gemm: GroupedGemm,
     defer: Callable[[WeightGradientTask], None] | None = None,
+    recipe: Recipe | None = None,
 ) -> Tensor:
     """``gemm.forward``, differentiable once in ``rows`` and ``weight``; strides may be any.
 
-    With ``defer`` the backward pass hands it the computation of the weight's gradient instead of running it.
+    With ``defer`` the backward pass hands it the computation of the weight's gradient instead of running it. With
+    ``recipe`` it makes the rows again instead of keeping them.
     """
-    result: Tensor = _GroupedLinear.apply(rows, weight, segments, gemm, defer)
+    result: Tensor = _GroupedLinear.apply(rows, weight, segments, gemm, defer, recipe)
     return result
 
 
@@ -148,25 +151,28 @@ class _GroupedLinear(torch.autograd.Function):
         segments: ExpertSegments,
         gemm: GroupedGemm,
         defer: Callable[[WeightGradientTask], None] | None,
+        recipe: Recipe | None,
     ) -> Tensor:
         ctx.parameter = weight  # besides the saved one, which may come back as another tensor without main_grad
         rows, weight = row_major(rows), row_major(weight)
-        ctx.save_for_backward(rows, weight)
-        ctx.segments, ctx.gemm, ctx.defer = segments, gemm, defer
+        recipe = recipe or kept(rows)
+        ctx.save_for_backward(weight, *recipe.tensors)
+        ctx.segments, ctx.gemm, ctx.defer, ctx.make_rows = segments, gemm, defer, recipe.make
         return gemm.forward(rows, weight, segments)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight = ctx.saved_tensors
+        weight, *ingredients = ctx.saved_tensors
         grad = row_major(grad)  # sum().backward() hands over an expanded scalar
         need_rows, need_weight, *_ = ctx.needs_input_grad
         grad_rows = ctx.gemm.dgrad(grad, weight, ctx.segments) if need_rows else None
         grad_weight = None
         if need_weight:
+            rows = ctx.make_rows(*ingredients)
             task = functools.partial(weight_gradient, ctx.parameter, grad, rows, ctx.segments, ctx.gemm)
             grad_weight = task() if ctx.defer is None else ctx.defer(task)
-        return grad_rows, grad_weight, None, None, None
+        return grad_rows, grad_weight, None, None, None, None
 
 
 def weight_gradient(weight: Tensor, grad: Tensor, rows: Tensor, segments: ExpertSegments, gemm: GroupedGemm) -> Tensor:

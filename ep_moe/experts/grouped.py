@@ -12,12 +12,19 @@ from torch import Tensor, nn
 from ep_moe.comm import ExpertSegments, PackedSegments
 from ep_moe.comm.fp8 import BLOCK
 from ep_moe.config import ConfigError, ExpertsConfig
-from ep_moe.experts.activation import apply_activation, apply_packed_activation, check_row_weights, fc1_width
+from ep_moe.experts.activation import (
+    activation_recipe,
+    apply_activation,
+    apply_packed_activation,
+    check_row_weights,
+    fc1_width,
+)
 from ep_moe.experts.backends import ALIGNMENT, select_backend, select_fp8_backend
 from ep_moe.experts.deferred import DeferredGradients, WeightGradientTask
 from ep_moe.experts.fp8_linear import Fp8Products, QuantizedWeight, fp8_grouped_linear
 from ep_moe.experts.gemm import GroupedGemm, grouped_linear
 from ep_moe.experts.init import initialize_experts
+from ep_moe.experts.recompute import Recipe
 from ep_moe.experts.swiglu import swiglu_linear
 from ep_moe.experts.te import import_grouped_gemm
 
@@ -148,11 +155,12 @@ class GroupedExperts(nn.Module):
         if self.config.precision == "fp8":
             return self._forward_fp8(rows, row_weights, segments, (fc1_weight, fc2_weight), (defer_fc1, defer_fc2))
         if gemm.swiglu is not None and activation == "swiglu":
-            inner = swiglu_linear(rows, fc1_weight, row_weights, segments, gemm, defer_fc1)
+            inner, fc1_out = swiglu_linear(rows, fc1_weight, row_weights, segments, gemm, defer_fc1)
         else:
             fc1_out = grouped_linear(rows, fc1_weight, segments, gemm, defer_fc1)
             inner = apply_activation(fc1_out, activation, row_weights, segments.row_count)
-        return grouped_linear(inner, fc2_weight, segments, gemm, defer_fc2)
+        recipe = self._recipe_of_activations(fc1_out, row_weights, segments)
+        return grouped_linear(inner, fc2_weight, segments, gemm, defer_fc2, recipe)
 
     def extra_repr(self) -> str:
         """Sizes, activation and back end."""
@@ -174,6 +182,17 @@ class GroupedExperts(nn.Module):
     def _backend(self, dtype: torch.dtype, device: torch.device) -> GroupedGemm:
         return select_backend(self.config.backend, dtype=dtype, device=device, **self._sizes)
 
+    def _recipe_of_activations(
+        self, fc1_out: Tensor | None, row_weights: Tensor | None, segments: ExpertSegments
+    ) -> Recipe | None:
+        """How to make what the second projection reads, if it is not to be kept.
+
+        Only where the pre-activations are kept anyway, for their own gradient.
+        """
+        if not self.config.recompute_activation or fc1_out is None or not fc1_out.requires_grad:
+            return None
+        return activation_recipe(fc1_out, self.config.activation, row_weights, segments.row_count)
+
     def _forward_fp8(
         self,
         rows: Tensor,
@@ -192,7 +211,8 @@ class GroupedExperts(nn.Module):
         )
         fc1_out = fp8_grouped_linear(rows, weights[0], fc1, segments, products, defer[0])
         inner = apply_activation(fc1_out, self.config.activation, row_weights, segments.row_count)
-        return fp8_grouped_linear(inner, weights[1], fc2, segments, products, defer[1])
+        recipe = self._recipe_of_activations(fc1_out, row_weights, segments)
+        return fp8_grouped_linear(inner, weights[1], fc2, segments, products, defer[1], recipe)
 
     def _forward_packed(self, rows: Tensor, segments: PackedSegments) -> Tensor:
         """The network on the real rows of each expert, into the buffer from which they are combined."""

@@ -23,7 +23,7 @@ def swiglu_linear(
     segments: ExpertSegments,
     gemm: GroupedGemm,
     defer: Callable[[WeightGradientTask], None] | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """``swiglu(rows @ weight.T) * row_weights`` by ``gemm.swiglu``, differentiable once; strides may be any.
 
     The same as :func:`~ep_moe.experts.gemm.grouped_linear` and ``apply_activation`` one after the other, and backward
@@ -38,13 +38,14 @@ def swiglu_linear(
         defer: takes the computation of the weight's gradient in the backward pass; ``None`` runs it there.
 
     Returns:
-        ``[segments.num_rows, ffn]``. Behind the last segment it is unspecified, as are the gradients of rows and
+        ``[segments.num_rows, ffn]``, and the pre-activations ``[segments.num_rows, 2 * ffn]`` or, where nothing needs a
+        gradient, ``None``. Behind the last segment both are unspecified, as are the gradients of rows and
         ``row_weights``.
     """
     fused = gemm.swiglu
     assert fused is not None
     if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in (rows, weight, row_weights)):
-        return fused(row_major(rows), row_major(weight), segments, row_weights, keep=False)[0]
+        return fused(row_major(rows), row_major(weight), segments, row_weights, keep=False)
     activated: list[Tensor] = []
 
     def forward(rows: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
@@ -56,7 +57,7 @@ def swiglu_linear(
     # Two nodes, so that backward is done with the pre-activation before it makes the gradients of rows and weight.
     pre_activation = grouped_linear(rows, weight, segments, replace(gemm, forward=forward), defer)
     result: Tensor = _Activated.apply(pre_activation, row_weights, segments, activated)
-    return result
+    return result, pre_activation
 
 
 class _Activated(torch.autograd.Function):

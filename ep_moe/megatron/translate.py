@@ -74,6 +74,7 @@ def moe_config(config: TransformerConfig, *, comm: Comm, backend: Backend, preci
             activation=_activation(config),
             backend=backend,
             precision=precision,
+            recompute_activation=config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules,
         ),
     )
 
