@@ -35,12 +35,22 @@ class CausalAttention(nn.Module):
 
 @contextlib.contextmanager
 def expert_parallel(size: int) -> Iterator[None]:
-    """Megatron's process groups with ``size`` expert-parallel ranks."""
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=size)
+    """Megatron's process groups with ``size`` expert-parallel ranks, formed once a process.
+
+    Each of the twenty groups keeps threads of gloo for as long as the process lives, so tests share them.
+    """
+    groups, without = vars(parallel_state), dict(vars(parallel_state))
+    if size not in _groups:
+        parallel_state.initialize_model_parallel(expert_model_parallel_size=size)
+        _groups[size] = {name: value for name, value in groups.items() if value is not without.get(name)}
+    groups.update(_groups[size])
     try:
         yield
     finally:
-        parallel_state.destroy_model_parallel()
+        groups.update({name: without[name] for name in _groups[size]})
+
+
+_groups: dict[int, dict[str, Any]] = {}
 
 
 def transformer_config(**changes: Any) -> TransformerConfig:
