@@ -1,14 +1,13 @@
 """Low-latency exchange between GPUs of one host by our own CUDA kernels over symmetric memory.
 
-``csrc/include/low_latency.cuh`` describes the protocol. What it asks of the host is done here: at most two rounds under
-way, kernels of a round in order, one grid for all calls.
+``csrc/include/low_latency.cuh`` describes the protocol. What it asks of the host is done here, one grid for all
+calls, and in ``nvlink_rounds.py``: at most two rounds under way, their kernels in order.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor
 from ep_moe.comm import nvlink_low_latency_args as native
 from ep_moe.comm.fp8 import BLOCK
 from ep_moe.comm.low_latency import (
-    IN_FLIGHT,
     Hook,
     PackedRows,
     ScaleFormat,
@@ -29,6 +27,7 @@ from ep_moe.comm.low_latency import (
 )
 from ep_moe.comm.nvlink_args import MAX_RANKS
 from ep_moe.comm.nvlink_faults import FaultMonitor
+from ep_moe.comm.nvlink_rounds import Rounds
 from ep_moe.comm.symmetric import SymmetricBuffer, allocate_symmetric
 from ep_moe.native import launch, pointer
 
@@ -57,72 +56,6 @@ class NvlinkLowLatencyHandle:
     def top_k(self) -> int:
         """Experts per token."""
         return self.slots.shape[1]
-
-
-@dataclass(frozen=True)
-class _Point:
-    """A place in a stream."""
-
-    stream: torch.cuda.Stream
-    event: torch.cuda.Event
-
-    @classmethod
-    def now(cls) -> _Point:
-        stream = torch.cuda.current_stream()
-        return cls(stream, stream.record_event())
-
-    def wait(self) -> None:
-        stream = torch.cuda.current_stream()
-        if stream != self.stream:
-            stream.wait_event(self.event)
-
-
-class _Rounds:
-    """Orders the rounds of one direction: sends among themselves, and behind the receive of the round before last.
-
-    While a CUDA graph is captured no events are used: the graph is captured on one stream, and the stream that replays
-    it orders it against the rest.
-    """
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._sent = 0
-        self._waiting: set[int] = set()  # rounds sent and not received
-        self._last_send: _Point | None = None
-        self._sends: dict[int, _Point] = {}
-        self._receives: dict[int, _Point] = {}
-
-    def send(self, launch: Callable[[], None]) -> int:
-        """Launch the send of a new round; returns its number."""
-        oldest = self._sent + 1 - IN_FLIGHT
-        if any(number <= oldest for number in self._waiting):
-            raise RuntimeError(
-                f"{self._what}: at most {IN_FLIGHT} may be under way; call the hook of the one before last first"
-            )
-        self._sent += 1
-        before = self._receives.pop(oldest, None)
-        if torch.cuda.is_current_stream_capturing():
-            launch()
-        else:
-            for point in (before, self._last_send):
-                if point is not None:
-                    point.wait()
-            launch()
-            self._last_send = self._sends[self._sent] = _Point.now()
-        self._waiting.add(self._sent)
-        return self._sent
-
-    def receive(self, number: int, launch: Callable[[], None]) -> None:
-        """Launch the receive of a round."""
-        sent = self._sends.pop(number, None)
-        if torch.cuda.is_current_stream_capturing():
-            launch()
-        else:
-            if sent is not None:
-                sent.wait()
-            launch()
-            self._receives[number] = _Point.now()
-        self._waiting.discard(number)
 
 
 class NvlinkLowLatencyCommunicator:
@@ -177,7 +110,7 @@ class NvlinkLowLatencyCommunicator:
         self._common = native.LowLatency()
         self._captured = False
         self._masked = 0
-        self._dispatches, self._combines = _Rounds("dispatches"), _Rounds("combines")
+        self._dispatches, self._combines = Rounds("dispatches"), Rounds("combines")
         self._lock = threading.Lock()  # hooks may be called by other threads
 
     @property
@@ -359,7 +292,7 @@ class NvlinkLowLatencyCommunicator:
         self,
         name: str,
         arguments: native.LowLatencyDispatchArgs | native.LowLatencyCombineArgs,
-        rounds: _Rounds,
+        rounds: Rounds,
         split: bool,
         used_by_receive: list[Tensor],
     ) -> Hook:
