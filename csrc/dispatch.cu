@@ -2,14 +2,21 @@
 // place each has in a tensor that holds every row once.
 //
 // What moves: each wanted row once, by a bulk copy from its rank's symmetric buffer to shared memory, then by one bulk
-// copy into each of its slots. A warp owns a ring of stages and takes every W-th row of its block's share.
+// copy into each of its slots. A warp owns a ring of stages and takes every W-th row of its block's share; blocks share
+// tokens out in turn, so that all of them pull in the order in which peers stage.
+//
+// It may start while staging, and the layout ahead of that, still run: it waits for the layout to have ended and, chunk
+// by chunk, for tokens to be staged. Nothing it writes is read by either.
 //
 //   writer                        reader                      ordered by
-//   rows[d % 2] (staging, peer)   this kernel                 announce_round (release) / wait_entered (acquire), then
-//                                                             fence.proxy.async, because the copy engine reads
+//   rows[d % 2] (staging, peer)   this kernel                 flag of the chunk: st.release of staging / ld.acquire
+//                                                             here, then fence.proxy.async, as the copy engine reads
 //   stage (copy engine, load)     the warp                    mbarrier of the stage
 //   stage (reused by a load)      bulk stores of the row      wait_group.read, then __syncwarp
-//   slots, counts                 this kernel                 the end of the layout kernel
+//   slots, counts (layout)        this kernel                 `placed`: st.release of the layout / ld.acquire here
+//   all of those two kernels      the kernel behind           griddepcontrol_wait of one block here
+//   rows (earlier kernels)        (reuse by this one)         the kernel ahead of staging has ended: staging, or the
+//                                                             layout ahead of it, is launched without overlap
 #include "communicator.cuh"
 #include "launch.cuh"
 
@@ -32,6 +39,8 @@ struct DispatchArgs {
   int32_t warps;          // of a block
   int32_t stages;         // of a warp, at least 2
   int32_t stage_bytes;    // wire_bytes rounded up to 128
+  int32_t early;          // the kernel ahead of staging is the layout, which need not have ended
+  int32_t reserved;
 };
 
 namespace {
@@ -58,33 +67,54 @@ __device__ void fill_padding(const DispatchArgs& args, int warp, int lane) {
   }
 }
 
+// All threads of a block: returns once the layout has ended, which ends though its own waits may be in vain.
+__device__ __forceinline__ void wait_placed(const Communicator& comm) {
+  if (threadIdx.x == 0)
+    while (ld_acquire_gpu(&comm.workspace->placed) == 0) {
+    }
+  __syncthreads();
+}
+
+// A whole warp: the chunks that `source` has staged, a bit each; `chunk` among them unless the wait for it fails.
+__device__ __forceinline__ uint32_t wait_staged(const Communicator& comm, int source, int chunk, uint32_t dispatch,
+                                                uint32_t round, int lane) {
+  const uint32_t* flags = part<uint32_t>(comm, comm.rank, comm.layout.staged) + source * kStagedChunks;
+  // Pairs with the release in finish_unit of stage.cu. A peer that has staged for the next dispatch has for this one.
+  auto staged = [=](int i) { return static_cast<int32_t>(ld_acquire_sys(flags + i) - dispatch) >= 0; };
+  if (lane == 0) wait_bounded(comm, Step::kRows, source, round, [=] { return staged(chunk); });
+  __syncwarp();
+  static_assert(kStagedChunks == 32, "a lane looks at each");
+  const uint32_t chunks = __ballot_sync(~0u, staged(lane));
+  __syncwarp();  // what the lanes acquired, lane 0 has
+  if (lane == 0) fence_proxy_async();
+  return chunks;
+}
+
 // The rows of a warp, in turn: ranks alternate, so that all links are in use; rows nobody here wants are skipped.
 struct Rows {
   const DispatchArgs& args;
   int lane;
-  int first_token;
   int next;
   int count;
   uint32_t round;
-  uint32_t entered;  // ranks seen in this round
+  uint32_t dispatch;
+  uint32_t staged;  // chunks of the rank that is this lane's number
 
   __device__ bool take(Item& item) {
     const Communicator& comm = args.comm;
-    const int ranks = comm.shape.ranks;
+    const int ranks = comm.shape.ranks, chunk_tokens = comm.shape.max_tokens / kStagedChunks;
     for (; next < count; next += args.warps) {
       item.source = (comm.rank + 1 + next % ranks) % ranks;
-      item.token = first_token + next / ranks;
+      item.token = blockIdx.x + next / ranks * gridDim.x;
       const int64_t entry = static_cast<int64_t>(item.source) * args.slot_tokens + item.token;
       item.slot = lane < args.width ? args.slots[entry * args.width + lane] : -1;
       if (__ballot_sync(~0u, item.slot >= 0) == 0) continue;
-      if ((entered >> item.source & 1) == 0) {
-        bool here = true;
-        if (lane == 0) {
-          here = wait_entered(comm, Step::kRows, item.source, round);
-          fence_proxy_async();
-        }
-        if (!__shfl_sync(~0u, here, 0)) continue;
-        entered |= 1u << item.source;
+      const int chunk = item.token / chunk_tokens;
+      uint32_t chunks = __shfl_sync(~0u, staged, item.source);
+      if ((chunks >> chunk & 1) == 0) {
+        chunks = wait_staged(comm, item.source, chunk, dispatch, round, lane);
+        if (lane == item.source) staged = chunks;
+        if ((chunks >> chunk & 1) == 0) continue;
       }
       next += args.warps;
       return true;
@@ -99,17 +129,16 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
   __shared__ __align__(8) uint64_t arrived[kMaxWarps][kMaxStages];
   __shared__ int slots[kMaxWarps][kMaxStages][kMaxTopK];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (args.early) wait_placed(comm);
   const uint32_t round = begin_round(comm);
   announce_round(comm, round);
   if (lane < args.stages) mbarrier_init(&arrived[warp][lane], 1);
   fence_proxy_async();  // the copy engine completes on the barriers initialised above
   __syncwarp();
 
-  const int each = (args.slot_tokens + gridDim.x - 1) / gridDim.x;
-  const int first_token = min(static_cast<int>(blockIdx.x) * each, args.slot_tokens);
-  const int tokens = min(first_token + each, args.slot_tokens) - first_token;
+  const int tokens = (args.slot_tokens - blockIdx.x + gridDim.x - 1) / gridDim.x;
   const int64_t staged = staged_rows(comm);
-  Rows rows = {args, lane, first_token, warp, tokens * comm.shape.ranks, round, 0};
+  Rows rows = {args, lane, warp, tokens * comm.shape.ranks, round, staging_dispatch(comm), 0};
   uint8_t* ring = shared + static_cast<int64_t>(warp) * args.stages * args.stage_bytes;
 
   // Starts the load of the warp's next row into stage `place`.
@@ -151,18 +180,20 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
   }
   cp_async_bulk_wait_group();
   if (blockIdx.x == 0 && threadIdx.x < comm.shape.ranks)
-    wait_entered(comm, Step::kRows, threadIdx.x, round);  // rule (1)
+    wait_entered(comm, Step::kRows, threadIdx.x, round);   // rule (1)
+  if (blockIdx.x == gridDim.x - 1) griddepcontrol_wait();  // before `dispatches` counts on, which staging reads
   if (end_round(comm, round)) comm.workspace->dispatches += 1;
 }
 
 }  // namespace
 }  // namespace ep_moe
 
-// Runs the kernel above; ring (warps * stages * stage_bytes) must fit the shared memory of a block.
+// Runs the kernel above, directly behind a staging kernel; ring (warps * stages * stage_bytes) must fit the shared
+// memory of a block.
 EP_MOE_API const char* ep_moe_dispatch(const ep_moe::DispatchArgs* args, cudaStream_t stream) {
   using namespace ep_moe;
   return launch("dispatch kernel", dispatch_kernel, *args, args->comm.blocks, args->warps * 32,
-                args->warps * args->stages * args->stage_bytes, LaunchMode::kPlain, stream);
+                args->warps * args->stages * args->stage_bytes, LaunchMode::kProgrammatic, stream);
 }
 
 EP_MOE_API size_t ep_moe_dispatch_args_bytes() { return sizeof(ep_moe::DispatchArgs); }

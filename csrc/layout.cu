@@ -7,12 +7,14 @@
 //   routing, weights[e % 2]      peers, same round          chunk flag: st.release after __syncthreads / ld.acquire
 //   (reuse of the copy)          peers, round e - 2         rule (1) of communicator.cuh
 //   histogram (local)            all blocks, same round     grid barrier
+//   results                      dispatch, beside the end   `placed`: st.release after end_round / ld.acquire
 //
 // Slots follow the order local expert, source rank, token, position among the token's top-k; rows the order source
 // rank, token. Rows are counted like one more expert, behind the local ones, that every received token has: a `bin` is
 // a local expert or the rows. Blocks own consecutive chunks of every rank's tokens; a histogram per block and a prefix
 // sum over (rank, block) give each block the place of its first entry in each bin. Within a chunk a bit mask per (rank,
-// bin) tells a token its place: no slot is handed out by an atomic counter, so the layout is the same in every run.
+// bin) tells a token its place: no slot is handed out by an atomic counter, so the layout is the same in every run. The
+// masks count the histogram too, before the barrier, and stay in shared memory where those of all chunks fit.
 //
 // A rank that brings more tokens than the buffers were made for sends what fits; the flags carry the true number, so
 // that all ranks learn of it in the same round and can grow their buffers together.
@@ -48,8 +50,9 @@ struct LayoutArgs {
 
 namespace {
 
-constexpr int kThreads = 1024;
-constexpr int kColumnsAtOnce = 8;  // of the histogram that a thread reads side by side
+constexpr int kThreads = 512;           // which leave staging room beside them
+constexpr int kColumnsAtOnce = 12;      // of the histogram that a thread reads side by side
+constexpr int kBatchBytes = 96 * 1024;  // of shared memory for chunks that are placed together
 
 // The part of the routing tables that one block works on.
 struct Routing {
@@ -64,88 +67,127 @@ struct Routing {
     return expert >= 0 && expert < local_experts ? expert : -1;
   }
 
-  __device__ int local(int64_t token, int k) const { return local(table[token * stride + k]); }
+  __device__ int local(uint32_t token, uint32_t k) const {
+    return local(table[static_cast<int64_t>(token) * stride + k]);
+  }
 };
 
-// Entry i of a chunk: of all ranks, tokens and top-k positions.
-struct ChunkEntry {
-  int source;
-  int place;  // of the token in the chunk
-  int k;
-  int expert;     // local, or -1
-  int64_t token;  // row of tables indexed [rank][max_tokens]
+// Chunks, of every rank's tokens, that are placed together.
+struct Batch {
+  uint32_t first_token;
+  uint32_t chunks;
 };
 
-__device__ __forceinline__ ChunkEntry chunk_entry(int i, const LayoutArgs& args, const Routing& routing,
-                                                  const int* rank_tokens, int first_token) {
-  ChunkEntry entry;
-  entry.k = i % args.top_k;
-  entry.place = i / args.top_k % kChunkTokens;
-  entry.source = i / (args.top_k * kChunkTokens);
-  entry.token = static_cast<int64_t>(entry.source) * args.comm.shape.max_tokens + first_token + entry.place;
-  const bool real = first_token + entry.place < rank_tokens[entry.source];
-  entry.expert = real ? routing.local(entry.token, entry.k) : -1;
-  return entry;
-}
+// Entry i of a batch: of all ranks, their tokens and top-k positions, in this order.
+struct Entry {
+  uint32_t k;
+  uint32_t place;  // of the token in its chunk
+  uint32_t chunk;  // of the batch
+  uint32_t source;
+  uint32_t token;  // row of tables indexed [rank][max_tokens]
 
-// Entries of the same chunk, rank and expert that come first in (token, top-k position) order.
-__device__ int count_before(const ChunkEntry& entry, const Routing& routing, int top_k) {
-  int count = 0;
-  for (int place = 0; place <= entry.place; ++place)
-    for (int k = 0; k < (place < entry.place ? top_k : entry.k); ++k)
-      count += routing.local(entry.token - entry.place + place, k) == entry.expert;
-  return count;
-}
+  __device__ Entry(uint32_t i, uint32_t top_k, uint32_t max_tokens, Batch batch) {
+    const uint32_t row = i / top_k, chunk_of_all = row / kChunkTokens;
+    k = i - row * top_k;
+    place = row % kChunkTokens;
+    source = chunk_of_all / batch.chunks;
+    chunk = chunk_of_all - source * batch.chunks;
+    token = source * max_tokens + batch.first_token + row - source * batch.chunks * kChunkTokens;
+  }
+};
 
 // A block's shared memory.
 struct Tables {
-  int* next;         // [ranks][bins]: histogram, then the next free place
-  uint32_t* masks;   // [ranks][bins]: tokens of the chunk
-  int* bin_start;    // [bins]
-  int* total;        // [bins]
-  int* part_sums;    // [parts][bins]
-  int* rank_tokens;  // [ranks]: tokens of each rank
+  int* next;              // [ranks][bins]: histogram, then the next free place
+  int* bin_start;         // [bins]
+  int* total;             // [bins]
+  int* part_sums;         // [parts][bins]
+  uint32_t* rank_tokens;  // [ranks]: tokens of each rank
+  uint32_t* masks;        // [ranks][chunks of the batch][bins]: tokens of a chunk
+  float* weights;         // of the entries of the batch
+  int16_t* experts;       // of the entries of the batch: local, or -1
   int ranks, bins, parts;
 
-  __device__ Tables(int* shared, int ranks, int local_experts) : ranks(ranks), bins(local_experts + 1) {
+  __device__ Tables(int* shared, int ranks, int local_experts, int top_k, int batch_chunks)
+      : ranks(ranks), bins(local_experts + 1) {
     const int width = (bins + 31) / 32 * 32, pairs = ranks * bins;
     parts = max(kThreads / width, 1);
     next = shared;
-    masks = reinterpret_cast<uint32_t*>(next + pairs);
-    bin_start = next + 2 * pairs;
+    bin_start = next + pairs;
     total = bin_start + bins;
-    rank_tokens = total + bins;
-    part_sums = rank_tokens + ranks;
+    part_sums = total + bins;
+    rank_tokens = reinterpret_cast<uint32_t*>(part_sums + max(kThreads, bins));
+    masks = rank_tokens + ranks;
+    weights = reinterpret_cast<float*>(masks + pairs * batch_chunks);
+    experts = reinterpret_cast<int16_t*>(weights + ranks * batch_chunks * kChunkTokens * top_k);
   }
 
-  // Of 4 bytes each.
-  static __host__ __device__ int words(int ranks, int local_experts) {
+  static __host__ __device__ int chunk_bytes(int ranks, int local_experts, int top_k) {
+    return ranks * ((local_experts + 1) * 4 + kChunkTokens * top_k * 6);
+  }
+
+  // How many of `chunks` are placed together.
+  static __host__ __device__ int batch_chunks(int ranks, int local_experts, int top_k, int chunks) {
+    const int fit = kBatchBytes / chunk_bytes(ranks, local_experts, top_k);
+    return fit < 1 ? 1 : fit < chunks ? fit : chunks;
+  }
+
+  static __host__ __device__ int bytes(int ranks, int local_experts, int top_k, int batch_chunks) {
     const int bins = local_experts + 1;
-    return 2 * ranks * bins + 2 * bins + ranks + (kThreads > bins ? kThreads : bins);
+    return 4 * (ranks * bins + 2 * bins + ranks + (kThreads > bins ? kThreads : bins)) +
+           chunk_bytes(ranks, local_experts, top_k) * batch_chunks;
   }
 };
 
-// How many entries of each rank's share fall into each bin.
-__device__ void count_share(const LayoutArgs& args, const Routing& routing, const Tables& tables, Share share) {
-  const int share_tokens = (share.end_chunk - share.first_chunk) * kChunkTokens;
-  for (int i = threadIdx.x; i < tables.ranks * share_tokens; i += kThreads) {
-    const int source = i / share_tokens, token = share.first_chunk * kChunkTokens + i % share_tokens;
-    if (token >= tables.rank_tokens[source]) continue;
-    const int64_t entry = static_cast<int64_t>(source) * args.comm.shape.max_tokens + token;
-    bool wanted = false;
-    for (int base = 0; base < args.top_k; base += 8) {  // entries behind the last are not routed
-      const uint4 piece = *reinterpret_cast<const uint4*>(routing.table + entry * routing.stride + base);
-      const uint16_t* entries = reinterpret_cast<const uint16_t*>(&piece);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int expert = routing.local(entries[i]);
-        if (expert < 0) continue;
-        wanted = true;
-        atomicAdd(&tables.next[source * tables.bins + expert], 1);
-      }
-    }
-    if (wanted) atomicAdd(&tables.next[source * tables.bins + tables.bins - 1], 1);
+// Fills masks, experts and weights of a batch. True, for all threads, if a token names an expert twice: it then fills
+// two slots, which one bit cannot say, and the entries of the batch are counted out instead.
+__device__ bool read_batch(const LayoutArgs& args, const Routing& routing, const Tables& tables, const float* weights,
+                           Batch batch) {
+  const int masks = tables.ranks * batch.chunks * tables.bins;
+  const int entries = tables.ranks * batch.chunks * kChunkTokens * args.top_k;
+  const bool wanted = args.slot_weights != nullptr || args.received_topk_weights != nullptr;  // weights
+#pragma unroll 1
+  for (int i = threadIdx.x; i < masks; i += kThreads) tables.masks[i] = 0;
+  __syncthreads();
+  bool repeated = false;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < entries; i += kThreads) {
+    const Entry entry(i, args.top_k, args.comm.shape.max_tokens, batch);
+    const uint32_t in_rank = batch.first_token + entry.chunk * kChunkTokens + entry.place;
+    const bool real = in_rank < tables.rank_tokens[entry.source];
+    const int expert = real ? routing.local(entry.token, entry.k) : -1;
+    tables.experts[i] = static_cast<int16_t>(expert);
+    if (wanted && expert >= 0)
+      tables.weights[i] = weights[static_cast<int64_t>(entry.token) * args.comm.shape.max_top_k + entry.k];
+    uint32_t* bins = tables.masks + (entry.source * batch.chunks + entry.chunk) * tables.bins;
+    const uint32_t bit = 1u << entry.place;
+    if (expert >= 0) repeated |= (atomicOr(&bins[expert], bit) & bit) != 0;
+    // Chunks hold a multiple of 32 entries, so a warp has entries of one chunk, and all of its lanes are here.
+    const uint32_t tokens = __reduce_or_sync(~0u, expert >= 0 ? bit : 0u);
+    if (threadIdx.x % 32 == 0) atomicOr(&bins[tables.bins - 1], tokens);
   }
+  return __syncthreads_or(repeated);
+}
+
+// Adds the entries of a batch to `next`.
+__device__ void count_batch(const LayoutArgs& args, const Tables& tables, Batch batch, bool repeated) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < tables.ranks * tables.bins; i += kThreads) {
+    const int source = i / tables.bins, bin = i % tables.bins;
+    if (repeated && bin != tables.bins - 1) continue;
+    int sum = 0;
+#pragma unroll 1
+    for (int chunk = 0; chunk < batch.chunks; ++chunk)
+      sum += __popc(tables.masks[(source * batch.chunks + chunk) * tables.bins + bin]);
+    tables.next[i] += sum;
+  }
+  if (repeated) {
+    const int rank_entries = batch.chunks * kChunkTokens * args.top_k;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < tables.ranks * rank_entries; i += kThreads)
+      if (tables.experts[i] >= 0) atomicAdd(&tables.next[i / rank_entries * tables.bins + tables.experts[i]], 1);
+  }
+  __syncthreads();
 }
 
 // Turns the histograms of all blocks into where this block's entries of each rank start within each bin, and the total
@@ -153,33 +195,46 @@ __device__ void count_share(const LayoutArgs& args, const Routing& routing, cons
 __device__ void scan_blocks(const LayoutArgs& args, const Tables& tables) {
   const int bins = tables.bins, blocks = gridDim.x, columns = tables.ranks * blocks;
   const int width = (bins + 31) / 32 * 32, per_part = (columns + tables.parts - 1) / tables.parts;
+#pragma unroll 1
   for (int i = threadIdx.x; i < tables.parts * width; i += kThreads) {
-    const int piece = i / width, bin = i % width;
+    const int piece = i / width, bin = i - piece * width;
     if (bin >= bins) continue;
     const int start = piece * per_part, end = min(start + per_part, columns), block = blockIdx.x;
     int source = (start - block + blocks - 1) / blocks;  // whose column of this block comes next
     int sum = 0;
+#pragma unroll 1
     for (int base = start; base < end; base += kColumnsAtOnce) {
+      const int* column = args.histogram + static_cast<int64_t>(base) * bins + bin;
+      const int count = end - base;
+      int own = source * blocks + block - base;
       int counts[kColumnsAtOnce];
 #pragma unroll
-      for (int j = 0; j < kColumnsAtOnce; ++j)  // all loads before the first use, also of the last columns
-        counts[j] = base + j < end ? __ldcg(&args.histogram[static_cast<int64_t>(base + j) * bins + bin]) : 0;
+      for (int j = 0; j < kColumnsAtOnce; ++j, column += bins)  // all loads before the first use
+        counts[j] = j < count ? __ldcg(column) : 0;
 #pragma unroll
       for (int j = 0; j < kColumnsAtOnce; ++j) {
-        if (base + j == source * blocks + block && base + j < end) tables.next[source++ * bins + bin] = sum;
+        if (j == own && j < count) {
+          tables.next[source * bins + bin] = sum;
+          source += 1;
+          own += blocks;
+        }
         sum += counts[j];
       }
     }
     tables.part_sums[piece * bins + bin] = sum;
   }
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < tables.ranks * bins; i += kThreads) {
     const int source = i / bins, bin = i % bins;
     const int piece = (source * blocks + static_cast<int>(blockIdx.x)) / per_part;
+#pragma unroll 1
     for (int before = 0; before < piece; ++before) tables.next[i] += tables.part_sums[before * bins + bin];
   }
+#pragma unroll 1
   for (int bin = threadIdx.x; bin < bins; bin += kThreads) {
     int sum = 0;
+#pragma unroll 1
     for (int piece = 0; piece < tables.parts; ++piece) sum += tables.part_sums[piece * bins + bin];
     tables.total[bin] = sum;
   }
@@ -194,10 +249,12 @@ __device__ __forceinline__ int padded(int count, int alignment) {
 __device__ int place_segments(const LayoutArgs& args, const Tables& tables, int lane) {
   const int local_experts = tables.bins - 1;
   int carry = 0;
+#pragma unroll 1
   for (int base = 0; base < local_experts; base += 32) {
     const int expert = base + lane;
     const int size = expert < local_experts ? padded(tables.total[expert], args.alignment) : 0;
     int sum = size;
+#pragma unroll 1
     for (int distance = 1; distance < 32; distance *= 2) {
       const int below = __shfl_up_sync(~0u, sum, distance);
       if (lane >= distance) sum += below;
@@ -222,15 +279,17 @@ __device__ void publish_rows_per_rank(const LayoutArgs& args, const Tables& tabl
 __device__ void publish_sizes(const LayoutArgs& args, const Tables& tables, int slots, uint32_t round, int lane) {
   const Communicator& comm = args.comm;
   const int local_experts = tables.bins - 1;
+#pragma unroll 1
   for (int expert = lane; expert < local_experts; expert += 32) {  // what lies beyond max_rows is not there
     const int start = min(tables.bin_start[expert], args.max_rows), room = args.max_rows - start;
     args.counts[expert] = min(tables.total[expert], room);
     args.ends[expert] = start + min(padded(tables.total[expert], args.alignment), room);
   }
-  int most_tokens = 0;
+  uint32_t most_tokens = 0;
+#pragma unroll 1
   for (int rank = 0; rank < tables.ranks; ++rank) most_tokens = max(most_tokens, tables.rank_tokens[rank]);
   if (args.host_counts == nullptr) {
-    if (lane == 0 && most_tokens > comm.shape.max_tokens)
+    if (lane == 0 && most_tokens > static_cast<uint32_t>(comm.shape.max_tokens))
       report_fault(comm, Fault::kTokens, Step::kRouting, comm.rank, round, most_tokens, comm.shape.max_tokens);
     if (lane == 0 && slots > args.max_rows)
       report_fault(comm, Fault::kOverflow, Step::kRouting, comm.rank, round, slots, args.max_rows);
@@ -239,6 +298,7 @@ __device__ void publish_sizes(const LayoutArgs& args, const Tables& tables, int 
                    args.max_received);
     return;
   }
+#pragma unroll 1
   for (int bin = lane; bin < tables.bins; bin += 32) args.host_counts[2 + bin] = tables.total[bin];
   if (lane == 0) args.host_counts[1] = most_tokens;
   __syncwarp();
@@ -249,9 +309,11 @@ __device__ void publish_sizes(const LayoutArgs& args, const Tables& tables, int 
 // Slots that no row fills; each block takes some experts.
 __device__ void fill_padding(const LayoutArgs& args, const Tables& tables) {
   if (args.alignment == 1) return;
+#pragma unroll 1
   for (int expert = blockIdx.x; expert < tables.bins - 1; expert += gridDim.x) {
     const int start = tables.bin_start[expert], count = tables.total[expert];
     const int end = min(start + padded(count, args.alignment), args.max_rows);
+#pragma unroll 1
     for (int slot = start + count + threadIdx.x; slot < end; slot += kThreads) {
       args.row_of_slot[slot] = -1;
       if (args.slot_weights != nullptr) args.slot_weights[slot] = 0.0f;
@@ -264,6 +326,7 @@ __device__ void fill_unused(const LayoutArgs& args, const Tables& tables) {
   if (args.received_topk_idx == nullptr || args.host_counts != nullptr) return;
   const int64_t first = static_cast<int64_t>(tables.total[tables.bins - 1]) * args.top_k + blockIdx.x * kThreads;
   const int64_t end = static_cast<int64_t>(args.max_received) * args.top_k;
+#pragma unroll 1
   for (int64_t i = first + threadIdx.x; i < end; i += gridDim.x * kThreads) {
     args.received_topk_idx[i] = -1;
     if (args.received_topk_weights != nullptr) args.received_topk_weights[i] = 0.0f;
@@ -271,82 +334,80 @@ __device__ void fill_unused(const LayoutArgs& args, const Tables& tables) {
 }
 
 // What a received row's source wants done with it, one entry.
-__device__ __forceinline__ void place_received(const LayoutArgs& args, const ChunkEntry& entry, int row,
-                                               const float* weights) {
-  const int64_t place = static_cast<int64_t>(row) * args.top_k + entry.k;
-  if (args.received_topk_idx != nullptr) args.received_topk_idx[place] = entry.expert;
-  if (args.received_topk_weights == nullptr) return;
-  args.received_topk_weights[place] =
-      entry.expert < 0 ? 0.0f : weights[entry.token * args.comm.shape.max_top_k + entry.k];
+__device__ __forceinline__ void place_received(const LayoutArgs& args, int row, int k, int expert, float weight) {
+  const int64_t place = static_cast<int64_t>(row) * args.top_k + k;
+  if (args.received_topk_idx != nullptr) args.received_topk_idx[place] = expert;
+  if (args.received_topk_weights != nullptr) args.received_topk_weights[place] = expert < 0 ? 0.0f : weight;
 }
 
-// The places of all entries of one chunk of every rank's tokens.
-__device__ void place_chunk(const LayoutArgs& args, const Routing& routing, const Tables& tables, const float* weights,
-                            int first_token) {
+// The places of all entries of a batch.
+__device__ void place_batch(const LayoutArgs& args, const Tables& tables, Batch batch, bool repeated) {
   const int top_k = args.top_k, bins = tables.bins, row_bin = bins - 1;
-  const int entries = tables.ranks * kChunkTokens * top_k, pairs = tables.ranks * bins;
-  for (int i = threadIdx.x; i < pairs; i += kThreads) tables.masks[i] = 0;
-  __syncthreads();
-  bool repeated = false;
-  for (int i = threadIdx.x; i < entries; i += kThreads) {
-    const ChunkEntry entry = chunk_entry(i, args, routing, tables.rank_tokens, first_token);
-    if (entry.expert < 0) continue;
-    const uint32_t bit = 1u << entry.place;
-    repeated |= (atomicOr(&tables.masks[entry.source * bins + entry.expert], bit) & bit) != 0;
-    atomicOr(&tables.masks[entry.source * bins + row_bin], bit);
-  }
-  // A token that names an expert twice fills two slots, which one bit cannot say: such a chunk is counted out.
-  repeated = __syncthreads_or(repeated);
-  for (int i = threadIdx.x; i < entries; i += kThreads) {
-    const ChunkEntry entry = chunk_entry(i, args, routing, tables.rank_tokens, first_token);
-    const uint32_t before = (1u << entry.place) - 1, rows = tables.masks[entry.source * bins + row_bin];
+  const int rank_entries = batch.chunks * kChunkTokens * top_k;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < tables.ranks * rank_entries; i += kThreads) {
+    const Entry entry(i, top_k, args.comm.shape.max_tokens, batch);
+    const uint32_t* masks = tables.masks + entry.source * batch.chunks * bins;
+    const int* next = tables.next + entry.source * bins;
+    const uint32_t before = (1u << entry.place) - 1;
+    // Tokens of this rank in the bin that come before this one.
+    auto earlier = [&](int bin) {
+      int count = __popc(masks[entry.chunk * bins + bin] & before);
+#pragma unroll 1
+      for (int chunk = 0; chunk < entry.chunk; ++chunk) count += __popc(masks[chunk * bins + bin]);
+      return count;
+    };
+    const int expert = tables.experts[i];
     int row = -1, slot = -1;
-    if (rows >> entry.place & 1) row = tables.next[entry.source * bins + row_bin] + __popc(rows & before);
-    if (entry.expert >= 0) {
-      const int pair = entry.source * bins + entry.expert;
-      slot = tables.next[pair] + (repeated ? count_before(entry, routing, top_k) : __popc(tables.masks[pair] & before));
+    if (masks[entry.chunk * bins + row_bin] >> entry.place & 1) row = next[row_bin] + earlier(row_bin);
+    if (expert >= 0 && !repeated) slot = next[expert] + earlier(expert);
+    if (expert >= 0 && repeated) {
+      slot = next[expert];
+#pragma unroll 1
+      for (int j = entry.source * rank_entries; j < i; ++j) slot += tables.experts[j] == expert;
     }
     if (row >= args.max_received) row = -1;
     if (slot >= args.max_rows) slot = -1;
-    args.slots[entry.token * top_k + entry.k] = slot;
+    args.slots[static_cast<int64_t>(entry.token) * top_k + entry.k] = slot;
     if (entry.k == 0) args.rows[entry.token] = row;
-    if (row >= 0) place_received(args, entry, row, weights);
+    const float weight = tables.weights[i];  // of entries that are not ours, whatever was there
+    if (row >= 0) place_received(args, row, entry.k, expert, weight);
     if (slot < 0) continue;
     args.row_of_slot[slot] = row;
-    if (args.slot_weights != nullptr)
-      args.slot_weights[slot] = weights[entry.token * args.comm.shape.max_top_k + entry.k];
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < pairs; i += kThreads)
-    if (!repeated || i % bins == row_bin) tables.next[i] += __popc(tables.masks[i]);
-  if (repeated) {
-    for (int i = threadIdx.x; i < entries; i += kThreads) {
-      const ChunkEntry entry = chunk_entry(i, args, routing, tables.rank_tokens, first_token);
-      if (entry.expert >= 0) atomicAdd(&tables.next[entry.source * bins + entry.expert], 1);
-    }
+    if (args.slot_weights != nullptr) args.slot_weights[slot] = weight;
   }
   __syncthreads();
 }
 
-__global__ void __launch_bounds__(kThreads, 1) layout_kernel(const __grid_constant__ LayoutArgs args) {
+// Two could be resident, that is, it takes half of the registers: the rest is for staging.
+__global__ void __launch_bounds__(kThreads, 2) layout_kernel(const __grid_constant__ LayoutArgs args) {
   const Communicator& comm = args.comm;
   const int ranks = comm.shape.ranks, local_experts = args.num_experts / ranks, tid = threadIdx.x;
   extern __shared__ int shared[];
-  const Tables tables(shared, ranks, local_experts);
-  const int pairs = ranks * tables.bins;
   const uint32_t round = begin_round(comm);
   const Share share = my_chunks(comm);
   const int share_chunks = share.end_chunk - share.first_chunk;
+  const int batch_chunks = Tables::batch_chunks(ranks, local_experts, args.top_k, max(share_chunks, 1));
+  const Tables tables(shared, ranks, local_experts, args.top_k, batch_chunks);
+  const int pairs = ranks * tables.bins;
 
-  griddepcontrol_launch_dependents();  // staging
-  announce_round(comm, round);
+  if (tid == 0) {
+    if (blockIdx.x == 0) {
+      comm.workspace->placed = 0;
+      __threadfence();  // dispatch, which starts once all blocks have passed here, does not see the last layout's 1
+    }
+    griddepcontrol_launch_dependents();  // staging
+  }
   send_routing(comm, {args.topk_idx, args.topk_weights, args.owners, args.tokens, args.top_k, args.num_experts}, share,
                round);
+#pragma unroll 1
   for (int i = tid; i < pairs; i += kThreads) tables.next[i] = 0;
   if (tid < ranks) tables.rank_tokens[tid] = 0;
   __syncthreads();
+#pragma unroll 1
   for (int i = tid; i < ranks * share_chunks; i += kThreads) {
     const int source = i / share_chunks;
+    // Also says that the rank has entered the round, which rule (1) asks block 0 to wait for: it always has a chunk.
     const int tokens = wait_chunk(comm, source, share.first_chunk + i % share_chunks, round);
     atomicMax(&tables.rank_tokens[source], tokens);  // the same from every chunk
   }
@@ -358,28 +419,40 @@ __global__ void __launch_bounds__(kThreads, 1) layout_kernel(const __grid_consta
       routing_stride(comm.shape.max_top_k), comm.rank * local_experts, local_experts};
   const float* weights = part<float>(comm, comm.rank, comm.layout.weights) + copy_start * comm.shape.max_top_k;
 
-  count_share(args, routing, tables, share);
-  __syncthreads();
-  for (int i = tid; i < pairs; i += kThreads) {
-    const int64_t column = static_cast<int64_t>(i / tables.bins) * gridDim.x + blockIdx.x;
-    args.histogram[column * tables.bins + i % tables.bins] = tables.next[i];
+  // First every batch is counted, then, behind the barrier, every batch is placed; a single one is read only once.
+  bool repeated = false;
+  const bool once = share_chunks <= batch_chunks;
+#pragma unroll 1
+  for (int placing = 0; placing < 2; ++placing) {
+#pragma unroll 1
+    for (int chunk = 0; chunk < share_chunks; chunk += batch_chunks) {
+      const Batch batch = {static_cast<uint32_t>(share.first_chunk + chunk) * kChunkTokens,
+                           static_cast<uint32_t>(min(batch_chunks, share_chunks - chunk))};
+      if (placing == 0 || !once) repeated = read_batch(args, routing, tables, weights, batch);
+      if (placing == 1) place_batch(args, tables, batch, repeated);
+      if (placing == 0 || !once) count_batch(args, tables, batch, repeated);
+    }
+    if (placing == 1) break;
+#pragma unroll 1
+    for (int i = tid; i < pairs; i += kThreads) {
+      const int64_t column = static_cast<int64_t>(i / tables.bins) * gridDim.x + blockIdx.x;
+      args.histogram[column * tables.bins + i % tables.bins] = tables.next[i];
+    }
+    grid_barrier(comm, round);
+    scan_blocks(args, tables);
+    if (tid < 32) {
+      const int slots = place_segments(args, tables, tid);
+      if (blockIdx.x == 0) publish_rows_per_rank(args, tables, tid);
+      if (blockIdx.x == 0) publish_sizes(args, tables, slots, round, tid);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = tid; i < pairs; i += kThreads) tables.next[i] += tables.bin_start[i % tables.bins];
+    __syncthreads();
+    fill_padding(args, tables);
+    fill_unused(args, tables);
   }
-  grid_barrier(comm, round);
-  scan_blocks(args, tables);
-  if (tid < 32) {
-    const int slots = place_segments(args, tables, tid);
-    if (blockIdx.x == 0) publish_rows_per_rank(args, tables, tid);
-    if (blockIdx.x == 0) publish_sizes(args, tables, slots, round, tid);
-  }
-  __syncthreads();
-  for (int i = tid; i < pairs; i += kThreads) tables.next[i] += tables.bin_start[i % tables.bins];
-  __syncthreads();
-  fill_padding(args, tables);
-  fill_unused(args, tables);
-  for (int chunk = 0; chunk < share_chunks; ++chunk)
-    place_chunk(args, routing, tables, weights, (share.first_chunk + chunk) * kChunkTokens);
-  if (blockIdx.x == 0 && tid < ranks) wait_entered(comm, Step::kRouting, tid, round);  // rule (1)
-  end_round(comm, round);
+  if (end_round(comm, round)) st_release_gpu(&comm.workspace->placed, 1);  // pairs with wait_placed of dispatch.cu
 }
 
 }  // namespace
@@ -388,8 +461,10 @@ __global__ void __launch_bounds__(kThreads, 1) layout_kernel(const __grid_consta
 // Runs the kernel above. All pointers but the host ones are on the device; requires 1 <= blocks <= multiprocessors.
 EP_MOE_API const char* ep_moe_layout(const ep_moe::LayoutArgs* args, cudaStream_t stream) {
   using namespace ep_moe;
-  const int ranks = args->comm.shape.ranks;
-  const int shared_bytes = 4 * Tables::words(ranks, args->num_experts / ranks);
+  const int ranks = args->comm.shape.ranks, local_experts = args->num_experts / ranks;
+  const int chunks = args->comm.shape.max_tokens / kChunkTokens, blocks = args->comm.blocks;
+  const int batch_chunks = Tables::batch_chunks(ranks, local_experts, args->top_k, (chunks + blocks - 1) / blocks);
+  const int shared_bytes = Tables::bytes(ranks, local_experts, args->top_k, batch_chunks);
   return launch("layout kernel", layout_kernel, *args, args->comm.blocks, kThreads, shared_bytes,
                 LaunchMode::kCooperative, stream);
 }

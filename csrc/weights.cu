@@ -26,31 +26,38 @@ namespace {
 
 constexpr int kThreads = 512;
 
-// Where `writer` puts the value of an entry (token, k), flat in [tokens][top_k], at `reader`.
+// Where `writer` puts the value of an entry, flat in [tokens][top_k], at `reader`.
 __device__ __forceinline__ float* place(const WeightsArgs& args, int reader, int writer, uint32_t round,
-                                        int64_t entry) {
+                                        uint32_t entry) {
   const Communicator& comm = args.comm;
-  const int64_t token =
-      (static_cast<int64_t>(round % 2) * comm.shape.ranks + writer) * comm.shape.max_tokens + entry / args.top_k;
-  return part<float>(comm, reader, comm.layout.weights) + token * comm.shape.max_top_k + entry % args.top_k;
+  const uint32_t in_rank = entry / args.top_k, k = entry - in_rank * args.top_k;
+  const int64_t token = (round % 2 * comm.shape.ranks + writer) * comm.shape.max_tokens + in_rank;
+  return part<float>(comm, reader, comm.layout.weights) + token * comm.shape.max_top_k + k;
 }
 
 __global__ void __launch_bounds__(kThreads, 1) weights_kernel(const __grid_constant__ WeightsArgs args) {
   const Communicator& comm = args.comm;
   const int ranks = comm.shape.ranks;
   const uint32_t round = begin_round(comm);
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
-  const int64_t mine = static_cast<int64_t>(args.tokens) * args.top_k;
-  const int64_t all = static_cast<int64_t>(args.slot_tokens) * args.top_k;
+  const uint32_t thread = blockIdx.x * kThreads + threadIdx.x, threads = gridDim.x * kThreads;
+  const uint32_t mine = static_cast<uint32_t>(args.tokens) * args.top_k;  // 2^32 would be 64 GB of routing
+  const uint32_t all = static_cast<uint32_t>(args.slot_tokens) * args.top_k;
   announce_round(comm, round);
 
   if (args.to_rows) {
-    for (int64_t i = thread; i < mine; i += threads)
-      for (int peer = 0; peer < ranks; ++peer) *place(args, peer, comm.rank, round, i) = args.by_token[i];
+#pragma unroll 1
+    for (uint32_t i = thread; i < mine; i += threads) {
+      const float value = args.by_token[i];
+#pragma unroll 1
+      for (int peer = 0; peer < ranks; ++peer) *place(args, peer, comm.rank, round, i) = value;
+    }
   } else {
-    for (int64_t i = thread; i < ranks * all; i += threads)
-      if (args.slots[i] >= 0) *place(args, i / all, comm.rank, round, i % all) = args.by_row[args.slots[i]];
+#pragma unroll 1
+    for (uint32_t i = thread; i < ranks * all; i += threads) {
+      const int slot = args.slots[i];
+      const uint32_t source = i / all;
+      if (slot >= 0) *place(args, source, comm.rank, round, i - source * all) = args.by_row[slot];
+    }
   }
   grid_barrier(comm, round);  // everything is written before the flags are released
   if (blockIdx.x == 0 && threadIdx.x < ranks)
@@ -64,13 +71,18 @@ __global__ void __launch_bounds__(kThreads, 1) weights_kernel(const __grid_const
   __syncthreads();
 
   if (args.to_rows) {
-    for (int64_t i = thread; i < ranks * all; i += threads)
-      if (args.slots[i] >= 0) args.by_row[args.slots[i]] = *place(args, comm.rank, i / all, round, i % all);
+#pragma unroll 1
+    for (uint32_t i = thread; i < ranks * all; i += threads) {
+      const int slot = args.slots[i];
+      const uint32_t source = i / all;
+      if (slot >= 0) args.by_row[slot] = *place(args, comm.rank, source, round, i - source * all);
+    }
   } else {
-    for (int64_t i = thread; i < mine; i += threads) {
+#pragma unroll 1
+    for (uint32_t i = thread; i < mine; i += threads) {
       const int64_t expert = args.topk_idx[i];
-      const bool routed = expert >= 0;
-      args.by_token[i] = routed ? *place(args, comm.rank, expert / args.experts_per_rank, round, i) : 0.0f;
+      const int owner = static_cast<int>(expert) / args.experts_per_rank;
+      args.by_token[i] = expert >= 0 ? *place(args, comm.rank, owner, round, i) : 0.0f;
     }
   }
   end_round(comm, round);

@@ -13,12 +13,13 @@ constexpr int kMaxRanks = 8;
 constexpr int kMaxTopK = 32;
 constexpr int kMaxExperts = 1024;
 constexpr int kChunkTokens = 32;
-constexpr int kCombineGroup = 8;  // tokens that share a landing flag
+constexpr int kCombineGroup = 8;   // tokens that share a landing flag
+constexpr int kStagedChunks = 32;  // parts of a rank's tokens with a flag each that says they are staged
 constexpr uint16_t kNotRouted = 0xffff;
 
 struct BufferShape {
   int32_t ranks;
-  int32_t max_tokens;  // of a rank; a multiple of kChunkTokens
+  int32_t max_tokens;  // of a rank; a multiple of kChunkTokens and of kStagedChunks
   int32_t max_top_k;
   int32_t reserved;
   int64_t max_row_bytes;  // of a row as it travels; a multiple of 16
@@ -27,6 +28,7 @@ struct BufferShape {
 struct BufferLayout {
   int64_t entered;        // uint32 [ranks]: the round each peer has entered
   int64_t chunk_flags;    // uint64 [2][ranks][chunks]: round << 32 | tokens in the chunk
+  int64_t staged;         // uint32 [ranks][kStagedChunks]: the last dispatch that the chunk was staged for
   int64_t landing_flags;  // uint32 [ranks][max_tokens / kCombineGroup]: round
   int64_t weight_flags;   // uint32 [ranks]: round
   int64_t routing;        // uint16 [2][ranks][max_tokens][top_k rounded up to 8]: expert or kNotRouted
@@ -49,6 +51,7 @@ inline BufferLayout buffer_layout(const BufferShape& shape) {
   BufferLayout layout;
   layout.entered = place(ranks * 4);
   layout.chunk_flags = place(2 * ranks * (tokens / kChunkTokens) * 8);
+  layout.staged = place(ranks * kStagedChunks * 4);
   layout.landing_flags = place(ranks * (tokens / kCombineGroup) * 4);
   layout.weight_flags = place(ranks * 4);
   layout.routing = place(2 * ranks * tokens * routing_stride(shape.max_top_k) * 2);

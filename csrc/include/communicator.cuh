@@ -1,8 +1,9 @@
 // What all kernels of a communicator share: rounds, waits that end, and the report of what went wrong.
 //
 // Rounds. Every kernel that talks to peers is one round; the number lives in device memory, so that a captured CUDA
-// graph counts on. A rank *enters* round e by telling all peers so (release), which says that it has finished all
-// rounds before e, and it leaves no round before all peers have entered it. Hence, in round e:
+// graph counts on. A rank *enters* round e by telling all peers so (release), by announce_round or by another flag that
+// carries the round, which says that it has finished all rounds before e; and it leaves no round before all peers have
+// entered it. Hence, in round e:
 //   (1) every peer has entered round e - 1, so it has finished rounds up to e - 2: what rounds e - 2 and earlier read
 //       may be overwritten. Parts of the buffer that come in two copies use copy e % 2.
 //       Staged rows are the exception: dispatch d takes copy d % 2, so that they can be staged while the layout, whose
@@ -20,14 +21,16 @@ namespace ep_moe {
 
 // In local device memory, zero at first.
 struct Workspace {
-  uint32_t round;           // rounds finished
-  uint32_t exited_blocks;   // of the running kernel
-  uint32_t arrived_blocks;  // at the grid barrier
-  uint32_t barrier_round;   // the last round whose grid barrier opened
-  uint32_t failed;          // set once a wait ended in vain: later waits end at once
-  uint32_t reported;        // set once there is a fault report
-  uint32_t dispatches;      // finished
-  uint32_t reserved;
+  uint32_t round;                        // rounds finished
+  uint32_t exited_blocks;                // of the running kernel
+  uint32_t arrived_blocks;               // at the grid barrier
+  uint32_t barrier_round;                // the last round whose grid barrier opened
+  uint32_t failed;                       // set once a wait ended in vain: later waits end at once
+  uint32_t reported;                     // set once there is a fault report
+  uint32_t dispatches;                   // finished, or given up by the host between staging and dispatch
+  uint32_t placed;                       // 1 once the last layout has ended, 0 from its start on
+  uint32_t staging_units;                // that warps of the running staging kernel have drawn
+  uint32_t staged_units[kStagedChunks];  // of each chunk of tokens, that this kernel has staged
 };
 
 // First fields of the arguments of every kernel.
@@ -97,9 +100,14 @@ __device__ inline bool end_round(const Communicator& comm, uint32_t round) {
   return true;
 }
 
+// The dispatch that is running or, while none is, the next one, counted from 1: that which tokens are staged for.
+__device__ __forceinline__ uint32_t staging_dispatch(const Communicator& comm) {
+  return *reinterpret_cast<volatile uint32_t*>(&comm.workspace->dispatches) + 1;
+}
+
 // Where in every rank's buffer the staged rows of this dispatch, or of the next one if none is running, begin.
 __device__ __forceinline__ int64_t staged_rows(const Communicator& comm) {
-  const int64_t copy = *reinterpret_cast<volatile uint32_t*>(&comm.workspace->dispatches) % 2;
+  const int64_t copy = staging_dispatch(comm) % 2;
   return comm.layout.rows + copy * comm.shape.max_tokens * comm.shape.max_row_bytes;
 }
 

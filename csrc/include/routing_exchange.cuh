@@ -33,15 +33,19 @@ __device__ inline Share my_chunks(const Communicator& comm) {
 // All threads of a block: the routing of its share to all ranks.
 __device__ inline void send_routing(const Communicator& comm, const LocalRouting& local, Share share, uint32_t round) {
   const int ranks = comm.shape.ranks, top_k = local.top_k, copy = round % 2;
-  const int stride = routing_stride(comm.shape.max_top_k), experts_per_rank = local.num_experts / ranks;
+  const int stride = routing_stride(comm.shape.max_top_k);
+  const float ranks_per_expert = 1.0f / static_cast<float>(local.num_experts / ranks);
   const int first = share.first_chunk * kChunkTokens;
   const int end = min(share.end_chunk * kChunkTokens, min(local.tokens, comm.shape.max_tokens));
   const int64_t table = (static_cast<int64_t>(copy) * ranks + comm.rank) * comm.shape.max_tokens;
   const int entries = local.topk_weights == nullptr ? 0 : max(end - first, 0) * top_k;
   const float* weights = local.topk_weights + static_cast<int64_t>(first) * top_k;
   float weight = threadIdx.x < entries ? weights[threadIdx.x] : 0.0f;  // under way while routing is sent
+#pragma unroll 1
   for (int token = first + threadIdx.x; token < end; token += blockDim.x) {
     uint32_t owners = 0;
+    int64_t bad = -1;
+#pragma unroll 1
     for (int base = 0; base < top_k; base += 8) {
       int64_t experts[8];
 #pragma unroll
@@ -50,29 +54,33 @@ __device__ inline void send_routing(const Communicator& comm, const LocalRouting
       __align__(16) uint16_t packed[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        int expert = static_cast<int>(experts[i]);
-        if (experts[i] < -1 || experts[i] >= local.num_experts) {
-          report_fault(comm, Fault::kExpertRange, Step::kRouting, comm.rank, round, experts[i], local.num_experts);
-          expert = -1;
-        }
-        packed[i] = expert < 0 ? kNotRouted : static_cast<uint16_t>(expert);
-        if (expert >= 0) owners |= 1u << (expert / experts_per_rank);
+        const int expert = static_cast<int>(experts[i]);
+        const bool routed = experts[i] >= 0 && experts[i] < local.num_experts;
+        if (!routed && experts[i] != -1) bad = experts[i];
+        packed[i] = routed ? static_cast<uint16_t>(expert) : kNotRouted;
+        // A division: exact, because of at most kMaxExperts experts.
+        if (routed) owners |= 1u << static_cast<uint32_t>((expert + 0.5f) * ranks_per_expert);
       }
       const uint4 value = *reinterpret_cast<const uint4*>(packed);
+#pragma unroll 1
       for (int peer = 0; peer < ranks; ++peer)
         *reinterpret_cast<uint4*>(part<uint16_t>(comm, peer, comm.layout.routing) + (table + token) * stride + base) =
             value;
     }
+    if (bad != -1) report_fault(comm, Fault::kExpertRange, Step::kRouting, comm.rank, round, bad, local.num_experts);
     local.owners[token] = static_cast<uint8_t>(owners);
   }
+#pragma unroll 1
   for (int i = threadIdx.x; i < entries; i += blockDim.x) {
     if (i != threadIdx.x) weight = weights[i];
     const int token = first + i / top_k, k = i % top_k;
+#pragma unroll 1
     for (int peer = 0; peer < ranks; ++peer)
       part<float>(comm, peer, comm.layout.weights)[(table + token) * comm.shape.max_top_k + k] = weight;
   }
   __syncthreads();  // all routing of the share is written before its flags are released
   const int share_chunks = share.end_chunk - share.first_chunk;
+#pragma unroll 1
   for (int i = threadIdx.x; i < share_chunks * ranks; i += blockDim.x) {
     const int chunk = share.first_chunk + i / ranks, peer = i % ranks;
     const int chunks = comm.shape.max_tokens / kChunkTokens;

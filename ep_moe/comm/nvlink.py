@@ -26,7 +26,7 @@ from ep_moe.comm.sm_budget import combine_sms, dispatch_sms
 from ep_moe.native import pointer
 
 _MAX_WARPS, _MAX_STAGES = 8, 3
-_WEIGHTS_SMS = 16  # values of 4 bytes
+_WEIGHTS_SMS = 64  # one value a thread at usual sizes: they wait more than they move
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,11 @@ class NvlinkCommunicator:
                     segments = ExpertSegments(places.counts, places.ends, None, places.row_of_slot.shape[0])
                     received = places.max_received
                     break
-                most_tokens, counts = self._host_counts.wait(local_experts)
+                try:
+                    most_tokens, counts = self._host_counts.wait(local_experts)
+                except ValueError:
+                    core.skip_dispatch()
+                    raise
                 if most_tokens <= core.max_tokens:
                     *sizes, received = counts
                     if alignment > 1:
@@ -174,7 +178,7 @@ class NvlinkCommunicator:
             routes = NvlinkHandle(
                 local_experts, num_sms, topk_idx, places.slots, places.rows, places.owners, segments, received
             )
-            rows, row_scales = self._pull(x, wire, routes, layout)
+            rows, row_scales = self._pull(x, wire, routes, layout, early=True)
         weights = None
         if topk_weights is not None and places.slot_weights is not None:
             weights = places.slot_weights[: segments.num_rows].to(topk_weights.dtype)
@@ -190,7 +194,7 @@ class NvlinkCommunicator:
         self._core.reserve(handle.tokens, handle.top_k, wire.bytes)
         with self._core:
             self._stage(x.contiguous(), None, wire, early=False)
-            return self._pull(x, wire, handle, layout)[0]
+            return self._pull(x, wire, handle, layout, early=False)[0]
 
     def dispatch_weights(self, topk_weights: Tensor, handle: NvlinkHandle) -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_weights`."""
@@ -268,9 +272,17 @@ class NvlinkCommunicator:
         self._core.launch("stage", arguments)
 
     def _pull(
-        self, x: Tensor, wire: WireFormat, handle: NvlinkHandle, layout: RowLayout
+        self, x: Tensor, wire: WireFormat, handle: NvlinkHandle, layout: RowLayout, *, early: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Bring the rows routed here to their places."""
+        """Bring the rows routed here to their places, as they are staged: staging must be the last work of the stream.
+
+        Args:
+            x: what was staged.
+            wire: how rows travel.
+            handle: where they go.
+            layout: of the result.
+            early: beside the layout kernel ahead of staging.
+        """
         segments, num_rows, places = handle.segments, handle.num_rows(layout), handle.places(layout)
         num_sms = handle.num_sms or dispatch_sms(self.size, handle.experts_per_rank, handle.top_k, layout)
         rows_dtype = torch.float8_e4m3fn if wire.scales else x.dtype
@@ -297,6 +309,7 @@ class NvlinkCommunicator:
             warps=warps,
             stages=min(SHARED_BYTES // (warps * stage_bytes), _MAX_STAGES),
             stage_bytes=stage_bytes,
+            early=int(early),
         )
         self._core.launch("dispatch", arguments)
         return rows, scales

@@ -14,8 +14,8 @@ MAX_RANKS = 8
 MAX_TOP_K = 32
 MAX_EXPERTS = 1024
 CHUNK_TOKENS = 32
-WORKSPACE_WORDS = 8
-REPORTED = 5  # of these
+WORKSPACE_WORDS = 9 + 32
+REPORTED, DISPATCHES = 5, 6  # of these
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # Element
 
@@ -50,6 +50,7 @@ class BufferLayout(ctypes.Structure):
         for name in (
             "entered",
             "chunk_flags",
+            "staged",
             "landing_flags",
             "weight_flags",
             "routing",
@@ -155,6 +156,8 @@ class DispatchArgs(ctypes.Structure):
         ("warps", c_int32),
         ("stages", c_int32),
         ("stage_bytes", c_int32),
+        ("early", c_int32),
+        ("reserved", c_int32),
     )
 
 
@@ -218,6 +221,7 @@ def load_entry_points() -> ctypes.CDLL:
 __all__ = [
     "BFLOAT16",
     "CHUNK_TOKENS",
+    "DISPATCHES",
     "ENTRY_POINTS",
     "FAULT_EXPERT_RANGE",
     "FAULT_OVERFLOW",

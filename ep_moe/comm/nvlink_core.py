@@ -96,6 +96,10 @@ class NvlinkCore:
         """Call an entry point on the current stream."""
         launch(self._library, name, arguments, self.device)
 
+    def skip_dispatch(self) -> None:
+        """Count a dispatch that is staged but will not run: the next must not take its tokens for their own."""
+        self._workspace[native.DISPATCHES] += 1
+
     def check(self) -> None:
         """Raise what a kernel has reported so far; see :meth:`FaultMonitor.check`."""
         self._faults.check()
