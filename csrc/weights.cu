@@ -1,4 +1,5 @@
-// Weights: one fp32 value a routed entry, from the token's rank to the expert's (routing weights) or back (gradients).
+// Weights: one fp32 value a routed entry, from the token's rank to the expert's (routing weights) or back (gradients);
+// or top-k values a received row, back to the token's rank, which adds those of all ranks in ascending order.
 //
 //   writer                    reader                        ordered by
 //   weights[e % 2] (peers)    the value's destination       grid barrier, then weight flag: st.release / ld.acquire
@@ -10,19 +11,23 @@ namespace ep_moe {
 
 struct WeightsArgs {
   Communicator comm;
-  const int32_t* slots;     // [ranks][slot_tokens][top_k], from the layout
+  const int32_t* slots;     // [ranks][slot_tokens][top_k], from the layout; its rows [ranks][slot_tokens] for kSums
   const int64_t* topk_idx;  // [tokens][top_k], global expert or -1
-  float* by_token;          // [tokens][top_k]; read if to_rows, written otherwise (0 where not routed)
-  float* by_row;            // [num_rows]; written if to_rows (padding is left alone), read otherwise
+  const uint8_t* owners;    // [tokens]: bit r says that rank r has a row of this token
+  float* by_token;          // [tokens][top_k]; read for kToSlots, written otherwise (0 where not routed)
+  float* by_row;            // [slots]; written for kToSlots (padding is left alone), read otherwise; [rows][top_k] for
+                            // kSums
   int32_t tokens;
   int32_t top_k;
   int32_t experts_per_rank;
-  int32_t to_rows;
+  int32_t direction;
   int32_t slot_tokens;
   int32_t reserved;
 };
 
 namespace {
+
+enum Direction : int32_t { kToSlots = 0, kFromSlots = 1, kSums = 2 };
 
 constexpr int kThreads = 512;
 
@@ -44,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, 1) weights_kernel(const __grid_const
   const uint32_t all = static_cast<uint32_t>(args.slot_tokens) * args.top_k;
   announce_round(comm, round);
 
-  if (args.to_rows) {
+  if (args.direction == kToSlots) {
 #pragma unroll 1
     for (uint32_t i = thread; i < mine; i += threads) {
       const float value = args.by_token[i];
@@ -54,9 +59,11 @@ __global__ void __launch_bounds__(kThreads, 1) weights_kernel(const __grid_const
   } else {
 #pragma unroll 1
     for (uint32_t i = thread; i < ranks * all; i += threads) {
-      const int slot = args.slots[i];
-      const uint32_t source = i / all;
-      if (slot >= 0) *place(args, source, comm.rank, round, i - source * all) = args.by_row[slot];
+      const uint32_t source = i / all, token = i / args.top_k;
+      const int slot = args.slots[args.direction == kSums ? token : i];
+      if (slot < 0) continue;
+      const int64_t value = args.direction == kSums ? static_cast<int64_t>(slot) * args.top_k + i % args.top_k : slot;
+      *place(args, source, comm.rank, round, i - source * all) = args.by_row[value];
     }
   }
   grid_barrier(comm, round);  // everything is written before the flags are released
@@ -70,19 +77,28 @@ __global__ void __launch_bounds__(kThreads, 1) weights_kernel(const __grid_const
   }
   __syncthreads();
 
-  if (args.to_rows) {
+  if (args.direction == kToSlots) {
 #pragma unroll 1
     for (uint32_t i = thread; i < ranks * all; i += threads) {
       const int slot = args.slots[i];
       const uint32_t source = i / all;
       if (slot >= 0) args.by_row[slot] = *place(args, comm.rank, source, round, i - source * all);
     }
-  } else {
+  } else if (args.direction == kFromSlots) {
 #pragma unroll 1
     for (uint32_t i = thread; i < mine; i += threads) {
       const int64_t expert = args.topk_idx[i];
       const int owner = static_cast<int>(expert) / args.experts_per_rank;
       args.by_token[i] = expert >= 0 ? *place(args, comm.rank, owner, round, i) : 0.0f;
+    }
+  } else {
+#pragma unroll 1
+    for (uint32_t i = thread; i < mine; i += threads) {
+      float sum = 0.0f;
+#pragma unroll 1
+      for (uint32_t owners = args.owners[i / args.top_k]; owners != 0; owners &= owners - 1)
+        sum += *place(args, comm.rank, __ffs(owners) - 1, round, i);
+      args.by_token[i] = sum;
     }
   }
   end_round(comm, round);

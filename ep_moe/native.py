@@ -170,9 +170,21 @@ def stream_handle(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)
 
 
+def current_stream(device: int) -> torch.cuda.Stream:
+    """The current stream of a GPU, by an object that is made once."""
+    key = device, stream_handle(device)
+    stream = _streams.get(key)
+    if stream is None:
+        stream = _streams[key] = torch.cuda.current_stream(device)
+    return stream
+
+
 def pointer(tensor: torch.Tensor | None) -> int | None:
     """Address of a tensor's data, for a field of an argument struct."""
     return None if tensor is None else tensor.data_ptr()
+
+
+_streams: dict[tuple[int, int], torch.cuda.Stream] = {}  # by GPU and handle
 
 
 @functools.cache

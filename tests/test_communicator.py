@@ -77,8 +77,16 @@ def run_exchange(rank: int, world: int, kind: str, device: str, case: Case, alig
         "rows_per_rank": once.routing.rows_per_rank,
         "received_cached": communicator.dispatch_cached(x * 2, arrived.handle, "rows"),
         "received_combined": communicator.combine(received * 0.5, once.handle, "rows"),
+        "received_sums": communicator.combine_received(
+            _whole_numbers(received.shape[0], case.top_k).to(on), once.handle
+        ),
     }
     return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in out.items()}
+
+
+def _whole_numbers(rows: int, top_k: int) -> torch.Tensor:
+    """Values of received rows whose sums are exact: ``[rows, top_k]``."""
+    return torch.arange(rows * top_k, dtype=torch.float32).view(rows, top_k)
 
 
 def check_routing(case: Case, rank: int, result: dict, arrivals: list[tuple[int, int]]) -> None:
@@ -104,6 +112,7 @@ def check_exchange(case: Case, results: list[dict], alignment: int, fp8: bool) -
     inputs = [make_inputs(case, rank) for rank in range(case.ranks)]
     sources = [quantize_dequantize(x) if fp8 else x for x, _, _ in inputs]
     returned = [torch.zeros_like(weights) for _, _, weights in inputs]
+    sums = [torch.zeros(weights.shape) for _, _, weights in inputs]
     for rank, (result, slots) in enumerate(zip(results, expected_slots(case), strict=True)):
         counts = [
             sum(int((idx == rank * case.local_experts + e).sum()) for _, idx, _ in inputs)
@@ -132,6 +141,8 @@ def check_exchange(case: Case, results: list[dict], alignment: int, fp8: bool) -
         assert torch.equal(result["row_of_slot"], row_of_slot)
         assert torch.equal(result["received_row_of_slot"], row_of_slot)
         check_routing(case, rank, result, arrivals)
+        for (source, token), values in zip(arrivals, _whole_numbers(len(arrivals), case.top_k), strict=True):
+            sums[source][token] += values
         received = [sources[source][token] for source, token in arrivals]
         cached_once = [inputs[source][0][token] * 2 for source, token in arrivals]
         empty = torch.zeros(0, case.hidden, dtype=case.dtype)
@@ -139,6 +150,7 @@ def check_exchange(case: Case, results: list[dict], alignment: int, fp8: bool) -
         assert torch.equal(result["received_cached"], torch.stack(cached_once) if received else empty)
     for rank, result in enumerate(results):
         assert torch.equal(result["returned"], returned[rank])
+        assert torch.equal(result["received_sums"], sums[rank])
         routed = (inputs[rank][1] >= 0).sum(1, keepdim=True)
         exact = sources[rank].to(torch.float64) * 0.5 * routed
         # Each rank's partial sum and the final sum are rounded once to the dtype that travels; of subnormal numbers,

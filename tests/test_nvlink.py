@@ -51,6 +51,7 @@ def _compare(rank: int, world: int, first_seed: int, count: int) -> list[str]:
         z = torch.randn(once.rows.shape, device=on).to(case.dtype)
         y = torch.randn(got.segments.num_rows, case.hidden, device=on).to(case.dtype)
         values = torch.randn(got.segments.num_rows, device=on)
+        sums = torch.randn(once.rows.shape[0], case.top_k, device=on)
         summed, expected, repeated = (
             communicator.combine(y, arrived.handle)
             for communicator, arrived in ((ours, got), (oracle, want), (ours, again))
@@ -79,6 +80,9 @@ def _compare(rank: int, world: int, first_seed: int, count: int) -> list[str]:
             ),
             "received combined": torch.equal(
                 ours.combine(z, once.handle, "rows"), oracle.combine(z, wanted_once.handle, "rows")
+            ),
+            "received sums": torch.equal(
+                ours.combine_received(sums, once.handle), oracle.combine_received(sums, wanted_once.handle)
             ),
             "combine": torch.equal(summed, expected),
             "combine rounds": bool(((summed.double() - exact).abs() <= allowed).all()),

@@ -201,7 +201,7 @@ class NvlinkCommunicator:
         if topk_weights.shape != (handle.tokens, handle.top_k):
             raise ValueError(f"topk_weights: expected {[handle.tokens, handle.top_k]}, got {list(topk_weights.shape)}")
         slots = torch.zeros(handle.segments.num_rows, dtype=torch.float32, device=self.device)
-        self._exchange_weights(topk_weights.float().contiguous(), slots, handle, to_rows=True)
+        self._exchange_weights(topk_weights.float().contiguous(), slots, handle, native.TO_SLOTS)
         return slots.to(topk_weights.dtype)
 
     def combine(self, rows: Tensor, handle: NvlinkHandle, layout: RowLayout = "expert_major") -> Tensor:
@@ -236,8 +236,17 @@ class NvlinkCommunicator:
         if row_weights.shape != (handle.segments.num_rows,):
             raise ValueError(f"row_weights: expected [{handle.segments.num_rows}], got {list(row_weights.shape)}")
         out = torch.empty(handle.tokens, handle.top_k, dtype=torch.float32, device=self.device)
-        self._exchange_weights(out, row_weights.float().contiguous(), handle, to_rows=False)
+        self._exchange_weights(out, row_weights.float().contiguous(), handle, native.FROM_SLOTS)
         return out.to(row_weights.dtype)
+
+    def combine_received(self, values: Tensor, handle: NvlinkHandle) -> Tensor:
+        """See :meth:`ep_moe.comm.communicator.Communicator.combine_received`."""
+        expected = [handle.num_received, handle.top_k]
+        if values.dtype != torch.float32 or list(values.shape) != expected:
+            raise ValueError(f"values: expected torch.float32 {expected}, got {values.dtype} {list(values.shape)}")
+        out = torch.empty(handle.tokens, handle.top_k, dtype=torch.float32, device=self.device)
+        self._exchange_weights(out, values.contiguous(), handle, native.SUMS)
+        return out
 
     def _check_limits(self, topk_idx: Tensor, num_experts: int, max_rows: int | None) -> None:
         if topk_idx.shape[1] > native.MAX_TOP_K:
@@ -314,18 +323,19 @@ class NvlinkCommunicator:
         self._core.launch("dispatch", arguments)
         return rows, scales
 
-    def _exchange_weights(self, by_token: Tensor, by_row: Tensor, handle: NvlinkHandle, *, to_rows: bool) -> None:
+    def _exchange_weights(self, by_token: Tensor, by_row: Tensor, handle: NvlinkHandle, direction: int) -> None:
         with self._core:
             arguments = native.WeightsArgs(
                 comm=self._core.arguments(min(handle.num_sms or _WEIGHTS_SMS, _WEIGHTS_SMS)),
-                slots=handle.slots.data_ptr(),
+                slots=(handle.rows if direction == native.SUMS else handle.slots).data_ptr(),
                 topk_idx=handle.topk_idx.data_ptr(),
+                owners=handle.owners.data_ptr(),
                 by_token=by_token.data_ptr(),
                 by_row=by_row.data_ptr(),
                 tokens=handle.tokens,
                 top_k=handle.top_k,
                 experts_per_rank=handle.experts_per_rank,
-                to_rows=int(to_rows),
+                direction=direction,
                 slot_tokens=handle.slots.shape[1],
             )
             self._core.launch("weights", arguments)

@@ -18,6 +18,7 @@ WORKSPACE_WORDS = 9 + 32
 REPORTED, DISPATCHES = 5, 6  # of these
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # Element
+TO_SLOTS, FROM_SLOTS, SUMS = 0, 1, 2  # Direction of weights.cu
 
 FAULT_TIMEOUT, FAULT_EXPERT_RANGE, FAULT_OVERFLOW, FAULT_TOKENS = 1, 2, 3, 4
 STEPS = {
@@ -186,12 +187,13 @@ class WeightsArgs(ctypes.Structure):
         ("comm", CommunicatorArgs),
         ("slots", c_void_p),
         ("topk_idx", c_void_p),
+        ("owners", c_void_p),
         ("by_token", c_void_p),
         ("by_row", c_void_p),
         ("tokens", c_int32),
         ("top_k", c_int32),
         ("experts_per_rank", c_int32),
-        ("to_rows", c_int32),
+        ("direction", c_int32),
         ("slot_tokens", c_int32),
         ("reserved", c_int32),
     )
@@ -229,11 +231,14 @@ __all__ = [
     "FAULT_TOKENS",
     "FLOAT16",
     "FLOAT32",
+    "FROM_SLOTS",
     "MAX_EXPERTS",
     "MAX_RANKS",
     "MAX_TOP_K",
     "REPORTED",
     "STEPS",
+    "SUMS",
+    "TO_SLOTS",
     "WORKSPACE_WORDS",
     "BufferLayout",
     "BufferShape",

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ep_moe.comm import nvlink_args as native
 from ep_moe.comm.nvlink_faults import FaultMonitor
 from ep_moe.comm.symmetric import SymmetricBuffer, allocate_symmetric
-from ep_moe.native import launch, stream_handle
+from ep_moe.native import current_stream, launch, stream_handle
 
 
 class NvlinkCore:
@@ -140,7 +140,7 @@ class NvlinkCore:
             return
         if self._last_stream is not None and self._last_stream.cuda_stream == stream_handle(self.device.index):
             return
-        stream = torch.cuda.current_stream(self.device)
+        stream = current_stream(self.device.index)
         if self._last_stream is not None:
             stream.wait_event(self._last)
         self._last_stream = stream

@@ -29,7 +29,7 @@ from ep_moe.comm.nvlink_args import MAX_RANKS
 from ep_moe.comm.nvlink_faults import FaultMonitor
 from ep_moe.comm.nvlink_rounds import Rounds
 from ep_moe.comm.symmetric import SymmetricBuffer, allocate_symmetric
-from ep_moe.native import launch, pointer
+from ep_moe.native import current_stream, launch, pointer, stream_handle
 
 _SCALE_FORMATS: dict[ScaleFormat, int] = {"none": 0, "fp32": 1, "ue8m0": 2}
 _TABLE_BYTES = 96 * 1024  # of shared memory: two blocks share a multiprocessor
@@ -110,7 +110,7 @@ class NvlinkLowLatencyCommunicator:
         self._common = native.LowLatency()
         self._captured = False
         self._masked = 0
-        self._dispatches, self._combines = Rounds("dispatches"), Rounds("combines")
+        self._dispatches, self._combines = (Rounds(what, device.index) for what in ("dispatches", "combines"))
         self._lock = threading.Lock()  # hooks may be called by other threads
 
     @property
@@ -300,25 +300,24 @@ class NvlinkLowLatencyCommunicator:
         self._faults.check()
         if torch.cuda.is_current_stream_capturing():
             self._captured = True
-        with torch.cuda.device(self.device):
-            arguments.ll.phases = native.SEND if split else native.SEND | native.RECEIVE
-            number = rounds.send(lambda: self._launch(name, arguments))
-            if not split:
-                rounds.receive(number, lambda: None)
-                return _nothing
-        home, called = torch.cuda.current_stream(self.device), False
+        arguments.ll.phases = native.SEND if split else native.SEND | native.RECEIVE
+        number = rounds.send(lambda: self._launch(name, arguments))
+        if not split:
+            rounds.receive(number, _nothing)
+            return _nothing
+        home, called = stream_handle(self.device.index), False
 
         def hook() -> None:
             nonlocal called
-            with self._lock, torch.cuda.device(self.device):
+            with self._lock:
                 if called:
                     raise RuntimeError(f"the hook of a {name} was called twice")
                 called = True
                 self._faults.check()
                 arguments.ll.phases = native.RECEIVE
                 rounds.receive(number, lambda: self._launch(name, arguments))
-                stream = torch.cuda.current_stream(self.device)
-                if stream != home:
+                stream = current_stream(self.device.index)
+                if stream.cuda_stream != home:
                     for tensor in used_by_receive:
                         tensor.record_stream(stream)
 

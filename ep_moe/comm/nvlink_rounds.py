@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from ep_moe.comm.low_latency import IN_FLIGHT
+from ep_moe.native import current_stream, stream_handle
 
 
-@dataclass(frozen=True)
 class _Point:
-    """A place in a stream."""
+    """A place in a stream, moved on from round to round: an event made anew costs more than the launch it orders."""
 
-    stream: torch.cuda.Stream
-    event: torch.cuda.Event
+    def __init__(self, device: int) -> None:
+        self._device = device
+        self._event = torch.cuda.Event()
+        self._stream: int | None = None
 
-    @classmethod
-    def now(cls) -> _Point:
-        stream = torch.cuda.current_stream()
-        return cls(stream, stream.record_event())
+    def mark(self) -> None:
+        """Behind everything on the current stream."""
+        stream = current_stream(self._device)
+        self._event.record(stream)
+        self._stream = stream.cuda_stream
 
     def wait(self) -> None:
-        stream = torch.cuda.current_stream()
-        if stream != self.stream:
-            stream.wait_event(self.event)
+        """Make the current stream wait, if it is another one."""
+        if self._stream is not None and self._stream != stream_handle(self._device):
+            current_stream(self._device).wait_event(self._event)
 
 
 class Rounds:
@@ -35,42 +37,39 @@ class Rounds:
     it orders it against the rest.
     """
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, device: int) -> None:
+        """``what`` there are rounds of, for messages; ``device`` is the index of a GPU."""
         self._what = what
         self._sent = 0
         self._waiting: set[int] = set()  # rounds sent and not received
-        self._last_send: _Point | None = None
-        self._sends: dict[int, _Point] = {}
-        self._receives: dict[int, _Point] = {}
+        # Of a round at its number modulo IN_FLIGHT: it has been received when the next one of this place is sent.
+        self._sends = tuple(_Point(device) for _ in range(IN_FLIGHT))
+        self._receives = tuple(_Point(device) for _ in range(IN_FLIGHT))
 
     def send(self, launch: Callable[[], None]) -> int:
         """Launch the send of a new round; returns its number."""
-        oldest = self._sent + 1 - IN_FLIGHT
-        if any(number <= oldest for number in self._waiting):
+        number = self._sent + 1
+        if any(waiting <= number - IN_FLIGHT for waiting in self._waiting):
             raise RuntimeError(
                 f"{self._what}: at most {IN_FLIGHT} may be under way; call the hook of the one before last first"
             )
-        self._sent += 1
-        before = self._receives.pop(oldest, None)
         if torch.cuda.is_current_stream_capturing():
             launch()
         else:
-            for point in (before, self._last_send):
-                if point is not None:
-                    point.wait()
+            self._receives[number % IN_FLIGHT].wait()
+            self._sends[self._sent % IN_FLIGHT].wait()
             launch()
-            self._last_send = self._sends[self._sent] = _Point.now()
-        self._waiting.add(self._sent)
-        return self._sent
+            self._sends[number % IN_FLIGHT].mark()
+        self._sent = number
+        self._waiting.add(number)
+        return number
 
     def receive(self, number: int, launch: Callable[[], None]) -> None:
         """Launch the receive of a round."""
-        sent = self._sends.pop(number, None)
         if torch.cuda.is_current_stream_capturing():
             launch()
         else:
-            if sent is not None:
-                sent.wait()
+            self._sends[number % IN_FLIGHT].wait()
             launch()
-            self._receives[number] = _Point.now()
+            self._receives[number % IN_FLIGHT].mark()
         self._waiting.discard(number)

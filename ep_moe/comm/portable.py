@@ -22,6 +22,7 @@ from ep_moe.comm.communicator import (
     RowLayout,
     check_dispatch_shapes,
     check_expert_range,
+    combine_received_as_rows,
     exchange_signature,
 )
 from ep_moe.comm.fp8 import quantize_e4m3
@@ -176,6 +177,10 @@ class PortableCommunicator:
         by_entry.view(-1)[experts.entries] = row_weights[experts.slots]
         returned = self._exchange(by_entry, handle.recv_counts, handle.send_counts)
         return sum_by_token(returned, handle.send_counts, handle.send.tokens, handle.shape[0], row_weights.dtype)
+
+    def combine_received(self, values: Tensor, handle: PortableHandle) -> Tensor:
+        """See :meth:`ep_moe.comm.communicator.Communicator.combine_received`."""
+        return combine_received_as_rows(self, values, handle)
 
     def _exchange_counts(self, send: SendLayout, signature: list[int]) -> tuple[list[int], list[int], list[int]]:
         """Tell every rank how many rows it will get, in all and per expert; the only wait of the host."""

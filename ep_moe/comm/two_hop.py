@@ -30,6 +30,7 @@ from ep_moe.comm.communicator import (
     RowLayout,
     check_dispatch_shapes,
     check_expert_range,
+    combine_received_as_rows,
     exchange_signature,
 )
 from ep_moe.comm.fp8 import quantize_e4m3
@@ -238,6 +239,10 @@ class TwoHopCommunicator:
         with self._ranks_named():
             here = self._node.combine_weights(weights, handle.node)
         return self._sum_over_nodes(here, handle, row_weights.dtype)
+
+    def combine_received(self, values: Tensor, handle: TwoHopHandle) -> Tensor:
+        """See :meth:`ep_moe.comm.communicator.Communicator.combine_received`."""
+        return combine_received_as_rows(self, values, handle)
 
     def _routes(self, counts: _Counts, tokens: Tensor) -> NodeRoutes:
         """Where ``tokens`` (int64 ``[sent]``, by node) go, and how many rows come."""

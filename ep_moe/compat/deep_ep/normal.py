@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from ep_moe.comm import Communicator
 from ep_moe.comm.fp8 import BLOCK
+from ep_moe.compat.deep_ep import routing_counts
 from ep_moe.compat.deep_ep.events import StreamsOfHandle
 
 Rows = Tensor | tuple[Tensor, Tensor]
@@ -79,6 +80,8 @@ def dispatch_layout(topk_idx: Tensor, num_experts: int, ranks: int) -> tuple[Ten
         raise ValueError(f"topk_idx: expected int64 [tokens, top_k], got {topk_idx.dtype} {list(topk_idx.shape)}")
     if num_experts < 1 or num_experts % ranks:
         raise ValueError(f"num_experts: expected a multiple of the {ranks} ranks of the group, got {num_experts}")
+    if routing_counts.usable(topk_idx):
+        return routing_counts.count(topk_idx, num_experts, ranks)
     device = topk_idx.device
     owners = topk_idx.div(num_experts // ranks, rounding_mode="floor")  # -1 stays -1
     in_rank = (owners.unsqueeze(2) == torch.arange(ranks, device=device)).any(1)
@@ -213,7 +216,6 @@ def combine(
     """
     if x.dim() != 2 or x.shape[0] != routes.num_rows:
         raise ValueError(f"x: expected [{routes.num_rows}, hidden] as dispatched, got {list(x.shape)}")
-    weights = None
     if topk_weights is not None:
         expected = [routes.num_rows, routes.top_k]
         if topk_weights.dtype != torch.float32 or list(topk_weights.shape) != expected:
@@ -221,7 +223,6 @@ def combine(
                 f"topk_weights: expected torch.float32 {expected} as dispatched, "
                 f"got {topk_weights.dtype} {list(topk_weights.shape)}"
             )
-        weights = pad(topk_weights, (0, -routes.top_k % _WORDS))
     expected = [routes.tokens, x.shape[1]]
     for index, tensor in enumerate(bias):
         if list(tensor.shape) != expected or tensor.device != x.device:
@@ -229,9 +230,9 @@ def combine(
                 f"bias: expected {expected} on {x.device} in place {index}, got {list(tensor.shape)} on {tensor.device}"
             )
     out = routes.communicator.combine(x, routes.handle, "rows")
-    if weights is not None:
-        weights = routes.communicator.combine(weights, routes.handle, "rows")
-        weights = weights[:, : routes.top_k].contiguous()
+    weights = None
+    if topk_weights is not None:
+        weights = routes.communicator.combine_received(topk_weights, routes.handle)
     if bias:
         accumulate = torch.promote_types(out.dtype, torch.float32)
         total = out.to(accumulate)

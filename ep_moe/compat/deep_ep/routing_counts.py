@@ -1,0 +1,60 @@
+"""The kernel of ``Buffer.get_dispatch_layout``, ``csrc/routing_counts.cu``: whether it fits, and launching it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import c_int32, c_void_p
+
+import torch
+from torch import Tensor
+
+from ep_moe.native import NativeLibraryError, launch, load_entry_points
+
+
+class RoutingCountsArgs(ctypes.Structure):
+    """``RoutingCountsArgs`` of ``routing_counts.cu``, which says what each field means."""
+
+    _fields_ = (
+        ("topk_idx", c_void_p),
+        ("counts", c_void_p),
+        ("in_rank", c_void_p),
+        ("tokens", c_int32),
+        ("top_k", c_int32),
+        ("ranks", c_int32),
+        ("experts_per_rank", c_int32),
+    )
+
+
+def usable(topk_idx: Tensor) -> bool:
+    """Whether the kernel can count these entries: on a GPU, where the CUDA library is."""
+    return topk_idx.is_cuda and _find_library() is not None
+
+
+def count(topk_idx: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`ep_moe.compat.deep_ep.normal.dispatch_layout`, for entries of which :func:`usable` holds."""
+    library, topk_idx = _find_library(), topk_idx.contiguous()
+    assert library is not None  # usable() has seen to it
+    counts = torch.zeros(ranks + num_experts, dtype=torch.int32, device=topk_idx.device)
+    in_rank = torch.empty(topk_idx.shape[0], ranks, dtype=torch.bool, device=topk_idx.device)
+    arguments = RoutingCountsArgs(
+        topk_idx=topk_idx.data_ptr(),
+        counts=counts.data_ptr(),
+        in_rank=in_rank.data_ptr(),
+        tokens=topk_idx.shape[0],
+        top_k=topk_idx.shape[1],
+        ranks=ranks,
+        experts_per_rank=num_experts // ranks,
+    )
+    launch(library, "routing_counts", arguments, topk_idx.device)
+    per_rank, per_expert = counts.split((ranks, num_experts))
+    return per_rank, per_expert, in_rank
+
+
+@functools.cache
+def _find_library() -> ctypes.CDLL | None:
+    """The CUDA library with the signature of the kernel declared, or ``None`` where there is none."""
+    try:
+        return load_entry_points({"routing_counts": RoutingCountsArgs})
+    except NativeLibraryError:
+        return None
