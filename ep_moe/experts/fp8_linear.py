@@ -1,4 +1,4 @@
-"""Linear layers of the experts in FP8, with autograd, and the quantised weights that they keep.
+"""Linear layers of the experts in FP8, with autograd.
 
 Forward and the gradient of the rows multiply in FP8: rows, and gradients of results, are quantised along the reduction
 of the product that reads them. The gradient of the weights is a product in the dtype of the rows.
@@ -20,43 +20,6 @@ from ep_moe.experts.deferred import WeightGradientTask
 from ep_moe.experts.fp8 import Fp8Gemm, Fp8WeightPair
 from ep_moe.experts.gemm import GroupedGemm, row_major, weight_gradient
 from ep_moe.experts.recompute import Recipe, kept
-
-
-class QuantizedWeight:
-    """The FP8 copies of one weight.
-
-    Passes with gradients make new ones each time: optimizers change weights in ways that leave no trace (PyTorch's
-    fused ones count no version, Megatron's write through ``data``). Passes without gradients keep them, until a pass
-    with gradients, or until the weight is another tensor or of another version. Who writes a weight through ``data``
-    between such passes calls :meth:`forget`. Captured CUDA graphs hold the copies that they were captured with.
-    """
-
-    def __init__(self) -> None:
-        self._source: tuple[Any, ...] | None = None
-        self._kept: Fp8WeightPair | None = None
-        self._captured: list[Fp8WeightPair] = []
-
-    def get(self, weight: Tensor, gemm: Fp8Gemm) -> Fp8WeightPair:
-        """The copies of ``weight``; with the transposed one where gradients are enabled."""
-        if torch.is_grad_enabled():
-            self.forget()
-            return gemm.quantize_weight(weight.detach(), True)
-        source = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
-        if self._kept is None or source != self._source:
-            self._source, self._kept = source, gemm.quantize_weight(weight.detach(), False)
-        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._captured.append(self._kept)
-        return self._kept
-
-    def forget(self) -> None:
-        """Quantise at the next call."""
-        self._source = self._kept = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedWeight:
-        return QuantizedWeight()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return QuantizedWeight, ()
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from ep_moe.experts.activation import (
 )
 from ep_moe.experts.backends import ALIGNMENT, select_backend, select_fp8_backend
 from ep_moe.experts.deferred import DeferredGradients, WeightGradientTask
-from ep_moe.experts.fp8_linear import Fp8Products, QuantizedWeight, fp8_grouped_linear
+from ep_moe.experts.fp8_linear import Fp8Products, fp8_grouped_linear
 from ep_moe.experts.gemm import GroupedGemm, grouped_linear
 from ep_moe.experts.init import initialize_experts
+from ep_moe.experts.quantized_weight import QuantizedWeight
 from ep_moe.experts.recompute import Recipe
 from ep_moe.experts.swiglu import swiglu_linear
 from ep_moe.experts.te import import_grouped_gemm
@@ -98,7 +99,10 @@ class GroupedExperts(nn.Module):
         return ALIGNMENT
 
     def forget_quantized_weights(self) -> None:
-        """With ``precision: fp8``, quantise at the next pass: for who writes weights through ``data`` in inference."""
+        """With ``precision: fp8``, quantise at the next pass: for who writes weights through ``data`` on their own.
+
+        See :mod:`ep_moe.experts.quantized_weight` for what is noticed.
+        """
         for kept in self._quantized:
             kept.forget()
 
