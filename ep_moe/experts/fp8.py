@@ -16,6 +16,8 @@ from torch import Tensor
 from ep_moe.comm import ExpertSegments
 from ep_moe.comm.fp8 import BLOCK, E4M3_MAX, MIN_AMAX, quantize_e4m3
 
+_SCALES_OF_VECTOR = 4  # in 16 bytes
+
 
 @dataclass(frozen=True)
 class Fp8Rows:
@@ -23,7 +25,8 @@ class Fp8Rows:
 
     Attributes:
         values: e4m3 ``[num_rows, width]``.
-        scales: fp32 ``[width / 128, num_rows]``, so that neighbouring rows have neighbouring scales.
+        scales: fp32 ``[width / 128, num_rows]``, so that neighbouring rows have neighbouring scales; as
+            :func:`empty_scales` lays them out.
     """
 
     values: Tensor
@@ -66,6 +69,15 @@ class Fp8Gemm:
     quantize_rows: Callable[[Tensor, ExpertSegments], Fp8Rows]
     quantize_weight: Callable[[Tensor, bool], Fp8WeightPair]
     multiply: Callable[[Fp8Rows, Fp8Weight, ExpertSegments, torch.dtype], Tensor]
+
+
+def empty_scales(num_rows: int, width: int, device: torch.device) -> Tensor:
+    """Room for the scales of rows: ``[width / 128, num_rows]``, each block's from a multiple of 16 bytes on.
+
+    So that the copy engine can fetch those of any rows.
+    """
+    room = -(-num_rows // _SCALES_OF_VECTOR) * _SCALES_OF_VECTOR
+    return torch.empty(width // BLOCK, room, dtype=torch.float32, device=device)[:, :num_rows]
 
 
 def emulated_quantize_rows(rows: Tensor, segments: ExpertSegments) -> Fp8Rows:

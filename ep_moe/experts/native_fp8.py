@@ -16,7 +16,7 @@ from ep_moe.comm import ExpertSegments
 from ep_moe.comm.fp8 import BLOCK
 from ep_moe.comm.nvlink_wire import ELEMENTS
 from ep_moe.experts import native_gemm
-from ep_moe.experts.fp8 import Fp8Gemm, Fp8Rows, Fp8Weight, Fp8WeightPair
+from ep_moe.experts.fp8 import Fp8Gemm, Fp8Rows, Fp8Weight, Fp8WeightPair, empty_scales
 from ep_moe.native import launch, load_entry_points
 
 
@@ -74,14 +74,14 @@ def quantize_rows(rows: Tensor, segments: ExpertSegments) -> Fp8Rows:
     """See ``Fp8Gemm``; rows behind the last segment are not read."""
     rows = native_gemm.plain(rows)
     values = torch.empty_like(rows, dtype=torch.float8_e4m3fn)
-    scales = rows.new_empty(rows.shape[1] // BLOCK, rows.shape[0], dtype=torch.float32)
+    scales = empty_scales(rows.shape[0], rows.shape[1], rows.device)
     arguments = QuantizeRowsArgs(
         x=rows.data_ptr(),
         values=values.data_ptr(),
         scales=scales.data_ptr(),
         num_rows=segments.ends[-1:].data_ptr(),
         rows=rows.shape[0],
-        scale_stride=scales.shape[1],
+        scale_stride=scales.stride(0),
         width=rows.shape[1],
         element=ELEMENTS[rows.dtype],
     )
@@ -127,7 +127,7 @@ def multiply(rows: Fp8Rows, weight: Fp8Weight, segments: ExpertSegments, dtype: 
         out=out.data_ptr(),
         ends=segments.ends.data_ptr(),
         num_rows=values.shape[0],
-        scale_stride=rows.scales.shape[1],
+        scale_stride=rows.scales.stride(0),
         experts=weight.values.shape[0],
         reduction=values.shape[1],
         columns=out.shape[1],
