@@ -4,7 +4,13 @@
 // 2412.19437, section 3.3): the products of 128 elements of the reduction are summed by the multiply, then scaled and
 // added to fp32 registers ("promoted"). A tile is up to 256 tokens by 128 weight rows, so that it has one weight scale
 // a step; tokens are the multiply's rows, so that a thread has two token scales a multiply, and are cut into units of
-// 64, which go to the two warpgroups in turn. One thread copies. While one warpgroup promotes, the other multiplies.
+// 64, which go to the two warpgroups in turn. One thread copies.
+//
+// While one warpgroup promotes, the other multiplies: they take turns, a unit each. Left to themselves they start
+// together on every stage, share the tensor cores, end together and promote together, while nothing multiplies. The
+// turn passes on when half of a unit's multiplies are done: the other half, 128 cycles, covers the way to the next
+// ones, and is not slowed by all of them. Both count the same turns: a warpgroup that has fewer units of a tile than
+// the other passes its turn on.
 //
 // A tile may read rows of the next expert or beyond the last segment: they fall into result rows of their own, which
 // are never stored.
@@ -39,6 +45,7 @@ constexpr int kRingStages = 4;
 using Ring = RingPosition<kRingStages>;
 using Barriers = RingBarriers<kRingStages>;
 constexpr int kBlockK = 128;                 // elements of the reduction in a stage, which share scales
+constexpr int kSteps = kBlockK / kFp8MmaK;   // multiplies of a unit and stage
 constexpr int kUnitBytes = kUnit * kBlockK;  // in a stage
 constexpr int kRowBytes = kMaxTileUnits * kUnitBytes;
 constexpr int kWeightBytes = kFp8Columns * kBlockK;
@@ -47,6 +54,8 @@ constexpr int kSharedBytes = kSwizzleGroupBytes + kRingStages * kStageBytes;
 static_assert(kStageBytes % kSwizzleGroupBytes == 0);
 constexpr int kScalesOfVector = 4;  // row scales are copied from a multiple of 16 bytes on
 constexpr int kStageScales = kMaxTileUnits * kUnit + kScalesOfVector;
+constexpr int kFirstTurnBarrier = 1;  // one a warpgroup
+static_assert(kMultipliers == 2);
 
 struct Fp8Gemm {
   CUtensorMap rows;
@@ -92,6 +101,16 @@ __device__ __forceinline__ void copy_operands(Fp8Block& block) {
       block.position.advance();
     }
   }
+}
+
+// Waits until the other warpgroup is half through its unit. A barrier a warpgroup, for which it waits and at which the
+// other arrives; the next arrival follows the other's next turn, and so this warpgroup's: no phase is overrun.
+__device__ __forceinline__ void take_turn(int warpgroup) {
+  bar_sync(kFirstTurnBarrier + warpgroup, kMultipliers * kWarpgroup);
+}
+
+__device__ __forceinline__ void pass_turn(int warpgroup) {
+  bar_arrive(kFirstTurnBarrier + (warpgroup ^ 1), kMultipliers * kWarpgroup);
 }
 
 // Exchanges a 4 x 4 matrix of words, a column a lane, with its transpose among four neighbouring lanes.
@@ -165,12 +184,15 @@ __device__ __forceinline__ void multiply_tile(Fp8Block& block, const UnitTile& t
       const int place = warpgroup + unit * kMultipliers;
       const uint64_t a = matrix_descriptor(stage + place * kUnitBytes, 0);
       float products[kFp8Columns / 2];
+      take_turn(warpgroup);
       wgmma_fence();
 #pragma unroll
-      for (int step = 0; step < kBlockK / kFp8MmaK; ++step) {
+      for (int step = 0; step < kSteps; ++step) {
         wgmma_e4m3(products, a + step * (kFp8MmaK >> 4), b + step * (kFp8MmaK >> 4), step > 0);
+        if (step % (kSteps / 2) == kSteps / 2 - 1) wgmma_commit_group();
       }
-      wgmma_commit_group();
+      wgmma_wait_group<1>();
+      pass_turn(warpgroup);
       const float above = row_scales[unit * kMultipliers * kUnit] * weight_scale;
       const float below = row_scales[unit * kMultipliers * kUnit + 8] * weight_scale;
       wgmma_wait_group<0>();
@@ -187,6 +209,10 @@ __device__ __forceinline__ void multiply_tile(Fp8Block& block, const UnitTile& t
         sums[unit][i + 3] += products[i + 3] * below;
       }
     }
+    if (units * kMultipliers < tile.units()) {  // the other one has a unit more
+      take_turn(warpgroup);
+      pass_turn(warpgroup);
+    }
     if (units == 0 && signals) mbarrier_arrive(&block.barriers->empty[block.position.stage]);
     block.position.advance();
   }
@@ -200,6 +226,7 @@ __device__ __forceinline__ void multiply_tile(Fp8Block& block, const UnitTile& t
 }
 
 __device__ __forceinline__ void multiply(Fp8Block& block, int warpgroup) {
+  if (warpgroup == 1) pass_turn(warpgroup);  // the first turn is the other's
   for (int index = blockIdx.x; index < block.table->tiles(); index += gridDim.x) {
     const UnitTile tile = block.table->find(index, block.expert);
     const int units = (tile.units() - warpgroup + kMultipliers - 1) / kMultipliers;
