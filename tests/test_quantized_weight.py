@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ep_moe.comm import ExpertSegments
-from ep_moe.experts.fp8 import EMULATED, Fp8Gemm, Fp8WeightPair
+from ep_moe.experts.fp8 import EMULATED, Fp8WeightPair
 from ep_moe.experts.native_fp8 import NATIVE
 from ep_moe.experts.quantized_weight import QuantizedWeight
 
@@ -23,7 +24,7 @@ class Counting:
 
     def __init__(self) -> None:
         self.quantised = 0
-        self.gemm = Fp8Gemm(EMULATED.quantize_rows, self._quantize_weight, EMULATED.multiply)
+        self.gemm = dataclasses.replace(EMULATED, quantize_weight=self._quantize_weight)
 
     def _quantize_weight(self, weight: Tensor, transposed: bool) -> Fp8WeightPair:
         self.quantised += 1

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ep_moe.comm import ExpertSegments
 from ep_moe.comm.fp8 import BLOCK, E4M3_MAX, MIN_AMAX, quantize_e4m3
+from ep_moe.experts.activation import activation_backward, apply_activation
 
 _SCALES_OF_VECTOR = 4  # in 16 bytes
 
@@ -55,6 +57,55 @@ class Fp8WeightPair:
 
 
 @dataclass(frozen=True)
+class Fp8ActivationGradients:
+    """What backward needs of an activation that lies between two products.
+
+    Attributes:
+        x: the gradient of the pre-activations, in their dtype.
+        quantized: the same, quantised after that rounding.
+        activated: the activations, in the dtype of ``x``, or ``None`` if not asked for.
+        row_weights: the gradient of the routing weights in their dtype, or ``None`` if not asked for.
+    """
+
+    x: Tensor
+    quantized: Fp8Rows
+    activated: Tensor | None
+    row_weights: Tensor | None
+
+
+class Fp8Activate(Protocol):
+    """An activation whose result is quantised; see :class:`Fp8Gemm`."""
+
+    def __call__(self, x: Tensor, activation: str, row_weights: Tensor | None, segments: ExpertSegments) -> Fp8Rows:
+        """``apply_activation`` of ``x``, rounded to the dtype of ``x`` and then quantised.
+
+        Rows behind the last segment are unspecified.
+        """
+        ...
+
+
+class Fp8BackwardOfActivation(Protocol):
+    """The gradients of an activation, quantised too; see :class:`Fp8Gemm`."""
+
+    def __call__(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        activation: str,
+        row_weights: Tensor | None,
+        segments: ExpertSegments,
+        *,
+        need_weights: bool,
+        need_activated: bool,
+    ) -> Fp8ActivationGradients:
+        """From the gradient of the activations to that of the pre-activations ``x``.
+
+        Rows behind the last segment are unspecified.
+        """
+        ...
+
+
+@dataclass(frozen=True)
 class Fp8Gemm:
     """A back end of FP8 products. The functions know nothing of autograd; every tensor they get is dense.
 
@@ -64,11 +115,15 @@ class Fp8Gemm:
         multiply: ``(rows [num_rows, in_features], weight, segments, dtype)`` to ``[num_rows, out_features]`` of
             ``dtype``: each expert's rows times its transposed weight. Rows behind the last segment are read into no
             result, and are unspecified in results.
+        activate: see :class:`Fp8Activate`.
+        activation_gradients: see :class:`Fp8BackwardOfActivation`.
     """
 
     quantize_rows: Callable[[Tensor, ExpertSegments], Fp8Rows]
     quantize_weight: Callable[[Tensor, bool], Fp8WeightPair]
     multiply: Callable[[Fp8Rows, Fp8Weight, ExpertSegments, torch.dtype], Tensor]
+    activate: Fp8Activate
+    activation_gradients: Fp8BackwardOfActivation
 
 
 def empty_scales(num_rows: int, width: int, device: torch.device) -> Tensor:
@@ -119,7 +174,40 @@ def emulated_multiply(rows: Fp8Rows, weight: Fp8Weight, segments: ExpertSegments
     return out
 
 
-EMULATED = Fp8Gemm(emulated_quantize_rows, emulated_quantize_weight, emulated_multiply)
+def emulated_activate(x: Tensor, activation: str, row_weights: Tensor | None, segments: ExpertSegments) -> Fp8Rows:
+    """See :class:`Fp8Activate`."""
+    with torch.no_grad():
+        return emulated_quantize_rows(apply_activation(x, activation, row_weights, segments.row_count), segments)
+
+
+def emulated_activation_gradients(
+    grad: Tensor,
+    x: Tensor,
+    activation: str,
+    row_weights: Tensor | None,
+    segments: ExpertSegments,
+    *,
+    need_weights: bool,
+    need_activated: bool,
+) -> Fp8ActivationGradients:
+    """See :class:`Fp8BackwardOfActivation`."""
+    count = segments.row_count
+    with torch.no_grad():
+        activated = apply_activation(x, activation, row_weights, count) if need_activated else None
+        grad_x, grad_weights = activation_backward(
+            grad, x, activation, row_weights, count, need_x=True, need_weights=need_weights
+        )
+        assert grad_x is not None
+        return Fp8ActivationGradients(grad_x, emulated_quantize_rows(grad_x, segments), activated, grad_weights)
+
+
+EMULATED = Fp8Gemm(
+    emulated_quantize_rows,
+    emulated_quantize_weight,
+    emulated_multiply,
+    emulated_activate,
+    emulated_activation_gradients,
+)
 
 
 def _transpose(x: Tensor) -> Tensor:

@@ -17,9 +17,30 @@ from torch.autograd.function import once_differentiable
 
 from ep_moe.comm import ExpertSegments
 from ep_moe.experts.deferred import WeightGradientTask
-from ep_moe.experts.fp8 import Fp8Gemm, Fp8WeightPair
+from ep_moe.experts.fp8 import Fp8Gemm, Fp8Rows, Fp8WeightPair
 from ep_moe.experts.gemm import GroupedGemm, row_major, weight_gradient
 from ep_moe.experts.recompute import Recipe, kept
+
+
+class QuantizedGradient:
+    """A gradient in FP8 on its way to the node behind, beside the tensor that autograd hands on.
+
+    It is held until it is taken, with that tensor, whose memory can so not become another's.
+    """
+
+    def __init__(self) -> None:
+        self._held: tuple[Tensor, int, Fp8Rows] | None = None
+
+    def put(self, gradient: Tensor, quantized: Fp8Rows) -> None:
+        """Leave the FP8 form of ``gradient``."""
+        self._held = gradient, gradient._version, quantized
+
+    def take(self, gradient: Tensor) -> Fp8Rows | None:
+        """The FP8 form of ``gradient``, if that is the tensor that was left and nothing was added to it since."""
+        held, self._held = self._held, None
+        if held is None or held[0].data_ptr() != gradient.data_ptr() or held[1] != gradient._version:
+            return None
+        return held[2]
 
 
 @dataclass(frozen=True)
@@ -38,6 +59,7 @@ def fp8_grouped_linear(
     products: Fp8Products,
     defer: Callable[[WeightGradientTask], None] | None = None,
     recipe: Recipe | None = None,
+    gradient: QuantizedGradient | None = None,
 ) -> Tensor:
     """As :func:`~ep_moe.experts.gemm.grouped_linear`, with both factors rounded to FP8.
 
@@ -51,11 +73,12 @@ def fp8_grouped_linear(
         products: the back ends.
         defer: takes the computation of the weight's gradient instead of running it.
         recipe: to make ``rows`` again in backward instead of keeping them.
+        gradient: where that of the result may be found in FP8.
 
     Returns:
         ``[segments.num_rows, out_features]`` in the dtype of ``rows``.
     """
-    result: Tensor = _Fp8GroupedLinear.apply(rows, weight, quantized, segments, products, defer, recipe)
+    result: Tensor = _Fp8GroupedLinear.apply(rows, weight, quantized, segments, products, defer, recipe, gradient)
     return result
 
 
@@ -70,10 +93,11 @@ class _Fp8GroupedLinear(torch.autograd.Function):
         products: Fp8Products,
         defer: Callable[[WeightGradientTask], None] | None,
         recipe: Recipe | None,
+        gradient: QuantizedGradient | None,
     ) -> Tensor:
         ctx.parameter = weight  # as in grouped_linear
         ctx.segments, ctx.products, ctx.defer = segments, products, defer
-        ctx.transposed = quantized.transposed
+        ctx.transposed, ctx.gradient = quantized.transposed, gradient
         rows = row_major(rows)
         recipe = recipe or kept(rows)
         ctx.save_for_backward(*recipe.tensors)
@@ -83,14 +107,16 @@ class _Fp8GroupedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        quantized = None if ctx.gradient is None else ctx.gradient.take(grad)
         grad = row_major(grad)
         need_rows, need_weight, *_ = ctx.needs_input_grad
         fp8, segments = ctx.products.fp8, ctx.segments
         grad_rows = grad_weight = None
         if need_rows:
-            grad_rows = fp8.multiply(fp8.quantize_rows(grad, segments), ctx.transposed, segments, ctx.dtype)
+            quantized = quantized or fp8.quantize_rows(grad, segments)
+            grad_rows = fp8.multiply(quantized, ctx.transposed, segments, ctx.dtype)
         if need_weight:
             rows = ctx.make_rows(*ctx.saved_tensors)
             task = functools.partial(weight_gradient, ctx.parameter, grad, rows, segments, ctx.products.wgrad)
             grad_weight = task() if ctx.defer is None else ctx.defer(task)
-        return grad_rows, grad_weight, None, None, None, None, None
+        return grad_rows, grad_weight, None, None, None, None, None, None

@@ -21,7 +21,8 @@ from ep_moe.experts.activation import (
 )
 from ep_moe.experts.backends import ALIGNMENT, select_backend, select_fp8_backend
 from ep_moe.experts.deferred import DeferredGradients, WeightGradientTask
-from ep_moe.experts.fp8_linear import Fp8Products, fp8_grouped_linear
+from ep_moe.experts.fp8_activated import fp8_activated_linear
+from ep_moe.experts.fp8_linear import Fp8Products, QuantizedGradient, fp8_grouped_linear
 from ep_moe.experts.gemm import GroupedGemm, grouped_linear
 from ep_moe.experts.init import initialize_experts
 from ep_moe.experts.quantized_weight import QuantizedWeight
@@ -213,10 +214,18 @@ class GroupedExperts(nn.Module):
             kept.get(weight, fp8)
             for kept, weight in zip(self._quantized, (self.fc1_weight, self.fc2_weight), strict=True)
         )
-        fc1_out = fp8_grouped_linear(rows, weights[0], fc1, segments, products, defer[0])
-        inner = apply_activation(fc1_out, self.config.activation, row_weights, segments.row_count)
-        recipe = self._recipe_of_activations(fc1_out, row_weights, segments)
-        return fp8_grouped_linear(inner, weights[1], fc2, segments, products, defer[1], recipe)
+        activation, gradient = self.config.activation, QuantizedGradient()
+        fc1_out = fp8_grouped_linear(rows, weights[0], fc1, segments, products, defer[0], gradient=gradient)
+        differentiated = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (fc1_out, row_weights, weights[1])
+        )
+        # Activations that backward would read are there in FP8 alone only if it can make them again.
+        if not differentiated or (self.config.recompute_activation and fc1_out.requires_grad):
+            return fp8_activated_linear(
+                fc1_out, row_weights, activation, weights[1], fc2, segments, products, defer[1], gradient
+            )
+        inner = apply_activation(fc1_out, activation, row_weights, segments.row_count)
+        return fp8_grouped_linear(inner, weights[1], fc2, segments, products, defer[1])
 
     def _forward_packed(self, rows: Tensor, segments: PackedSegments) -> Tensor:
         """The network on the real rows of each expert, into the buffer from which they are combined."""

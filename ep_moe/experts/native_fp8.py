@@ -15,7 +15,7 @@ from torch import Tensor
 from ep_moe.comm import ExpertSegments
 from ep_moe.comm.fp8 import BLOCK
 from ep_moe.comm.nvlink_wire import ELEMENTS
-from ep_moe.experts import native_gemm
+from ep_moe.experts import native_fp8_activation, native_gemm
 from ep_moe.experts.fp8 import Fp8Gemm, Fp8Rows, Fp8Weight, Fp8WeightPair, empty_scales
 from ep_moe.native import launch, load_entry_points
 
@@ -137,7 +137,13 @@ def multiply(rows: Fp8Rows, weight: Fp8Weight, segments: ExpertSegments, dtype: 
     return out
 
 
-NATIVE = Fp8Gemm(quantize_rows, quantize_weight, multiply)
+NATIVE = Fp8Gemm(
+    quantize_rows,
+    quantize_weight,
+    multiply,
+    native_fp8_activation.activate,
+    native_fp8_activation.activation_gradients,
+)
 
 
 @functools.cache
