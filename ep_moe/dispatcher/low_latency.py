@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ep_moe.comm import ExpertSegments
-from ep_moe.comm.fp8 import dequantize_e4m3
+from ep_moe.comm.fp8_rows import dequantize_rows
 from ep_moe.comm.low_latency import LowLatencyCommunicator, PackedRows, PackedSegments, ScaleFormat
 from ep_moe.dispatcher.dispatcher import DispatchedTokens, WeightGradients, refuse_gradients
 
@@ -144,7 +144,7 @@ class LowLatencyDispatcher:
         else:
             # FP8 dtypes lack indexing; as bytes they move like any other.
             values = packed.rows.view(torch.uint8).view(-1, hidden)[readable].view(torch.float8_e4m3fn)
-            rows = dequantize_e4m3(values, packed.scales.flatten(0, 1)[readable], dtype)
+            rows = dequantize_rows(values, packed.scales.flatten(0, 1)[readable], dtype, ends[-1:])
         segments = ExpertSegments(packed.counts.to(torch.int64), ends, None, capacity)
         handle = LowLatencyHandle(packed.handle, places, topk_idx, topk_weights.float(), segments, dtype)
         return DispatchedTokens(rows, None, segments, handle)

@@ -135,6 +135,12 @@ def empty_scales(num_rows: int, width: int, device: torch.device) -> Tensor:
     return torch.empty(width // BLOCK, room, dtype=torch.float32, device=device)[:, :num_rows]
 
 
+def by_blocks(scales: Tensor) -> Tensor:
+    """The scales of rows that lie by row, ``[num_rows, width / 128]``, as :class:`Fp8Rows` has them."""
+    num_rows, blocks = scales.shape
+    return empty_scales(num_rows, blocks * BLOCK, scales.device).copy_(scales.t())
+
+
 def emulated_quantize_rows(rows: Tensor, segments: ExpertSegments) -> Fp8Rows:
     """See :class:`Fp8Gemm`."""
     values, scales = quantize_e4m3(rows)

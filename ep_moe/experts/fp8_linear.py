@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ep_moe.comm import ExpertSegments
+from ep_moe.comm.fp8_rows import QuantizedRows, dequantize_rows
 from ep_moe.experts.deferred import WeightGradientTask
-from ep_moe.experts.fp8 import Fp8Gemm, Fp8Rows, Fp8WeightPair
+from ep_moe.experts.fp8 import Fp8Gemm, Fp8Rows, Fp8WeightPair, by_blocks
 from ep_moe.experts.gemm import GroupedGemm, row_major, weight_gradient
 from ep_moe.experts.recompute import Recipe, kept
 
@@ -52,13 +53,13 @@ class Fp8Products:
 
 
 def fp8_grouped_linear(
-    rows: Tensor,
+    rows: Tensor | QuantizedRows,
     weight: Tensor,
     quantized: Fp8WeightPair,
     segments: ExpertSegments,
     products: Fp8Products,
     defer: Callable[[WeightGradientTask], None] | None = None,
-    recipe: Recipe | None = None,
+    *,
     gradient: QuantizedGradient | None = None,
 ) -> Tensor:
     """As :func:`~ep_moe.experts.gemm.grouped_linear`, with both factors rounded to FP8.
@@ -66,19 +67,19 @@ def fp8_grouped_linear(
     Gradients pass the rounding as if it were not there (straight-through).
 
     Args:
-        rows: ``[segments.num_rows, in_features]``.
+        rows: ``[segments.num_rows, in_features]``; or in FP8, of which backward makes those that it needs.
         weight: takes the gradient; its values are not read.
         quantized: the copies of ``weight``; the transposed one serves the gradient of ``rows``.
         segments: which rows belong to which expert.
         products: the back ends.
         defer: takes the computation of the weight's gradient instead of running it.
-        recipe: to make ``rows`` again in backward instead of keeping them.
         gradient: where that of the result may be found in FP8.
 
     Returns:
         ``[segments.num_rows, out_features]`` in the dtype of ``rows``.
     """
-    result: Tensor = _Fp8GroupedLinear.apply(rows, weight, quantized, segments, products, defer, recipe, gradient)
+    arrived, x = (rows, rows.stand_in) if isinstance(rows, QuantizedRows) else (None, rows)
+    result: Tensor = _Fp8GroupedLinear.apply(x, arrived, weight, quantized, segments, products, defer, gradient)
     return result
 
 
@@ -87,29 +88,35 @@ class _Fp8GroupedLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         rows: Tensor,
+        arrived: QuantizedRows | None,
         weight: Tensor,
         quantized: Fp8WeightPair,
         segments: ExpertSegments,
         products: Fp8Products,
         defer: Callable[[WeightGradientTask], None] | None,
-        recipe: Recipe | None,
         gradient: QuantizedGradient | None,
     ) -> Tensor:
         ctx.parameter = weight  # as in grouped_linear
         ctx.segments, ctx.products, ctx.defer = segments, products, defer
         ctx.transposed, ctx.gradient = quantized.transposed, gradient
-        rows = row_major(rows)
-        recipe = recipe or kept(rows)
+        ctx.dtype = rows.dtype
+        if arrived is None:
+            rows = row_major(rows)
+            fp8_rows = products.fp8.quantize_rows(rows, segments)
+            recipe = kept(rows)
+        else:
+            fp8_rows = Fp8Rows(arrived.values, by_blocks(arrived.scales))
+            recipe = Recipe((arrived.values, arrived.scales), functools.partial(_dequantized, rows.dtype, segments))
         ctx.save_for_backward(*recipe.tensors)
-        ctx.make_rows, ctx.dtype = recipe.make, rows.dtype
-        return products.fp8.multiply(products.fp8.quantize_rows(rows, segments), quantized.weight, segments, rows.dtype)
+        ctx.make_rows = recipe.make
+        return products.fp8.multiply(fp8_rows, quantized.weight, segments, rows.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         quantized = None if ctx.gradient is None else ctx.gradient.take(grad)
         grad = row_major(grad)
-        need_rows, need_weight, *_ = ctx.needs_input_grad
+        need_rows, _, need_weight, *_ = ctx.needs_input_grad
         fp8, segments = ctx.products.fp8, ctx.segments
         grad_rows = grad_weight = None
         if need_rows:
@@ -119,4 +126,8 @@ class _Fp8GroupedLinear(torch.autograd.Function):
             rows = ctx.make_rows(*ctx.saved_tensors)
             task = functools.partial(weight_gradient, ctx.parameter, grad, rows, segments, ctx.products.wgrad)
             grad_weight = task() if ctx.defer is None else ctx.defer(task)
-        return grad_rows, grad_weight, None, None, None, None, None, None
+        return grad_rows, None, grad_weight, None, None, None, None, None
+
+
+def _dequantized(dtype: torch.dtype, segments: ExpertSegments, values: Tensor, scales: Tensor) -> Tensor:
+    return dequantize_rows(values, scales, dtype, segments.row_count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ep_moe.comm import ExpertSegments, PackedSegments
 from ep_moe.comm.fp8 import BLOCK
+from ep_moe.comm.fp8_rows import QuantizedRows
 from ep_moe.config import ConfigError, ExpertsConfig
 from ep_moe.experts.activation import (
     activation_recipe,
@@ -113,13 +115,17 @@ class GroupedExperts(nn.Module):
             return False
         return self._backend(dtype, device).forward_packed is not None
 
+    def takes_fp8_rows(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether :meth:`forward` takes :class:`~ep_moe.comm.fp8_rows.QuantizedRows` in place of rows in ``dtype``."""
+        return self.config.precision == "fp8"
+
     def defer_gradients(self) -> DeferredGradients:
         """What :meth:`forward` needs so that its backward pass leaves the weight gradients for later."""
         return DeferredGradients(*_autocast(self.fc1_weight, self.fc2_weight))
 
     def forward(
         self,
-        rows: Tensor,
+        rows: Tensor | QuantizedRows,
         row_weights: Tensor | None,
         segments: ExpertSegments | PackedSegments,
         deferred: DeferredGradients | None = None,
@@ -131,7 +137,8 @@ class GroupedExperts(nn.Module):
 
         Args:
             rows: ``[segments.num_rows, hidden]``, expert-major, in the dtype of the parameters. Under
-                ``torch.autocast`` rows and weights are computed with in its dtype (except fp64 ones).
+                ``torch.autocast`` rows and weights are computed with in its dtype (except fp64 ones). With
+                ``precision: fp8`` also in FP8.
             row_weights: floating point ``[segments.num_rows]``, or ``None`` for weights of 1.
             segments: which rows belong to which local expert. If packed, for inference: ``rows`` are
                 ``[local_experts, room, hidden]``, and so is the result, which is ``segments.out``.
@@ -147,18 +154,23 @@ class GroupedExperts(nn.Module):
             ValueError: if an argument's shape, dtype or device does not fit.
         """
         if isinstance(segments, PackedSegments):
+            assert isinstance(rows, Tensor)
             return self._forward_packed(rows, segments)
         if deferred is None:
             fc1_weight, fc2_weight = _autocast(self.fc1_weight, self.fc2_weight)
         else:
             fc1_weight, fc2_weight = deferred.weights
-        (rows,) = _autocast(rows)
+        if isinstance(rows, QuantizedRows):
+            rows = replace(rows, stand_in=_autocast(rows.stand_in)[0])
+        else:
+            (rows,) = _autocast(rows)
         self._check(rows, row_weights, segments, fc1_weight)
-        gemm = self._backend(rows.dtype, rows.device)
         defer_fc1, defer_fc2 = (None if deferred is None else functools.partial(deferred.add, i) for i in range(2))
         activation = self.config.activation
         if self.config.precision == "fp8":
             return self._forward_fp8(rows, row_weights, segments, (fc1_weight, fc2_weight), (defer_fc1, defer_fc2))
+        assert isinstance(rows, Tensor)  # which _check has seen to
+        gemm = self._backend(rows.dtype, rows.device)
         if gemm.swiglu is not None and activation == "swiglu":
             inner, fc1_out = swiglu_linear(rows, fc1_weight, row_weights, segments, gemm, defer_fc1)
         else:
@@ -200,15 +212,16 @@ class GroupedExperts(nn.Module):
 
     def _forward_fp8(
         self,
-        rows: Tensor,
+        rows: Tensor | QuantizedRows,
         row_weights: Tensor | None,
         segments: ExpertSegments,
         weights: tuple[Tensor, Tensor],
         defer: tuple[Callable[[WeightGradientTask], None] | None, ...],
     ) -> Tensor:
         """The network with its products in FP8; ``weights`` take the gradients."""
-        fp8 = select_fp8_backend(self.config.backend, dtype=rows.dtype, device=rows.device, **self._sizes)
-        products = Fp8Products(fp8, self._backend(rows.dtype, rows.device))
+        kind = rows.stand_in if isinstance(rows, QuantizedRows) else rows
+        fp8 = select_fp8_backend(self.config.backend, dtype=kind.dtype, device=kind.device, **self._sizes)
+        products = Fp8Products(fp8, self._backend(kind.dtype, kind.device))
         # Of the parameters, not of what autocast makes of them: that would be rounded twice.
         fc1, fc2 = (
             kept.get(weight, fp8)
@@ -246,7 +259,16 @@ class GroupedExperts(nn.Module):
         inner = apply_packed_activation(inner, self.config.activation, segments.counts)
         return multiply(inner, fc2_weight, segments.counts, out=segments.out)
 
-    def _check(self, rows: Tensor, row_weights: Tensor | None, segments: ExpertSegments, weight: Tensor) -> None:
+    def _check(
+        self, rows: Tensor | QuantizedRows, row_weights: Tensor | None, segments: ExpertSegments, weight: Tensor
+    ) -> None:
+        if isinstance(rows, QuantizedRows):
+            if self.config.precision != "fp8":
+                raise ValueError(
+                    f"rows: expected {weight.dtype}, got FP8, which moe.experts.precision = "
+                    f"{self.config.precision} does not take"
+                )
+            rows = rows.stand_in
         if segments.ends.shape != (self.num_local_experts,):
             raise ValueError(
                 f"segments: expected {self.num_local_experts} local experts, got ends of shape "
