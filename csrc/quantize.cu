@@ -107,12 +107,30 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const __grid_co
   }
 }
 
+// A block's e4m3 in shared memory, four columns a word. Words are permuted by groups of 16 rows, so that those of four
+// columns lie in other banks in every group.
+constexpr int kStagedWords = kScaleBlock / 4;
+constexpr int kGroupRows = 16;
+constexpr int kStagedGroups = kScaleBlock / kGroupRows;
+static_assert(kStagedGroups * kStagedWords == kThreads && kGroupRows == kThreads / kLanes);
+
+__device__ __forceinline__ int staged_word(int group, int word) { return word ^ group * 4; }
+
+// Four rows of four bytes to four columns.
+__device__ __forceinline__ void transpose_bytes(uint32_t (&words)[4]) {
+  const uint32_t low01 = __byte_perm(words[0], words[1], 0x5140), low23 = __byte_perm(words[2], words[3], 0x5140);
+  const uint32_t high01 = __byte_perm(words[0], words[1], 0x7362), high23 = __byte_perm(words[2], words[3], 0x7362);
+  words[0] = __byte_perm(low01, low23, 0x5410);
+  words[1] = __byte_perm(low01, low23, 0x7632);
+  words[2] = __byte_perm(high01, high23, 0x5410);
+  words[3] = __byte_perm(high01, high23, 0x7632);
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads) quantize_weight_kernel(const __grid_constant__ QuantizeWeightArgs args) {
   constexpr int kRowsOfPass = kThreads / kLanes, kPasses = kScaleBlock / kRowsOfPass;
-  constexpr int kChunkRows = 32;  // of the transposed copy, for a thread
   __shared__ float warp_amax[kThreads / 32];
-  __shared__ alignas(16) uint8_t staged[kScaleBlock][kScaleBlock];
+  __shared__ alignas(16) uint32_t staged[kScaleBlock][kStagedWords];
   const int column_blocks = args.columns / kScaleBlock, row_blocks = args.rows / kScaleBlock;
   const int column_block = blockIdx.x % column_blocks;
   const int row_block = blockIdx.x / column_blocks % row_blocks;
@@ -152,25 +170,28 @@ __global__ void __launch_bounds__(kThreads) quantize_weight_kernel(const __grid_
     const uint2 packed = pack_e4m3(values, scale.factor);
     uint8_t* out = static_cast<uint8_t*>(args.values) + offset + static_cast<int64_t>(i) * kRowsOfPass * args.columns;
     *reinterpret_cast<uint2*>(out) = packed;
-    *reinterpret_cast<uint2*>(&staged[i * kRowsOfPass + first_row][lane * 8]) = packed;
+    *reinterpret_cast<uint2*>(&staged[i * kRowsOfPass + first_row][staged_word(i, lane * 2)]) = packed;
   }
   if (args.transposed == nullptr) return;
   __syncthreads();
-  for (int item = threadIdx.x; item < kScaleBlock * (kScaleBlock / kChunkRows); item += kThreads) {
-    const int column = item % kScaleBlock, row = item / kScaleBlock * kChunkRows;
-    uint8_t* out = static_cast<uint8_t*>(args.transposed) + base +
-                   (static_cast<int64_t>(column_block) * kScaleBlock + column) * args.rows + row_block * kScaleBlock +
-                   row;
+  // 16 rows of four columns each: eight neighbouring threads write 128 bytes of a transposed row.
+  const int group = threadIdx.x % kStagedGroups, quad = threadIdx.x / kStagedGroups;
+  uint32_t out[4][4];
 #pragma unroll
-    for (int half = 0; half < kChunkRows / 16; ++half) {
-      uint32_t words[4];
+  for (int i = 0; i < 4; ++i) {
+    uint32_t words[4];
 #pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const uint32_t byte = staged[row + half * 16 + i][column];
-        words[i / 4] = i % 4 == 0 ? byte : words[i / 4] | byte << (i % 4 * 8);
-      }
-      reinterpret_cast<uint4*>(out)[half] = make_uint4(words[0], words[1], words[2], words[3]);
-    }
+    for (int j = 0; j < 4; ++j) words[j] = staged[group * kGroupRows + i * 4 + j][staged_word(group, quad)];
+    transpose_bytes(words);
+#pragma unroll
+    for (int column = 0; column < 4; ++column) out[column][i] = words[column];
+  }
+#pragma unroll
+  for (int column = 0; column < 4; ++column) {
+    const int64_t transposed_row = static_cast<int64_t>(column_block) * kScaleBlock + quad * 4 + column;
+    uint8_t* target = static_cast<uint8_t*>(args.transposed) + base + transposed_row * args.rows +
+                      row_block * kScaleBlock + group * kGroupRows;
+    *reinterpret_cast<uint4*>(target) = make_uint4(out[column][0], out[column][1], out[column][2], out[column][3]);
   }
 }
 
