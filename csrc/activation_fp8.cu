@@ -15,6 +15,7 @@
 #include "fp8.cuh"
 #include "launch.cuh"
 #include "pointwise.cuh"
+#include "real_rows.cuh"
 
 namespace ep_moe {
 
@@ -27,8 +28,7 @@ struct ActivationFp8Args {
   void* grad_x;              // bf16 as x; backward only
   void* activated;           // bf16 [rows][width]; backward only, or nullptr
   float* grad_weights;       // [rows]; backward only, or nullptr
-  const int32_t* num_rows;   // how many of the rows are real, or nullptr for all
-  int64_t rows;
+  RealRows real;             // packed ones forward only
   int64_t scale_stride;
   int32_t width;       // a multiple of 128
   int32_t activation;  // Activation
@@ -45,10 +45,6 @@ constexpr int kChunk = 256;     // elements of a row that a warp has at a time, 
 constexpr int kChunksAtOnce = 2;
 constexpr int kResidentBlocks = 3;  // of an SM, for the compiler: 85 registers a thread
 constexpr int kMaxBlocks = 2112;    // 16 on each of 132 SMs: uneven ends of blocks even out
-
-__device__ __forceinline__ int64_t real_rows(const ActivationFp8Args& args) {
-  return args.num_rows == nullptr ? args.rows : min(args.rows, static_cast<int64_t>(*args.num_rows));
-}
 
 __device__ __forceinline__ float weight_of(const ActivationFp8Args& args, int64_t row) {
   return args.row_weights == nullptr ? 1.0f : args.row_weights[row];
@@ -74,7 +70,7 @@ __device__ __forceinline__ BlockScale scale_of_lanes(const float (&values)[8]) {
 template <typename Function, bool gated>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     forward_kernel(const __grid_constant__ ActivationFp8Args args) {
-  const int64_t rows = real_rows(args);
+  const int64_t rows = args.real.end();
   const int blocks = args.width / kScaleBlock, lane = threadIdx.x % kLanes;
   const int64_t items = (rows + kRowsAtOnce - 1) / kRowsAtOnce * blocks;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * (kThreads / kLanes);
@@ -88,9 +84,11 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     const int column = block * kScaleBlock + lane * 8;
     Eight gates[kRowsAtOnce], ups[kRowsAtOnce];
     float weights[kRowsAtOnce];
+    bool real[kRowsAtOnce];
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i) {
-      if (i >= count) break;
+      real[i] = i < count && args.real.contain(row + i);
+      if (!real[i]) continue;
       const __nv_bfloat16* gate =
           static_cast<const __nv_bfloat16*>(args.x) + (row + i) * args.width * (gated ? 2 : 1) + column;
       gates[i] = *reinterpret_cast<const Eight*>(gate);
@@ -101,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i) {
       float values[8] = {}, linear[8] = {};
-      if (i < count) {
+      if (real[i]) {
         gates[i].to_float(values);
         if constexpr (gated) ups[i].to_float(linear);
 #pragma unroll
@@ -110,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
       }
       const BlockScale scale = scale_of_lanes(values);
       if (lane == i) my_scale = scale.scale;
-      if (i < count) {
+      if (real[i]) {
         uint8_t* out = static_cast<uint8_t*>(args.values) + (row + i) * args.width + column;
         *reinterpret_cast<uint2*>(out) = pack_e4m3(values, scale.factor);
       }
@@ -134,7 +132,7 @@ __device__ __forceinline__ void store_gradients(const ActivationFp8Args& args, i
 template <typename Function, bool gated>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     backward_kernel(const __grid_constant__ ActivationFp8Args args) {
-  const int64_t rows = real_rows(args);
+  const int64_t rows = args.real.end();
   const int64_t row_width = static_cast<int64_t>(args.width) * (gated ? 2 : 1);
   const int lane = threadIdx.x % 32;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
@@ -208,11 +206,13 @@ Kernel find_kernel(int32_t activation, bool backward) {
 }
 
 const char* launch_over_rows(const char* what, const ActivationFp8Args& args, bool backward, cudaStream_t stream) {
-  if (args.rows == 0 || args.width == 0) return nullptr;
+  if (args.real.rows == 0 || args.width == 0) return nullptr;
   const Kernel kernel = find_kernel(args.activation, backward);
-  if (kernel == nullptr || args.width % kScaleBlock != 0) return error_text(cudaErrorInvalidValue, what);
-  const int64_t threads =
-      backward ? args.rows * 32 : (args.rows + kRowsAtOnce - 1) / kRowsAtOnce * (args.width / kScaleBlock) * kLanes;
+  if (kernel == nullptr || args.width % kScaleBlock != 0 || (backward && args.real.room > 0))
+    return error_text(cudaErrorInvalidValue, what);
+  const int64_t threads = backward
+                              ? args.real.rows * 32
+                              : (args.real.rows + kRowsAtOnce - 1) / kRowsAtOnce * (args.width / kScaleBlock) * kLanes;
   const int64_t wanted = (threads + kThreads - 1) / kThreads;
   const int blocks = static_cast<int>(wanted < kMaxBlocks ? wanted : kMaxBlocks);
   return launch(what, kernel, args, blocks, kThreads, 0, LaunchMode::kPlain, stream);

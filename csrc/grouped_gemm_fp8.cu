@@ -30,13 +30,16 @@ struct GroupedFp8Args {
   const void* weight;          // e4m3 [experts][columns][reduction]
   const float* weight_scales;  // [experts][columns / 128][reduction / 128]
   void* out;                   // bf16 [num_rows][columns]; not written from the last segment's end on
-  const int32_t* ends;         // [experts], where each one's segment ends; the next one's starts there
+  const int32_t* ends;         // [experts], where each one's segment ends; the next one's starts there. With `room`:
+                               // counts
   int64_t num_rows;
   int64_t scale_stride;  // at least num_rows, a multiple of 4
   int32_t experts;
   int32_t reduction;  // a multiple of 128, as is `columns`
   int32_t columns;
   int32_t blocks;  // to launch; one fits on an SM
+  int32_t room;    // if not 0: expert e's rows, and those of its result, start at e * room, for a count of at most room
+  int32_t reserved;
 };
 
 namespace {
@@ -247,7 +250,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) fp8_gemm_kernel(const __grid_
   __shared__ alignas(16) float row_scales[kRingStages][kStageScales];
   const GroupedFp8Args& args = gemm.args;
   if (threadIdx.x == 0) barriers.init();
-  table.build(args.ends, args.experts, args.columns / kFp8Columns);
+  table.build(args.ends, args.experts, args.room, args.columns / kFp8Columns);
 
   Fp8Block block;
   block.gemm = &gemm;

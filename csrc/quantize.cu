@@ -9,15 +9,15 @@
 #include "element.cuh"
 #include "fp8.cuh"
 #include "launch.cuh"
+#include "real_rows.cuh"
 
 namespace ep_moe {
 
 struct QuantizeRowsArgs {
-  const void* x;            // [rows][width]
-  void* values;             // e4m3 [rows][width]
-  float* scales;            // [width / 128][scale_stride], by row
-  const int32_t* num_rows;  // how many of the rows are real, or nullptr for all
-  int64_t rows;
+  const void* x;  // [rows][width]
+  void* values;   // e4m3 [rows][width]
+  float* scales;  // [width / 128][scale_stride], by row
+  RealRows real;
   int64_t scale_stride;
   int32_t width;    // a multiple of 128
   int32_t element;  // Element of x
@@ -73,7 +73,7 @@ __device__ __forceinline__ float amax_of_lanes(float amax) {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const __grid_constant__ QuantizeRowsArgs args) {
-  const int64_t rows = args.num_rows == nullptr ? args.rows : min(args.rows, static_cast<int64_t>(*args.num_rows));
+  const int64_t rows = args.real.end();
   const int blocks = args.width / kScaleBlock;
   const int64_t items = (rows + kRowsAtOnce - 1) / kRowsAtOnce * blocks;
   const int lane = threadIdx.x % kLanes;
@@ -87,18 +87,20 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const __grid_co
     const int count = item < items ? static_cast<int>(min(rows - row, static_cast<int64_t>(kRowsAtOnce))) : 0;
     const int64_t offset = row * args.width + block * kScaleBlock + lane * 8;
     Eight<T> loaded[kRowsAtOnce];
+    bool real[kRowsAtOnce];
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i) {
-      if (i < count) loaded[i].load(static_cast<const T*>(args.x) + offset + static_cast<int64_t>(i) * args.width);
+      real[i] = i < count && args.real.contain(row + i);
+      if (real[i]) loaded[i].load(static_cast<const T*>(args.x) + offset + static_cast<int64_t>(i) * args.width);
     }
     float my_scale = 0.0f;
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i) {
       float values[8] = {};
-      if (i < count) loaded[i].to_float(values);
+      if (real[i]) loaded[i].to_float(values);
       const BlockScale scale = BlockScale::of(amax_of_lanes(amax_of(values)));
       if (lane == i) my_scale = scale.scale;
-      if (i < count) {
+      if (real[i]) {
         uint8_t* out = static_cast<uint8_t*>(args.values) + offset + static_cast<int64_t>(i) * args.width;
         *reinterpret_cast<uint2*>(out) = pack_e4m3(values, scale.factor);
       }
@@ -229,10 +231,10 @@ Kernel<QuantizeWeightArgs> find_weight_kernel(int32_t element) {
 EP_MOE_API const char* ep_moe_quantize_rows(const ep_moe::QuantizeRowsArgs* args, cudaStream_t stream) {
   using namespace ep_moe;
   constexpr const char* kWhat = "row quantisation kernel";
-  if (args->rows == 0 || args->width == 0) return nullptr;
+  if (args->real.rows == 0 || args->width == 0) return nullptr;
   const auto kernel = find_rows_kernel(args->element);
   if (kernel == nullptr || args->width % kScaleBlock != 0) return error_text(cudaErrorInvalidValue, kWhat);
-  const int64_t items = (args->rows + kRowsAtOnce - 1) / kRowsAtOnce * (args->width / kScaleBlock);
+  const int64_t items = (args->real.rows + kRowsAtOnce - 1) / kRowsAtOnce * (args->width / kScaleBlock);
   const int64_t wanted = (items * kLanes + kThreads - 1) / kThreads;
   const int blocks = static_cast<int>(wanted < kMaxBlocks ? wanted : kMaxBlocks);
   return launch(kWhat, kernel, *args, blocks, kThreads, 0, LaunchMode::kPlain, stream);

@@ -15,7 +15,8 @@ from torch import Tensor
 from ep_moe.comm import ExpertSegments
 from ep_moe.experts import is_gated
 from ep_moe.experts.activation import activation_backward, apply_activation
-from ep_moe.experts.fp8 import EMULATED, Fp8Rows
+from ep_moe.experts.fp8 import Fp8Rows
+from ep_moe.experts.fp8_emulated import EMULATED
 from ep_moe.experts.native_fp8 import NATIVE
 
 

@@ -14,7 +14,8 @@ from ep_moe.config import ConfigError, ExpertsConfig, MoEConfig
 from ep_moe.config_loading import config_from_dict
 from ep_moe.experts import GroupedExperts
 from ep_moe.experts.backends import select_fp8_backend
-from ep_moe.experts.fp8 import EMULATED, Fp8Gemm, Fp8Rows, Fp8Weight
+from ep_moe.experts.fp8 import Fp8Gemm, Fp8Rows, Fp8Weight
+from ep_moe.experts.fp8_emulated import EMULATED
 from ep_moe.experts.native_fp8 import NATIVE
 
 BACKENDS = [

@@ -57,7 +57,7 @@ def test_experts_compute_as_on_dequantised_rows(recompute: bool, extra: int) -> 
 
 
 def test_other_experts_refuse_them() -> None:
-    with pytest.raises(ValueError, match=r"rows: expected torch.float32, got FP8, which moe.experts.precision = input"):
+    with pytest.raises(ValueError, match=r"rows: expected torch.float32, got FP8: moe.experts.precision = input does"):
         make_experts("input")(quantized(torch.randn(sum(COUNTS), 128)), None, segments_of(COUNTS, "cpu"))
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ep_moe.comm import ExpertSegments
-from ep_moe.experts.fp8 import EMULATED, Fp8WeightPair
+from ep_moe.experts.fp8 import Fp8WeightPair
+from ep_moe.experts.fp8_emulated import EMULATED
 from ep_moe.experts.native_fp8 import NATIVE
 from ep_moe.experts.quantized_weight import QuantizedWeight
 

@@ -23,7 +23,7 @@ class QuantizedRows:
     """Rows in FP8, for who multiplies them as they are.
 
     Attributes:
-        values: e4m3 ``[rows, hidden]``.
+        values: e4m3 ``[rows, hidden]``; packed ones ``[local_experts, room, hidden]``, and so the others.
         scales: fp32 ``[rows, hidden / 128]``.
         stand_in: ``[rows, hidden]`` in the dtype of the tokens, one element long: the rows to autograd, whose gradient
             is theirs. It has no values.

@@ -50,7 +50,10 @@ def build_dispatcher(
             device, phase.max_tokens_per_rank, shape.hidden_size, shape.num_experts
         )
         return LowLatencyDispatcher(
-            communicator, fp8=phase.dispatch_dtype == "fp8", takes_packed_rows=shape.takes_packed_rows
+            communicator,
+            fp8=phase.dispatch_dtype == "fp8",
+            takes_packed_rows=shape.takes_packed_rows,
+            takes_fp8_rows=shape.takes_fp8_rows,
         )
     return NormalDispatcher(
         communicators.build(device),

@@ -23,9 +23,10 @@ from ep_moe.experts.activation import (
 )
 from ep_moe.experts.backends import ALIGNMENT, select_backend, select_fp8_backend
 from ep_moe.experts.deferred import DeferredGradients, WeightGradientTask
+from ep_moe.experts.fp8 import Fp8Gemm, Fp8Rows, Fp8WeightPair, by_blocks
 from ep_moe.experts.fp8_activated import fp8_activated_linear
 from ep_moe.experts.fp8_linear import Fp8Products, QuantizedGradient, fp8_grouped_linear
-from ep_moe.experts.gemm import GroupedGemm, grouped_linear
+from ep_moe.experts.gemm import GroupedGemm, grouped_linear, row_major
 from ep_moe.experts.init import initialize_experts
 from ep_moe.experts.quantized_weight import QuantizedWeight
 from ep_moe.experts.recompute import Recipe
@@ -111,9 +112,9 @@ class GroupedExperts(nn.Module):
 
     def takes_packed_rows(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether :meth:`forward` takes :class:`~ep_moe.comm.PackedSegments` of rows in ``dtype`` on ``device``."""
-        if dtype != torch.bfloat16 or self.config.precision == "fp8":
+        if dtype != torch.bfloat16:
             return False
-        return self._backend(dtype, device).forward_packed is not None
+        return self.config.precision == "fp8" or self._backend(dtype, device).forward_packed is not None
 
     def takes_fp8_rows(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether :meth:`forward` takes :class:`~ep_moe.comm.fp8_rows.QuantizedRows` in place of rows in ``dtype``."""
@@ -154,7 +155,6 @@ class GroupedExperts(nn.Module):
             ValueError: if an argument's shape, dtype or device does not fit.
         """
         if isinstance(segments, PackedSegments):
-            assert isinstance(rows, Tensor)
             return self._forward_packed(rows, segments)
         if deferred is None:
             fc1_weight, fc2_weight = _autocast(self.fc1_weight, self.fc2_weight)
@@ -186,6 +186,10 @@ class GroupedExperts(nn.Module):
             f"experts {first}..{last}, hidden={self.hidden_size}, ffn={self.config.ffn_hidden_size}, "
             f"activation={self.config.activation}, backend={self.config.backend}, precision={self.config.precision}"
         )
+
+    @property
+    def _no_fp8_rows(self) -> str:
+        return f"moe.experts.precision = {self.config.precision} does not take it"
 
     @property
     def _sizes(self) -> dict[str, int]:
@@ -220,13 +224,8 @@ class GroupedExperts(nn.Module):
     ) -> Tensor:
         """The network with its products in FP8; ``weights`` take the gradients."""
         kind = rows.stand_in if isinstance(rows, QuantizedRows) else rows
-        fp8 = select_fp8_backend(self.config.backend, dtype=kind.dtype, device=kind.device, **self._sizes)
+        fp8, fc1, fc2 = self._fp8_weights(kind)
         products = Fp8Products(fp8, self._backend(kind.dtype, kind.device))
-        # Of the parameters, not of what autocast makes of them: that would be rounded twice.
-        fc1, fc2 = (
-            kept.get(weight, fp8)
-            for kept, weight in zip(self._quantized, (self.fc1_weight, self.fc2_weight), strict=True)
-        )
         activation, gradient = self.config.activation, QuantizedGradient()
         fc1_out = fp8_grouped_linear(rows, weights[0], fc1, segments, products, defer[0], gradient=gradient)
         differentiated = torch.is_grad_enabled() and any(
@@ -240,18 +239,31 @@ class GroupedExperts(nn.Module):
         inner = apply_activation(fc1_out, activation, row_weights, segments.row_count)
         return fp8_grouped_linear(inner, weights[1], fc2, segments, products, defer[1])
 
-    def _forward_packed(self, rows: Tensor, segments: PackedSegments) -> Tensor:
+    def _fp8_weights(self, rows: Tensor) -> tuple[Fp8Gemm, Fp8WeightPair, Fp8WeightPair]:
+        """The back end of FP8 products for such rows, and both weights for it."""
+        fp8 = select_fp8_backend(self.config.backend, dtype=rows.dtype, device=rows.device, **self._sizes)
+        # Of the parameters, not of what autocast makes of them: that would be rounded twice.
+        weights = (self.fc1_weight, self.fc2_weight)
+        fc1, fc2 = (kept.get(weight, fp8) for kept, weight in zip(self._quantized, weights, strict=True))
+        return fp8, fc1, fc2
+
+    def _forward_packed(self, rows: Tensor | QuantizedRows, segments: PackedSegments) -> Tensor:
         """The network on the real rows of each expert, into the buffer from which they are combined."""
         fc1_weight, fc2_weight = _autocast(self.fc1_weight, self.fc2_weight)
+        arrived, rows = (rows, rows.stand_in) if isinstance(rows, QuantizedRows) else (None, rows)
         if torch.is_grad_enabled() and (rows.requires_grad or fc1_weight.requires_grad or fc2_weight.requires_grad):
             raise RuntimeError("packed rows have no gradients: wrap the call in torch.no_grad()")
-        expected = [self.num_local_experts, segments.out.shape[1], self.hidden_size]
+        expected = [self.num_local_experts, segments.room, self.hidden_size]
         for name, x in (("rows", rows), ("segments.out", segments.out)):
             if list(x.shape) != expected or x.dtype != fc1_weight.dtype or x.device != fc1_weight.device:
                 raise ValueError(
                     f"{name}: expected {fc1_weight.dtype} {expected} on {fc1_weight.device} as the weights, "
                     f"got {x.dtype} {list(x.shape)} on {x.device}"
                 )
+        if self.config.precision == "fp8":
+            return self._forward_packed_fp8(rows, arrived, segments)
+        if arrived is not None:
+            raise ValueError(f"rows: expected {rows.dtype}, got FP8: {self._no_fp8_rows}")
         multiply = self._backend(rows.dtype, rows.device).forward_packed
         if multiply is None:
             raise ValueError(f"segments: moe.experts.backend = {self.config.backend} takes no packed rows here")
@@ -259,15 +271,24 @@ class GroupedExperts(nn.Module):
         inner = apply_packed_activation(inner, self.config.activation, segments.counts)
         return multiply(inner, fc2_weight, segments.counts, out=segments.out)
 
+    def _forward_packed_fp8(self, rows: Tensor, arrived: QuantizedRows | None, segments: PackedSegments) -> Tensor:
+        """The same with products in FP8, of rows as they have arrived if they were in FP8 then."""
+        fp8, fc1, fc2 = self._fp8_weights(rows)
+        if arrived is None:
+            fp8_rows = fp8.quantize_rows(row_major(rows).flatten(0, 1), segments)
+        else:
+            fp8_rows = Fp8Rows(arrived.values.flatten(0, 1), by_blocks(arrived.scales.flatten(0, 1)))
+        fc1_out = fp8.multiply(fp8_rows, fc1.weight, segments, rows.dtype)
+        inner = fp8.activate(fc1_out, self.config.activation, None, segments)
+        fp8.multiply(inner, fc2.weight, segments, rows.dtype, out=segments.out.view(-1, self.hidden_size))
+        return segments.out
+
     def _check(
         self, rows: Tensor | QuantizedRows, row_weights: Tensor | None, segments: ExpertSegments, weight: Tensor
     ) -> None:
         if isinstance(rows, QuantizedRows):
             if self.config.precision != "fp8":
-                raise ValueError(
-                    f"rows: expected {weight.dtype}, got FP8, which moe.experts.precision = "
-                    f"{self.config.precision} does not take"
-                )
+                raise ValueError(f"rows: expected {weight.dtype}, got FP8: {self._no_fp8_rows}")
             rows = rows.stand_in
         if segments.ends.shape != (self.num_local_experts,):
             raise ValueError(

@@ -13,7 +13,8 @@ from ep_moe.comm import ExpertSegments
 from ep_moe.experts import native_gemm
 from ep_moe.experts.activation import is_gated
 from ep_moe.experts.activation_kernels import ACTIVATIONS, as_fp32
-from ep_moe.experts.fp8 import Fp8ActivationGradients, Fp8Rows, empty_scales
+from ep_moe.experts.fp8 import Fp8ActivationGradients, Fp8Rows, Segments, empty_scales
+from ep_moe.experts.native_real_rows import RealRows, real_rows
 from ep_moe.native import launch, load_entry_points, pointer
 
 
@@ -29,16 +30,15 @@ class ActivationFp8Args(ctypes.Structure):
         ("grad_x", c_void_p),
         ("activated", c_void_p),
         ("grad_weights", c_void_p),
-        ("num_rows", c_void_p),
-        ("rows", c_int64),
+        ("real", RealRows),
         ("scale_stride", c_int64),
         ("width", c_int32),
         ("activation", c_int32),
     )
 
 
-def activate(x: Tensor, activation: str, row_weights: Tensor | None, segments: ExpertSegments) -> Fp8Rows:
-    """See ``Fp8Gemm``; rows behind the last segment are not read."""
+def activate(x: Tensor, activation: str, row_weights: Tensor | None, segments: Segments) -> Fp8Rows:
+    """See ``Fp8Gemm``; rows that are not real are not read."""
     width = _width(x, activation)
     values = x.new_empty(x.shape[0], width, dtype=torch.float8_e4m3fn)
     out = Fp8Rows(values, empty_scales(x.shape[0], width, x.device))
@@ -91,15 +91,14 @@ def _width(x: Tensor, activation: str) -> int:
 
 
 def _arguments(
-    x: Tensor, activation: str, weights: Tensor | None, segments: ExpertSegments, out: Fp8Rows
+    x: Tensor, activation: str, weights: Tensor | None, segments: Segments, out: Fp8Rows
 ) -> ActivationFp8Args:
     return ActivationFp8Args(
         x=x.data_ptr(),
         row_weights=pointer(weights),
         values=out.values.data_ptr(),
         scales=out.scales.data_ptr(),
-        num_rows=segments.ends[-1:].data_ptr(),
-        rows=x.shape[0],
+        real=real_rows(segments, x.shape[0]),
         scale_stride=out.scales.stride(0),
         width=_width(x, activation),
         activation=ACTIVATIONS[activation],
