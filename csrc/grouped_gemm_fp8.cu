@@ -241,6 +241,7 @@ __device__ __forceinline__ void multiply(Fp8Block& block, int warpgroup) {
       multiply_tile<0>(block, tile, warpgroup);
     }
   }
+  if (warpgroup == 0) take_turn(warpgroup);  // the one left by the other, so that no barrier ends half full
 }
 
 __global__ void __launch_bounds__(kGemmThreads, 1) fp8_gemm_kernel(const __grid_constant__ Fp8Gemm gemm) {
