@@ -122,7 +122,7 @@ def check_kernels(activation: str, width: int, counts: list[int], extra: int, we
     for actual, right in ((found.x, grad_x), (found.activated, inner), (found.row_weights, grad_weights)):
         # The weights' gradient of wider rows is summed in another order.
         exact = right is not grad_weights or width <= 4096
-        tolerance = 0.0 if exact else 1e-4
+        tolerance = 0.0 if exact else 1e-2
         torch.testing.assert_close(actual[:real], right[:real], rtol=tolerance, atol=tolerance, equal_nan=True)
     alone = NATIVE.activation_gradients(
         grad, x, activation, row_weights, segments, need_weights=False, need_activated=False

@@ -125,16 +125,18 @@ def check_fp8(counts: list[int], room: int, hidden: int, ffn: int, activation: s
     rows = torch.randn(len(counts), room, hidden, device=device).bfloat16()
     values, scales = (x.unflatten(0, (len(counts), room)) for x in quantize_e4m3(rows.flatten(0, 1)))
     for expert, count in enumerate(counts):
-        for tensor in (rows, values, scales):
-            tensor[expert, count:] = math.nan
+        rows[expert, count:] = scales[expert, count:] = math.nan
+        values.view(torch.uint8)[expert, count:] = 0x7F  # NaN
     on_device = torch.tensor(counts, dtype=torch.int32, device=device)
-    gathered = [torch.cat([x[e, :count] for e, count in enumerate(counts)]) for x in (rows, values, scales)]
+    gathered = [
+        torch.cat([x[e, :count] for e, count in enumerate(counts)]) for x in (rows, values.view(torch.uint8), scales)
+    ]
     segments = ExpertSegments(on_device.long(), on_device.cumsum(0).int(), tuple(counts))
     pairs = (
         (rows, gathered[0]),
         (
             QuantizedRows(values, scales, rows.new_empty(()).expand(rows.shape)),
-            QuantizedRows(gathered[1], gathered[2], rows.new_empty(()).expand(gathered[0].shape)),
+            QuantizedRows(gathered[1].view(values.dtype), gathered[2], rows.new_empty(()).expand(gathered[0].shape)),
         ),
     )
     for packed_rows, same_rows in pairs:
