@@ -12,7 +12,8 @@ the copies that its backward will read, whatever becomes of the weight in betwee
 
 CUDA graphs: a pass with gradients that is captured quantises within the graph, so that replays follow the weight, and
 keeps nothing. One without gradients reads the copies there are at capture, and replays go on reading them: capture
-again after the weight has changed. If there are none, it too quantises within the graph.
+again after the weight has changed. If there are none, it too quantises within the graph. A step of an optimizer that is
+replayed goes unseen; passes outside of that graph want :meth:`QuantizedWeight.forget` after it.
 """
 
 from __future__ import annotations
