@@ -5,7 +5,7 @@
 Each GPU holds ``--experts`` experts of DeepSeek-V3's dimensions. Low-latency steps (dispatch, experts, combine) are
 captured in a CUDA graph; ``all rows`` gives the experts every place of the packed buffers, as GEMMs would that know no
 counts. Times are medians in microseconds; ``weights`` is what it takes to read those of the experts that have rows, at
-``--bandwidth``.
+``--bandwidth``. With ``--precision fp8`` rows travel in FP8 (but for ``all rows``), and experts multiply in it.
 """
 
 from __future__ import annotations
@@ -52,16 +52,24 @@ def main() -> None:
     machine = start()
     shape = SHAPES[arguments.shape]
     num_experts, most = arguments.experts * machine.ranks, arguments.max_tokens
+    precision = arguments.precision
     config = Config(
         model=ModelConfig(hidden_size=shape.hidden, num_attention_heads=shape.hidden // 128),
-        moe=MoEConfig(num_experts=num_experts, top_k=shape.top_k, experts=ExpertsConfig(ffn_hidden_size=shape.ffn)),
-        phases=PhasesConfig(decode=PhaseConfig(mode="low_latency", max_tokens_per_rank=most)),
+        moe=MoEConfig(
+            num_experts=num_experts,
+            top_k=shape.top_k,
+            experts=ExpertsConfig(ffn_hidden_size=shape.ffn, precision=precision),
+        ),
+        phases=PhasesConfig(
+            prefill=PhaseConfig(dispatch_dtype=precision),
+            decode=PhaseConfig(mode="low_latency", max_tokens_per_rank=most, dispatch_dtype=precision),
+        ),
     )
     torch.manual_seed(1)
     layer = EPMoELayer(config, device=machine.device, dtype=torch.bfloat16).eval()
     factory = communicator_factory("auto", dist.group.WORLD, max_tokens=None, timeout_s=30.0)
     communicator = factory.build_low_latency(machine.device, most, shape.hidden, num_experts)
-    say(f"{arguments.experts} experts a rank, room for {most} tokens a rank, bf16, us")
+    say(f"{arguments.experts} experts a rank, room for {most} tokens a rank, {precision}, us")
     say("tokens  experts with rows |   packed  gathered  all rows | layer, packed  layer, normal, no graph | weights")
     lines = [measure(tokens, layer, communicator, arguments, machine) for tokens in arguments.tokens]
     save("decode", arguments.out, machine, vars(arguments), lines, functools.partial(draw, lines))
@@ -83,7 +91,12 @@ def measure(
     routing = layer.router(x)
 
     def step(packed: bool) -> Call:
-        dispatcher = LowLatencyDispatcher(communicator, takes_packed_rows=lambda dtype, device: packed)
+        dispatcher = LowLatencyDispatcher(
+            communicator,
+            fp8=arguments.precision == "fp8",
+            takes_packed_rows=lambda dtype, device: packed,
+            takes_fp8_rows=layer.experts.takes_fp8_rows,
+        )
 
         def call() -> Tensor:
             arrived = dispatcher.dispatch(x, routing.topk_idx, routing.topk_weights)
@@ -102,7 +115,8 @@ def measure(
     local_experts, room, _ = arrived.rows.shape
     ends = torch.arange(room, (local_experts + 1) * room, room, dtype=torch.int32, device=machine.device)
     with_rows = int((arrived.counts > 0).sum())
-    per_expert = sum(weight[0].numel() * weight.itemsize for weight in layer.experts.parameters())
+    element_bytes = 1 if arguments.precision == "fp8" else 2
+    per_expert = sum(weight[0].numel() * element_bytes for weight in layer.experts.parameters())
     least = with_rows * per_expert / (arguments.bandwidth * 1e6)
 
     def time_captured(call: Call) -> float:
@@ -138,6 +152,7 @@ def parse_arguments() -> argparse.Namespace:
     """What to measure."""
     parser = argparse.ArgumentParser(description="A decode step of one MoE layer.")
     parser.add_argument("--shape", choices=list(SHAPES), default="deepseek_v3")
+    parser.add_argument("--precision", choices=["input", "fp8"], default="input", help="input is bf16")
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 8], help="per rank")
     parser.add_argument("--max-tokens", type=int, default=128, help="room, per rank")
     parser.add_argument("--experts", type=int, default=128, help="per rank")

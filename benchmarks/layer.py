@@ -137,7 +137,7 @@ def layer_config(
     shape: Shape, size: int, backend: str, overlap: str, sms: int | None, arguments: argparse.Namespace
 ) -> Config:
     """The configuration of a layer of ``shape`` over ``size`` ranks."""
-    phase = PhaseConfig(num_sms=sms, max_tokens_per_rank=arguments.tokens)
+    phase = PhaseConfig(num_sms=sms, max_tokens_per_rank=arguments.tokens, dispatch_dtype=arguments.dispatch_dtype)
     strategies: Any = () if overlap in ("none", *HALVES) else tuple(overlap.split("+"))
     return Config(
         model=ModelConfig(hidden_size=shape.hidden, num_attention_heads=shape.hidden // 128),
@@ -233,6 +233,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="default: whole models")
     parser.add_argument("--backends", nargs="+", default=["native", "grouped_mm"])
     parser.add_argument("--precision", choices=["input", "fp8"], default="input", help="the GEMMs alone stay bf16")
+    parser.add_argument("--dispatch-dtype", choices=["input", "fp8"], default="input", help="of rows on their way")
     parser.add_argument("--overlap", nargs="+", default=["none"], help="none, halves, two_batch, or strategies by +")
     parser.add_argument("--shared-ffn", type=int, default=0, help="inner width of shared experts, 0 for none")
     parser.add_argument("--capacity-rows", type=int, help="rows to make room for; the host then waits for no sizes")

@@ -107,9 +107,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
         if constexpr (gated) ups[j].to_float(linear);
 #pragma unroll
         for (int k = 0; k < kCount; ++k) {
-          values[k] = Function::value(values[k]);
-          if constexpr (gated) values[k] *= linear[k];
-          values[k] *= weight;
+          values[k] = activated<Function, gated>(values[k], gated ? linear[k] : 0.0f, weight);
         }
         Vector<T> result;
         result.from_float(values);
@@ -173,17 +171,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
         grads[j].to_float(incoming);
 #pragma unroll
         for (int k = 0; k < kCount; ++k) {
-          float value, slope;
-          Function::value_and_slope(from_gate[k], value, slope);
-          const float scaled = incoming[k] * weight;
-          if constexpr (gated) {
-            sum += incoming[k] * value * from_up[k];
-            from_gate[k] = scaled * from_up[k] * slope;
-            from_up[k] = value * scaled;
-          } else {
-            sum += incoming[k] * value;
-            from_gate[k] = scaled * slope;
-          }
+          float none = 0.0f;
+          activation_gradients<Function, gated>(incoming[k], weight, from_gate[k], gated ? from_up[k] : none, sum);
         }
         if (args.grad_x == nullptr) continue;
         Vector<T> result;

@@ -4,7 +4,13 @@
 // 2412.19437, section 3.3): the products of 128 elements of the reduction are summed by the multiply, then scaled and
 // added to fp32 registers ("promoted"). A tile is up to 256 tokens by 128 weight rows, so that it has one weight scale
 // a step; tokens are the multiply's rows, so that a thread has two token scales a multiply, and are cut into units of
-// 64, which go to the two warpgroups in turn. One thread copies. While one warpgroup promotes, the other multiplies.
+// 64, which go to the two warpgroups in turn. One thread copies.
+//
+// While one warpgroup promotes, the other multiplies: they take turns, a unit each. Left to themselves they start
+// together on every stage, share the tensor cores, end together and promote together, while nothing multiplies. The
+// turn passes on when half of a unit's multiplies are done: the other half, 128 cycles, covers the way to the next
+// ones, and is not slowed by all of them. Both count the same turns: a warpgroup that has fewer units of a tile than
+// the other passes its turn on.
 //
 // A tile may read rows of the next expert or beyond the last segment: they fall into result rows of their own, which
 // are never stored.
@@ -24,13 +30,16 @@ struct GroupedFp8Args {
   const void* weight;          // e4m3 [experts][columns][reduction]
   const float* weight_scales;  // [experts][columns / 128][reduction / 128]
   void* out;                   // bf16 [num_rows][columns]; not written from the last segment's end on
-  const int32_t* ends;         // [experts], where each one's segment ends; the next one's starts there
+  const int32_t* ends;         // [experts], where each one's segment ends; the next one's starts there. With `room`:
+                               // counts
   int64_t num_rows;
-  int64_t scale_stride;  // at least num_rows
+  int64_t scale_stride;  // at least num_rows, a multiple of 4
   int32_t experts;
   int32_t reduction;  // a multiple of 128, as is `columns`
   int32_t columns;
   int32_t blocks;  // to launch; one fits on an SM
+  int32_t room;    // if not 0: expert e's rows, and those of its result, start at e * room, for a count of at most room
+  int32_t reserved;
 };
 
 namespace {
@@ -39,12 +48,17 @@ constexpr int kRingStages = 4;
 using Ring = RingPosition<kRingStages>;
 using Barriers = RingBarriers<kRingStages>;
 constexpr int kBlockK = 128;                 // elements of the reduction in a stage, which share scales
+constexpr int kSteps = kBlockK / kFp8MmaK;   // multiplies of a unit and stage
 constexpr int kUnitBytes = kUnit * kBlockK;  // in a stage
 constexpr int kRowBytes = kMaxTileUnits * kUnitBytes;
 constexpr int kWeightBytes = kFp8Columns * kBlockK;
 constexpr int kStageBytes = kRowBytes + kWeightBytes;
 constexpr int kSharedBytes = kSwizzleGroupBytes + kRingStages * kStageBytes;
 static_assert(kStageBytes % kSwizzleGroupBytes == 0);
+constexpr int kScalesOfVector = 4;  // row scales are copied from a multiple of 16 bytes on
+constexpr int kStageScales = kMaxTileUnits * kUnit + kScalesOfVector;
+constexpr int kFirstTurnBarrier = 1;  // one a warpgroup
+static_assert(kMultipliers == 2);
 
 struct Fp8Gemm {
   CUtensorMap rows;
@@ -57,7 +71,8 @@ struct Fp8Block {
   const Fp8Gemm* gemm;
   const UnitTable* table;
   Barriers* barriers;
-  uint32_t ring;  // shared-memory address of the first stage
+  float (*row_scales)[kStageScales];  // of each stage, from that of the tile's row 0 rounded down to a vector on
+  uint32_t ring;                      // shared-memory address of the first stage
   int blocks_k;
   int expert = 0;  // UnitTable::find
   Ring position;
@@ -70,7 +85,10 @@ __device__ __forceinline__ void copy_operands(Fp8Block& block) {
   for (int index = blockIdx.x; index < block.table->tiles(); index += gridDim.x) {
     const UnitTile tile = block.table->find(index, block.expert);
     const int units = tile.units();
-    const uint32_t bytes = units * kUnitBytes + kWeightBytes;
+    const int first_scale = tile.row / kScalesOfVector * kScalesOfVector;
+    const int end_scale = (tile.row + tile.tokens + kScalesOfVector - 1) / kScalesOfVector * kScalesOfVector;
+    const uint32_t scale_bytes = (end_scale - first_scale) * sizeof(float);
+    const uint32_t bytes = units * kUnitBytes + kWeightBytes + scale_bytes;
     for (int k = 0; k < block.blocks_k; ++k) {
       block.position.wait_empty(*block.barriers);
       uint64_t* full = &block.barriers->full[block.position.stage];
@@ -81,9 +99,21 @@ __device__ __forceinline__ void copy_operands(Fp8Block& block) {
       for (int unit = 0; unit < units; ++unit) {
         cp_async_bulk_tensor_load(stage + unit * kUnitBytes, &gemm.rows, k * kBlockK, tile.row + unit * kUnit, 0, full);
       }
+      cp_async_bulk_load(block.row_scales[block.position.stage],
+                         gemm.args.row_scales + k * gemm.args.scale_stride + first_scale, scale_bytes, full);
       block.position.advance();
     }
   }
+}
+
+// Waits until the other warpgroup is half through its unit. A barrier a warpgroup, for which it waits and at which the
+// other arrives; the next arrival follows the other's next turn, and so this warpgroup's: no phase is overrun.
+__device__ __forceinline__ void take_turn(int warpgroup) {
+  bar_sync(kFirstTurnBarrier + warpgroup, kMultipliers * kWarpgroup);
+}
+
+__device__ __forceinline__ void pass_turn(int warpgroup) {
+  bar_arrive(kFirstTurnBarrier + (warpgroup ^ 1), kMultipliers * kWarpgroup);
 }
 
 // Exchanges a 4 x 4 matrix of words, a column a lane, with its transpose among four neighbouring lanes.
@@ -133,6 +163,7 @@ __device__ __forceinline__ void multiply_tile(Fp8Block& block, const UnitTile& t
   const GroupedFp8Args& args = block.gemm->args;
   const bool signals = threadIdx.x % 32 == 0;
   const int lane_row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;  // of a unit, and the one 8 further down
+  const int first_scale = tile.row % kScalesOfVector + warpgroup * kUnit + lane_row;
   const float* weight_scales =
       args.weight_scales +
       (static_cast<int64_t>(tile.expert) * (args.columns / kFp8Columns) + tile.weight_tile) * block.blocks_k;
@@ -142,60 +173,48 @@ __device__ __forceinline__ void multiply_tile(Fp8Block& block, const UnitTile& t
 #pragma unroll
     for (int i = 0; i < kFp8Columns / 2; ++i) sums[unit][i] = 0.0f;
   }
-  // Each a step ahead. Rows beyond the last tensor row take the scale of that one, and are not stored.
-  int scale_of[units > 0 ? units : 1][2];
-  float next_scale = __ldg(weight_scales), next_row_scales[units > 0 ? units : 1][2];
-#pragma unroll
-  for (int unit = 0; unit < units; ++unit) {
-#pragma unroll
-    for (int below = 0; below < 2; ++below) {
-      const int64_t row = tile.row + (warpgroup + unit * kMultipliers) * kUnit + lane_row + below * 8;
-      scale_of[unit][below] = static_cast<int>(min(row, args.num_rows - 1));
-      next_row_scales[unit][below] = __ldg(args.row_scales + scale_of[unit][below]);
-    }
-  }
+  float next_scale = __ldg(weight_scales);  // a step ahead
 #pragma unroll 1
   for (int k = 0; k < block.blocks_k; ++k) {
-    float scales[units > 0 ? units : 1][2];
-#pragma unroll
-    for (int unit = 0; unit < units; ++unit) {
-#pragma unroll
-      for (int below = 0; below < 2; ++below) scales[unit][below] = next_row_scales[unit][below] * next_scale;
-    }
-    if (k + 1 < block.blocks_k) {
-      next_scale = __ldg(weight_scales + k + 1);
-      const float* row_scales = args.row_scales + (k + 1) * args.scale_stride;
-#pragma unroll
-      for (int unit = 0; unit < units; ++unit) {
-#pragma unroll
-        for (int below = 0; below < 2; ++below)
-          next_row_scales[unit][below] = __ldg(row_scales + scale_of[unit][below]);
-      }
-    }
+    const float weight_scale = next_scale;
+    if (k + 1 < block.blocks_k) next_scale = __ldg(weight_scales + k + 1);
     block.position.wait_full(*block.barriers);
     const uint32_t stage = block.stage();
+    const float* row_scales = block.row_scales[block.position.stage] + first_scale;
     const uint64_t b = matrix_descriptor(stage + kRowBytes, 0);
 #pragma unroll
     for (int unit = 0; unit < units; ++unit) {
       const int place = warpgroup + unit * kMultipliers;
       const uint64_t a = matrix_descriptor(stage + place * kUnitBytes, 0);
       float products[kFp8Columns / 2];
+      take_turn(warpgroup);
       wgmma_fence();
 #pragma unroll
-      for (int step = 0; step < kBlockK / kFp8MmaK; ++step) {
+      for (int step = 0; step < kSteps; ++step) {
         wgmma_e4m3(products, a + step * (kFp8MmaK >> 4), b + step * (kFp8MmaK >> 4), step > 0);
+        if (step % (kSteps / 2) == kSteps / 2 - 1) wgmma_commit_group();
       }
-      wgmma_commit_group();
+      wgmma_wait_group<1>();
+      pass_turn(warpgroup);
+      const float above = row_scales[unit * kMultipliers * kUnit] * weight_scale;
+      const float below = row_scales[unit * kMultipliers * kUnit + 8] * weight_scale;
       wgmma_wait_group<0>();
       touch(products);
-      if (unit == units - 1 && signals) mbarrier_arrive(&block.barriers->empty[block.position.stage]);
+      if (unit == units - 1) {
+        __syncwarp();
+        if (signals) mbarrier_arrive(&block.barriers->empty[block.position.stage]);
+      }
 #pragma unroll
       for (int i = 0; i < kFp8Columns / 2; i += 4) {
-        sums[unit][i] += products[i] * scales[unit][0];
-        sums[unit][i + 1] += products[i + 1] * scales[unit][0];
-        sums[unit][i + 2] += products[i + 2] * scales[unit][1];
-        sums[unit][i + 3] += products[i + 3] * scales[unit][1];
+        sums[unit][i] += products[i] * above;
+        sums[unit][i + 1] += products[i + 1] * above;
+        sums[unit][i + 2] += products[i + 2] * below;
+        sums[unit][i + 3] += products[i + 3] * below;
       }
+    }
+    if (units * kMultipliers < tile.units()) {  // the other one has a unit more
+      take_turn(warpgroup);
+      pass_turn(warpgroup);
     }
     if (units == 0 && signals) mbarrier_arrive(&block.barriers->empty[block.position.stage]);
     block.position.advance();
@@ -210,6 +229,7 @@ __device__ __forceinline__ void multiply_tile(Fp8Block& block, const UnitTile& t
 }
 
 __device__ __forceinline__ void multiply(Fp8Block& block, int warpgroup) {
+  if (warpgroup == 1) pass_turn(warpgroup);  // the first turn is the other's
   for (int index = blockIdx.x; index < block.table->tiles(); index += gridDim.x) {
     const UnitTile tile = block.table->find(index, block.expert);
     const int units = (tile.units() - warpgroup + kMultipliers - 1) / kMultipliers;
@@ -221,20 +241,23 @@ __device__ __forceinline__ void multiply(Fp8Block& block, int warpgroup) {
       multiply_tile<0>(block, tile, warpgroup);
     }
   }
+  if (warpgroup == 0) take_turn(warpgroup);  // the one left by the other, so that no barrier ends half full
 }
 
 __global__ void __launch_bounds__(kGemmThreads, 1) fp8_gemm_kernel(const __grid_constant__ Fp8Gemm gemm) {
   extern __shared__ uint8_t dynamic_shared[];
   __shared__ UnitTable table;
   __shared__ Barriers barriers;
+  __shared__ alignas(16) float row_scales[kRingStages][kStageScales];
   const GroupedFp8Args& args = gemm.args;
   if (threadIdx.x == 0) barriers.init();
-  table.build(args.ends, args.experts, args.columns / kFp8Columns);
+  table.build(args.ends, args.experts, args.room, args.columns / kFp8Columns);
 
   Fp8Block block;
   block.gemm = &gemm;
   block.table = &table;
   block.barriers = &barriers;
+  block.row_scales = row_scales;
   block.ring = (shared_address(dynamic_shared) + kSwizzleGroupBytes - 1) / kSwizzleGroupBytes * kSwizzleGroupBytes;
   block.blocks_k = args.reduction / kBlockK;
   const int group = static_cast<int>(threadIdx.x / kWarpgroup) - 1;
@@ -255,7 +278,8 @@ EP_MOE_API const char* ep_moe_grouped_gemm_fp8(const ep_moe::GroupedFp8Args* arg
   constexpr const char* kWhat = "FP8 grouped GEMM";
   if (args->num_rows == 0 || args->experts == 0 || args->columns == 0) return nullptr;
   if (args->experts < 0 || args->experts > kMaxGemmExperts || args->reduction <= 0 || args->reduction % kBlockK != 0 ||
-      args->columns % kFp8Columns != 0 || args->scale_stride < args->num_rows || args->blocks <= 0) {
+      args->columns % kFp8Columns != 0 || args->scale_stride < args->num_rows ||
+      args->scale_stride % kScalesOfVector != 0 || args->blocks <= 0) {
     return error_text(cudaErrorInvalidValue, kWhat);
   }
   Fp8Gemm gemm;

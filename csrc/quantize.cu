@@ -9,15 +9,15 @@
 #include "element.cuh"
 #include "fp8.cuh"
 #include "launch.cuh"
+#include "real_rows.cuh"
 
 namespace ep_moe {
 
 struct QuantizeRowsArgs {
-  const void* x;            // [rows][width]
-  void* values;             // e4m3 [rows][width]
-  float* scales;            // [width / 128][scale_stride], by row
-  const int32_t* num_rows;  // how many of the rows are real, or nullptr for all
-  int64_t rows;
+  const void* x;  // [rows][width]
+  void* values;   // e4m3 [rows][width]
+  float* scales;  // [width / 128][scale_stride], by row
+  RealRows real;
   int64_t scale_stride;
   int32_t width;    // a multiple of 128
   int32_t element;  // Element of x
@@ -73,7 +73,7 @@ __device__ __forceinline__ float amax_of_lanes(float amax) {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const __grid_constant__ QuantizeRowsArgs args) {
-  const int64_t rows = args.num_rows == nullptr ? args.rows : min(args.rows, static_cast<int64_t>(*args.num_rows));
+  const int64_t rows = args.real.end();
   const int blocks = args.width / kScaleBlock;
   const int64_t items = (rows + kRowsAtOnce - 1) / kRowsAtOnce * blocks;
   const int lane = threadIdx.x % kLanes;
@@ -87,18 +87,20 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const __grid_co
     const int count = item < items ? static_cast<int>(min(rows - row, static_cast<int64_t>(kRowsAtOnce))) : 0;
     const int64_t offset = row * args.width + block * kScaleBlock + lane * 8;
     Eight<T> loaded[kRowsAtOnce];
+    bool real[kRowsAtOnce];
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i) {
-      if (i < count) loaded[i].load(static_cast<const T*>(args.x) + offset + static_cast<int64_t>(i) * args.width);
+      real[i] = i < count && args.real.contain(row + i);
+      if (real[i]) loaded[i].load(static_cast<const T*>(args.x) + offset + static_cast<int64_t>(i) * args.width);
     }
     float my_scale = 0.0f;
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i) {
       float values[8] = {};
-      if (i < count) loaded[i].to_float(values);
+      if (real[i]) loaded[i].to_float(values);
       const BlockScale scale = BlockScale::of(amax_of_lanes(amax_of(values)));
       if (lane == i) my_scale = scale.scale;
-      if (i < count) {
+      if (real[i]) {
         uint8_t* out = static_cast<uint8_t*>(args.values) + offset + static_cast<int64_t>(i) * args.width;
         *reinterpret_cast<uint2*>(out) = pack_e4m3(values, scale.factor);
       }
@@ -107,12 +109,30 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const __grid_co
   }
 }
 
+// A block's e4m3 in shared memory, four columns a word. Words are permuted by groups of 16 rows, so that those of four
+// columns lie in other banks in every group.
+constexpr int kStagedWords = kScaleBlock / 4;
+constexpr int kGroupRows = 16;
+constexpr int kStagedGroups = kScaleBlock / kGroupRows;
+static_assert(kStagedGroups * kStagedWords == kThreads && kGroupRows == kThreads / kLanes);
+
+__device__ __forceinline__ int staged_word(int group, int word) { return word ^ group * 4; }
+
+// Four rows of four bytes to four columns.
+__device__ __forceinline__ void transpose_bytes(uint32_t (&words)[4]) {
+  const uint32_t low01 = __byte_perm(words[0], words[1], 0x5140), low23 = __byte_perm(words[2], words[3], 0x5140);
+  const uint32_t high01 = __byte_perm(words[0], words[1], 0x7362), high23 = __byte_perm(words[2], words[3], 0x7362);
+  words[0] = __byte_perm(low01, low23, 0x5410);
+  words[1] = __byte_perm(low01, low23, 0x7632);
+  words[2] = __byte_perm(high01, high23, 0x5410);
+  words[3] = __byte_perm(high01, high23, 0x7632);
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads) quantize_weight_kernel(const __grid_constant__ QuantizeWeightArgs args) {
   constexpr int kRowsOfPass = kThreads / kLanes, kPasses = kScaleBlock / kRowsOfPass;
-  constexpr int kChunkRows = 32;  // of the transposed copy, for a thread
   __shared__ float warp_amax[kThreads / 32];
-  __shared__ alignas(16) uint8_t staged[kScaleBlock][kScaleBlock];
+  __shared__ alignas(16) uint32_t staged[kScaleBlock][kStagedWords];
   const int column_blocks = args.columns / kScaleBlock, row_blocks = args.rows / kScaleBlock;
   const int column_block = blockIdx.x % column_blocks;
   const int row_block = blockIdx.x / column_blocks % row_blocks;
@@ -152,25 +172,28 @@ __global__ void __launch_bounds__(kThreads) quantize_weight_kernel(const __grid_
     const uint2 packed = pack_e4m3(values, scale.factor);
     uint8_t* out = static_cast<uint8_t*>(args.values) + offset + static_cast<int64_t>(i) * kRowsOfPass * args.columns;
     *reinterpret_cast<uint2*>(out) = packed;
-    *reinterpret_cast<uint2*>(&staged[i * kRowsOfPass + first_row][lane * 8]) = packed;
+    *reinterpret_cast<uint2*>(&staged[i * kRowsOfPass + first_row][staged_word(i, lane * 2)]) = packed;
   }
   if (args.transposed == nullptr) return;
   __syncthreads();
-  for (int item = threadIdx.x; item < kScaleBlock * (kScaleBlock / kChunkRows); item += kThreads) {
-    const int column = item % kScaleBlock, row = item / kScaleBlock * kChunkRows;
-    uint8_t* out = static_cast<uint8_t*>(args.transposed) + base +
-                   (static_cast<int64_t>(column_block) * kScaleBlock + column) * args.rows + row_block * kScaleBlock +
-                   row;
+  // 16 rows of four columns each: eight neighbouring threads write 128 bytes of a transposed row.
+  const int group = threadIdx.x % kStagedGroups, quad = threadIdx.x / kStagedGroups;
+  uint32_t out[4][4];
 #pragma unroll
-    for (int half = 0; half < kChunkRows / 16; ++half) {
-      uint32_t words[4];
+  for (int i = 0; i < 4; ++i) {
+    uint32_t words[4];
 #pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const uint32_t byte = staged[row + half * 16 + i][column];
-        words[i / 4] = i % 4 == 0 ? byte : words[i / 4] | byte << (i % 4 * 8);
-      }
-      reinterpret_cast<uint4*>(out)[half] = make_uint4(words[0], words[1], words[2], words[3]);
-    }
+    for (int j = 0; j < 4; ++j) words[j] = staged[group * kGroupRows + i * 4 + j][staged_word(group, quad)];
+    transpose_bytes(words);
+#pragma unroll
+    for (int column = 0; column < 4; ++column) out[column][i] = words[column];
+  }
+#pragma unroll
+  for (int column = 0; column < 4; ++column) {
+    const int64_t transposed_row = static_cast<int64_t>(column_block) * kScaleBlock + quad * 4 + column;
+    uint8_t* target = static_cast<uint8_t*>(args.transposed) + base + transposed_row * args.rows +
+                      row_block * kScaleBlock + group * kGroupRows;
+    *reinterpret_cast<uint4*>(target) = make_uint4(out[column][0], out[column][1], out[column][2], out[column][3]);
   }
 }
 
@@ -208,10 +231,10 @@ Kernel<QuantizeWeightArgs> find_weight_kernel(int32_t element) {
 EP_MOE_API const char* ep_moe_quantize_rows(const ep_moe::QuantizeRowsArgs* args, cudaStream_t stream) {
   using namespace ep_moe;
   constexpr const char* kWhat = "row quantisation kernel";
-  if (args->rows == 0 || args->width == 0) return nullptr;
+  if (args->real.rows == 0 || args->width == 0) return nullptr;
   const auto kernel = find_rows_kernel(args->element);
   if (kernel == nullptr || args->width % kScaleBlock != 0) return error_text(cudaErrorInvalidValue, kWhat);
-  const int64_t items = (args->rows + kRowsAtOnce - 1) / kRowsAtOnce * (args->width / kScaleBlock);
+  const int64_t items = (args->real.rows + kRowsAtOnce - 1) / kRowsAtOnce * (args->width / kScaleBlock);
   const int64_t wanted = (items * kLanes + kThreads - 1) / kThreads;
   const int blocks = static_cast<int>(wanted < kMaxBlocks ? wanted : kMaxBlocks);
   return launch(kWhat, kernel, *args, blocks, kThreads, 0, LaunchMode::kPlain, stream);

@@ -110,7 +110,12 @@ class EPMoELayer(nn.Module):
         for parameter in self.experts.parameters():
             parameter.allreduce = ep_size == 1  # type: ignore[attr-defined]
         shape = ExchangeShape(
-            moe.num_experts, hidden, self.experts.alignment, self.experts.takes_packed_rows, moe.capacity_rows
+            moe.num_experts,
+            hidden,
+            self.experts.alignment,
+            self.experts.takes_packed_rows,
+            moe.capacity_rows,
+            self.experts.takes_fp8_rows,
         )
         self._phases = PhaseSelector(config.phases, communicators, shape)
         self.ranges = StageRanges()

@@ -75,9 +75,9 @@ def check_training(precision: str, activation: str, into_main_grad: bool) -> lis
 
 
 @torch.no_grad()
-def check_packed() -> list[str]:
+def check_packed(precision: str) -> list[str]:
     """``["packed rows"]`` if packed experts give another result than the oracle."""
-    experts, oracle = make_experts("input", "swiglu")
+    experts, oracle = make_experts(precision, "swiglu")
     room, counts = max(COUNTS) + 3, torch.tensor(COUNTS, dtype=torch.int32, device="cuda")
     rows = torch.full((len(COUNTS), room, HIDDEN), torch.nan, device="cuda").bfloat16()
     for expert, count in enumerate(COUNTS):
@@ -86,7 +86,7 @@ def check_packed() -> list[str]:
     expected = oracle(real, None, ExpertSegments(counts, counts.cumsum(0).int(), COUNTS))
     out = experts(rows, None, PackedSegments(counts, torch.full_like(rows, torch.nan)))
     got = torch.cat([out[expert, :count] for expert, count in enumerate(COUNTS)])
-    return ["packed rows"] if far(got, expected, TOLERANCE["input"]) else []
+    return ["packed rows"] if far(got, expected, TOLERANCE[precision]) else []
 
 
 def check_routing() -> list[str]:
@@ -115,7 +115,8 @@ def main() -> None:
         for activation in ("swiglu", "geglu", "squared_relu")
         for main_grad in (False, True)
     }
-    wrong |= {"packed": check_packed(), "routing": check_routing()}
+    wrong |= {f"packed, precision {precision}": check_packed(precision) for precision in ("input", "fp8")}
+    wrong |= {"routing": check_routing()}
     torch.cuda.synchronize()
     for what, names in wrong.items():
         print(f"{what}: wrong {names or 'nothing'}", flush=True)

@@ -30,7 +30,9 @@ DEVICES = [
 ]
 
 
-def build_layer(rank: int, device: str, comm: Any, dtype: torch.dtype, dispatch_dtype: Any = "input") -> EPMoELayer:
+def build_layer(
+    rank: int, device: str, comm: Any, dtype: torch.dtype, dispatch_dtype: Any = "input", precision: Any = "input"
+) -> EPMoELayer:
     decode = PhaseConfig(mode="low_latency", dispatch_dtype=dispatch_dtype, max_tokens_per_rank=TOKENS)
     config = Config(
         model=ModelConfig(hidden_size=HIDDEN, init_std=0.1),
@@ -38,7 +40,7 @@ def build_layer(rank: int, device: str, comm: Any, dtype: torch.dtype, dispatch_
             num_experts=8,
             top_k=3,
             comm=comm,
-            experts=ExpertsConfig(ffn_hidden_size=128),
+            experts=ExpertsConfig(ffn_hidden_size=128, precision=precision),
             shared_experts=SharedExpertsConfig(ffn_hidden_size=64),
         ),
         phases=PhasesConfig(decode=decode),
@@ -53,9 +55,11 @@ def tokens_of(rank: int, count: int, device: torch.device, dtype: torch.dtype, s
     return torch.randn(count, HIDDEN, generator=generator).to(device, dtype)
 
 
-def _compare(rank: int, world: int, device: str, comm: str, dtype: torch.dtype, dispatch_dtype: str) -> list[float]:
+def _compare(
+    rank: int, world: int, device: str, comm: str, dtype: torch.dtype, dispatch_dtype: str, precision: str
+) -> list[float]:
     """Relative distance of decode from prefill, for several numbers of tokens, and by automatic choice."""
-    on, layer = rank_device(device, rank), build_layer(rank, device, comm, dtype, dispatch_dtype)
+    on, layer = rank_device(device, rank), build_layer(rank, device, comm, dtype, dispatch_dtype, precision)
     distances = []
     with torch.no_grad():
         for counts in ((6, 6), (1, 4), (0, 5), (0, 0)):
@@ -73,11 +77,15 @@ def _compare(rank: int, world: int, device: str, comm: str, dtype: torch.dtype, 
 @pytest.mark.parametrize(("device", "comm"), DEVICES)
 @pytest.mark.parametrize(("dispatch_dtype", "tolerance"), [("input", 0.01), ("fp8", 0.06)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["input", "fp8"])
 def test_decode_agrees_with_prefill(
-    device: str, comm: str, dtype: torch.dtype, dispatch_dtype: str, tolerance: float
+    device: str, comm: str, dtype: torch.dtype, dispatch_dtype: str, tolerance: float, precision: str
 ) -> None:
-    for distances in run_ranks(2, _compare, device, comm, dtype, dispatch_dtype):
-        assert max(distances) < tolerance
+    if precision == "fp8" and device == "cuda" and dtype != torch.bfloat16:
+        pytest.skip("the kernels multiply rows of bf16 tokens")
+    for distances in run_ranks(2, _compare, device, comm, dtype, dispatch_dtype, precision):
+        # Where routing weights are applied, and bf16 on the way, change which numbers of e4m3 are the nearest.
+        assert max(distances) < (tolerance if precision == "input" else 0.06)
 
 
 def _gradients(rank: int, world: int) -> str:
@@ -95,9 +103,9 @@ def test_gradients_are_refused() -> None:
     assert "low_latency mode computes no gradients" in message
 
 
-def _captured(rank: int, world: int) -> list[bool]:
+def _captured(rank: int, world: int, precision: str) -> list[bool]:
     """A decode step of the layer in a CUDA graph, with other tokens at every replay."""
-    on, layer = rank_device("cuda", rank), build_layer(rank, "cuda", "nvlink", torch.bfloat16, "fp8")
+    on, layer = rank_device("cuda", rank), build_layer(rank, "cuda", "nvlink", torch.bfloat16, "fp8", precision)
     x = tokens_of(rank, TOKENS, on, torch.bfloat16)
     same = []
     with torch.no_grad(), layer.phase("decode"):
@@ -115,6 +123,7 @@ def _captured(rank: int, world: int) -> list[bool]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("ranks", gpu_ranks(1, 2))
-def test_a_decode_step_can_be_captured(ranks: int) -> None:
-    for same in run_ranks(ranks, _captured):
+@pytest.mark.parametrize("precision", ["input", "fp8"])
+def test_a_decode_step_can_be_captured(ranks: int, precision: str) -> None:
+    for same in run_ranks(ranks, _captured, precision):
         assert all(same)

@@ -15,6 +15,8 @@ from test_native_gemm import assert_close, needs_hopper
 from torch import Tensor, nn
 
 from ep_moe.comm import ExpertSegments, PackedSegments
+from ep_moe.comm.fp8 import quantize_e4m3
+from ep_moe.comm.fp8_rows import QuantizedRows
 from ep_moe.config import ExpertsConfig
 from ep_moe.dispatcher.low_latency import LowLatencyDispatcher
 from ep_moe.experts import GroupedExperts
@@ -81,11 +83,13 @@ def test_activation(activation: str) -> None:
         assert torch.equal(out[expert, :count], apply_activation(rows[expert, :count].contiguous(), activation))
 
 
-def build_experts(num_experts: int, hidden: int, device: str, dtype: torch.dtype, backend: Any) -> GroupedExperts:
+def build_experts(
+    num_experts: int, hidden: int, device: str, dtype: torch.dtype, backend: Any, **changes: Any
+) -> GroupedExperts:
     return GroupedExperts(
         hidden,
         num_experts,
-        ExpertsConfig(ffn_hidden_size=192, backend=backend),
+        ExpertsConfig(**{"ffn_hidden_size": 192, "backend": backend, **changes}),
         init_method=lambda w: nn.init.normal_(w, std=0.1),
         output_init_method=lambda w: nn.init.normal_(w, std=0.1),
         device=device,
@@ -111,6 +115,63 @@ def test_experts_give_the_same_bits_as_on_gathered_rows() -> None:
         experts(rows, None, packed)
     with pytest.raises(ValueError, match=r"rows: expected torch.bfloat16 \[5, 130, 256\]"), torch.no_grad():
         experts(rows[:4], None, packed)
+
+
+def check_fp8(counts: list[int], room: int, hidden: int, ffn: int, activation: str, device: str) -> None:
+    """Raise unless packed rows give the bits of gathered ones, in bf16 and as they arrive in FP8."""
+    backend = "native" if device == "cuda" else "loop"
+    changes = {"precision": "fp8", "ffn_hidden_size": ffn, "activation": activation}
+    experts = build_experts(len(counts), hidden, device, torch.bfloat16, backend, **changes)
+    rows = torch.randn(len(counts), room, hidden, device=device).bfloat16()
+    values, scales = (x.unflatten(0, (len(counts), room)) for x in quantize_e4m3(rows.flatten(0, 1)))
+    for expert, count in enumerate(counts):
+        rows[expert, count:] = scales[expert, count:] = math.nan
+        values.view(torch.uint8)[expert, count:] = 0x7F  # NaN
+    on_device = torch.tensor(counts, dtype=torch.int32, device=device)
+    gathered = [
+        torch.cat([x[e, :count] for e, count in enumerate(counts)]) for x in (rows, values.view(torch.uint8), scales)
+    ]
+    segments = ExpertSegments(on_device.long(), on_device.cumsum(0).int(), tuple(counts))
+    pairs = (
+        (rows, gathered[0]),
+        (
+            QuantizedRows(values, scales, rows.new_empty(()).expand(rows.shape)),
+            QuantizedRows(gathered[1].view(values.dtype), gathered[2], rows.new_empty(()).expand(gathered[0].shape)),
+        ),
+    )
+    for packed_rows, same_rows in pairs:
+        packed, untouched = PackedSegments(on_device, torch.full_like(rows, 7.0)), 7.0
+        with torch.no_grad():
+            out, expected = experts(packed_rows, None, packed), experts(same_rows, None, segments)
+        assert out is packed.out
+        assert torch.equal(torch.cat([out[e, :count] for e, count in enumerate(counts)]), expected)
+        for expert, count in enumerate(counts):
+            assert (out[expert, count:] == untouched).all()
+    with pytest.raises(RuntimeError, match="packed rows have no gradients"):
+        experts(rows, None, packed)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_hopper])])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize(
+    ("counts", "room"),
+    [([1], 1), ([3, 0, 8, 1], 16), ([13, 7, 0], 13), ([0, 0], 24), ([70, 0, 321, 5], 400)],
+    ids=["one row", "few rows", "room of no multiple", "none", "several tiles"],
+)
+def test_fp8_experts_give_the_same_bits_as_on_gathered_rows(
+    counts: list[int], room: int, activation: str, device: str
+) -> None:
+    check_fp8(counts, room, 128, 256, activation, device)
+
+
+@needs_hopper
+@pytest.mark.gpu
+def test_fp8_experts_of_random_shapes() -> None:
+    for seed in range(100):
+        choose = random.Random(seed)
+        room = choose.choice([1, 5, 24, 128, 500])
+        counts = [choose.choice([0, choose.randint(0, room), room]) for _ in range(choose.randint(1, 30))]
+        check_fp8(counts, room, 128 * choose.randint(1, 4), 128 * choose.randint(1, 4), "swiglu", "cuda")
 
 
 def test_back_ends_without_packed_rows_say_so() -> None:

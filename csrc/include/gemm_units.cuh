@@ -30,8 +30,12 @@ struct UnitTable {
   int32_t tiles_until[kMaxGemmExperts];  // of the experts up to and with this one
   int32_t experts;
   int32_t weight_tiles;
+  int32_t room;  // rows from one expert's first to the next one's; 0 if they have no gaps
 
-  __device__ __forceinline__ int start(int expert) const { return expert == 0 ? 0 : ends[expert - 1]; }
+  __device__ __forceinline__ int start(int expert) const {
+    if (room > 0) return expert * room;
+    return expert == 0 ? 0 : ends[expert - 1];
+  }
 
   __device__ __forceinline__ int tiles() const { return tiles_until[experts - 1]; }
 
@@ -39,10 +43,13 @@ struct UnitTable {
 
   static __device__ __forceinline__ int token_tiles(int units) { return (units + kMaxTileUnits - 1) / kMaxTileUnits; }
 
-  // Called by all threads of the block; the table is complete when it returns.
-  __device__ void build(const int32_t* segment_ends, int num_experts, int num_weight_tiles) {
-    for (int e = threadIdx.x; e < num_experts; e += blockDim.x) ends[e] = segment_ends[e];
-    if (threadIdx.x == 0) experts = num_experts, weight_tiles = num_weight_tiles;
+  // Called by all threads of the block; the table is complete when it returns. With `expert_room`, `segment_ends` are
+  // counts of rows, each expert's from the first of its room on.
+  __device__ void build(const int32_t* segment_ends, int num_experts, int expert_room, int num_weight_tiles) {
+    for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
+      ends[e] = expert_room > 0 ? e * expert_room + min(segment_ends[e], expert_room) : segment_ends[e];
+    }
+    if (threadIdx.x == 0) experts = num_experts, weight_tiles = num_weight_tiles, room = expert_room;
     __syncthreads();
     if (threadIdx.x < 32) {
       const int lane = threadIdx.x;

@@ -55,4 +55,33 @@ struct SquaredRelu {
   }
 };
 
+// An activation times the weight of its row. Gated ones multiply by `up`, which others do not have.
+template <typename Function, bool gated>
+__device__ __forceinline__ float activated(float gate, float up, float weight) {
+  float value = Function::value(gate);
+  if constexpr (gated) value *= up;
+  return value * weight;
+}
+
+// From the gradient of that to those of gate and up, which take their places; that of the weight is added to its sum
+// over the row. Returns the activation, in the bits of forward.
+template <typename Function, bool gated>
+__device__ __forceinline__ float activation_gradients(float incoming, float weight, float& gate, float& up,
+                                                      float& weight_sum) {
+  float value, slope;
+  Function::value_and_slope(gate, value, slope);
+  const float scaled = incoming * weight;
+  if constexpr (gated) {
+    const float result = value * up * weight;
+    weight_sum += incoming * value * up;
+    gate = scaled * up * slope;
+    up = value * scaled;
+    return result;
+  } else {
+    weight_sum += incoming * value;
+    gate = scaled * slope;
+    return value * weight;
+  }
+}
+
 }  // namespace ep_moe

@@ -60,6 +60,11 @@ class PackedSegments:
     counts: Tensor
     out: Tensor
 
+    @property
+    def room(self) -> int:
+        """Rows from one expert's first to the next one's."""
+        return self.out.shape[1]
+
 
 class LowLatencyCommunicator(Protocol):
     """Moves rows between ranks in fixed shapes. All methods but the last three are collective over :attr:`group`.

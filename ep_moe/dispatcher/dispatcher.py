@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ep_moe.comm import ExpertSegments, PackedSegments
+from ep_moe.comm.fp8_rows import QuantizedRows
 
 
 @dataclass(frozen=True)
@@ -17,14 +18,15 @@ class DispatchedTokens:
     """Tokens at the rank of their experts, ready for a grouped GEMM.
 
     Attributes:
-        rows: ``[segments.num_rows, hidden]`` in the dtype of the tokens; expert-major, padding rows zero. If the
-            segments are packed: ``[local_experts, room, hidden]``, garbage behind the counts.
+        rows: ``[segments.num_rows, hidden]`` in the dtype of the tokens; expert-major, padding rows zero. In FP8 where
+            they travelled so and the experts take them. If the segments are packed: ``[local_experts, room, hidden]``,
+            garbage behind the counts.
         weights: ``[segments.num_rows]`` routing weight of each row, 0 for padding; ``None`` if combine applies them.
         segments: which rows belong to which local expert.
         handle: names this exchange in ``combine`` and in cached dispatches; valid until the backward pass is done.
     """
 
-    rows: Tensor
+    rows: Tensor | QuantizedRows
     weights: Tensor | None
     segments: ExpertSegments | PackedSegments
     handle: Any

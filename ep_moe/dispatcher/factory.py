@@ -24,6 +24,7 @@ class ExchangeShape:
         alignment: rows per expert are padded to a multiple of this.
         takes_packed_rows: whether the experts take packed rows of a dtype on a device.
         max_rows: rows to make room for in normal mode, or ``None`` for those that arrive.
+        takes_fp8_rows: whether the experts take rows in FP8 of tokens of a dtype on a device.
     """
 
     num_experts: int
@@ -31,6 +32,7 @@ class ExchangeShape:
     alignment: int
     takes_packed_rows: Callable[[torch.dtype, torch.device], bool]
     max_rows: int | None
+    takes_fp8_rows: Callable[[torch.dtype, torch.device], bool] = lambda dtype, device: False
 
 
 def build_dispatcher(
@@ -48,12 +50,16 @@ def build_dispatcher(
             device, phase.max_tokens_per_rank, shape.hidden_size, shape.num_experts
         )
         return LowLatencyDispatcher(
-            communicator, fp8=phase.dispatch_dtype == "fp8", takes_packed_rows=shape.takes_packed_rows
+            communicator,
+            fp8=phase.dispatch_dtype == "fp8",
+            takes_packed_rows=shape.takes_packed_rows,
+            takes_fp8_rows=shape.takes_fp8_rows,
         )
     return NormalDispatcher(
         communicators.build(device),
         shape.num_experts,
         fp8=phase.dispatch_dtype == "fp8",
+        takes_fp8_rows=shape.takes_fp8_rows,
         alignment=shape.alignment,
         max_rows=shape.max_rows,
         num_sms=phase.num_sms,

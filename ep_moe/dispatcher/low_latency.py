@@ -1,8 +1,8 @@
 """Low-latency mode: fixed shapes and no wait of the host, for inference.
 
 Tokens travel to packed buffers in which every expert has room for all tokens of all ranks. Experts that can, compute
-there, and write to the buffer that combine reads. Others get the real rows side by side: there are at most ``top_k`` a
-token, so that they too cost what real rows cost, and a copy each way.
+there, in FP8 on rows in FP8, and write to the buffer that combine reads. Others get the real rows side by side: there
+are at most ``top_k`` a token, so that they too cost what real rows cost, and a copy each way.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ep_moe.comm import ExpertSegments
-from ep_moe.comm.fp8 import dequantize_e4m3
+from ep_moe.comm.fp8_rows import QuantizedRows, dequantize_rows
 from ep_moe.comm.low_latency import LowLatencyCommunicator, PackedRows, PackedSegments, ScaleFormat
 from ep_moe.dispatcher.dispatcher import DispatchedTokens, WeightGradients, refuse_gradients
 
@@ -54,6 +54,7 @@ class LowLatencyDispatcher:
         *,
         fp8: bool = False,
         takes_packed_rows: Callable[[torch.dtype, torch.device], bool] = lambda dtype, device: False,
+        takes_fp8_rows: Callable[[torch.dtype, torch.device], bool] = lambda dtype, device: False,
     ) -> None:
         """Dispatch over ``communicator``.
 
@@ -61,10 +62,12 @@ class LowLatencyDispatcher:
             communicator: moves the rows.
             fp8: as e4m3 with a scale per 128 channels.
             takes_packed_rows: whether the experts take packed rows of a dtype on a device.
+            takes_fp8_rows: whether they take packed rows in FP8 of tokens of a dtype on a device.
         """
         self.communicator = communicator
         self.fp8 = fp8
         self._takes_packed_rows = takes_packed_rows
+        self._takes_fp8_rows = takes_fp8_rows
 
     def dispatch(
         self,
@@ -127,10 +130,16 @@ class LowLatencyDispatcher:
         self, packed: PackedRows, dtype: torch.dtype, topk_idx: Tensor, topk_weights: Tensor
     ) -> DispatchedTokens:
         """What the experts take: the packed buffers, or their real rows side by side."""
-        if not self.fp8 and dtype == torch.bfloat16 and self._takes_packed_rows(dtype, packed.rows.device):
+        device = packed.rows.device
+        as_they_are = packed.scales is None or self._takes_fp8_rows(dtype, device)
+        if as_they_are and dtype == torch.bfloat16 and self._takes_packed_rows(dtype, device):
             packed_segments = PackedSegments(packed.counts, self.communicator.combine_buffer(packed.handle))
             handle = LowLatencyHandle(packed.handle, None, topk_idx, topk_weights.float(), packed_segments, dtype)
-            return DispatchedTokens(packed.rows, None, packed_segments, handle)
+            rows: Tensor | QuantizedRows = packed.rows
+            if packed.scales is not None:
+                stand_in = packed.scales.new_empty((), dtype=dtype).expand(packed.rows.shape)
+                rows = QuantizedRows(packed.rows, packed.scales, stand_in)
+            return DispatchedTokens(rows, None, packed_segments, handle)
         local_experts, room, hidden = packed.rows.shape
         ends = packed.counts.cumsum(0, dtype=torch.int32)
         capacity = min(local_experts, topk_idx.shape[1]) * room
@@ -144,7 +153,7 @@ class LowLatencyDispatcher:
         else:
             # FP8 dtypes lack indexing; as bytes they move like any other.
             values = packed.rows.view(torch.uint8).view(-1, hidden)[readable].view(torch.float8_e4m3fn)
-            rows = dequantize_e4m3(values, packed.scales.flatten(0, 1)[readable], dtype)
+            rows = dequantize_rows(values, packed.scales.flatten(0, 1)[readable], dtype, ends[-1:])
         segments = ExpertSegments(packed.counts.to(torch.int64), ends, None, capacity)
         handle = LowLatencyHandle(packed.handle, places, topk_idx, topk_weights.float(), segments, dtype)
         return DispatchedTokens(rows, None, segments, handle)

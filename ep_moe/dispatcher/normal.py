@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ep_moe.comm import Communicator, ExpertSegments
-from ep_moe.comm.fp8 import dequantize_e4m3
+from ep_moe.comm import Communicator, Dispatched, ExpertSegments
+from ep_moe.comm.fp8_rows import QuantizedRows, dequantize_rows
 from ep_moe.dispatcher.dispatcher import DispatchedTokens, WeightGradients, refuse_gradients
 from ep_moe.streams import communication_stream, start
 
@@ -37,6 +37,7 @@ class NormalDispatcher:
         num_experts: int,
         *,
         fp8: bool = False,
+        takes_fp8_rows: Callable[[torch.dtype, torch.device], bool] = lambda dtype, device: False,
         alignment: int = 1,
         max_rows: int | None = None,
         num_sms: int | None = None,
@@ -46,8 +47,10 @@ class NormalDispatcher:
         Args:
             communicator: moves the rows.
             num_experts: experts over all ranks.
-            fp8: rows travel forward as e4m3 with a scale per 128 channels and arrive dequantised; gradients travel
-                in the dtype of the tokens, as if no rounding had happened (straight-through).
+            fp8: rows travel forward as e4m3 with a scale per 128 channels; gradients travel in the dtype of the
+                tokens, as if no rounding had happened (straight-through).
+            takes_fp8_rows: whether the experts take such rows for tokens of a dtype on a device. Others get them
+                dequantised.
             alignment: rows per expert are padded to a multiple of this.
             max_rows: rows to make room for, so that the host waits for nothing (see
                 :meth:`ep_moe.comm.Communicator.dispatch`); ``None`` for exactly those that arrive.
@@ -56,6 +59,7 @@ class NormalDispatcher:
         self.communicator = communicator
         self.num_experts = num_experts
         self.fp8 = fp8
+        self.takes_fp8_rows = takes_fp8_rows
         self.alignment = alignment
         self.max_rows = max_rows
         self.num_sms = num_sms
@@ -72,12 +76,18 @@ class NormalDispatcher:
         """See :meth:`ep_moe.dispatcher.dispatcher.TokenDispatcher.dispatch`."""
         weights_behind = () if behind is None else behind.weights
         if handle is None:
-            rows, weights, segments, routes = _Dispatch.apply(x, topk_weights, topk_idx, self, behind, *weights_behind)
-            handle = NormalHandle(routes, segments)
+            rows, weights, arrived = _Dispatch.apply(x, topk_weights, topk_idx, self, behind, *weights_behind)
+            handle = NormalHandle(arrived.handle, arrived.segments)
+            if self.keeps_fp8(x):
+                rows = QuantizedRows(arrived.rows, arrived.scales, rows)
         else:
             communicator = self.communicator
             rows, weights = _CachedDispatch.apply(x, topk_weights, handle.routes, communicator, behind, *weights_behind)
         return DispatchedTokens(rows, weights, handle.segments, handle)
+
+    def keeps_fp8(self, x: Tensor) -> bool:
+        """Whether rows of tokens like ``x`` are handed to the experts in FP8."""
+        return self.fp8 and self.takes_fp8_rows(x.dtype, x.device)
 
     def combine(self, rows: Tensor, handle: NormalHandle) -> Tensor:
         """See :meth:`ep_moe.dispatcher.dispatcher.TokenDispatcher.combine`."""
@@ -107,7 +117,7 @@ class _Dispatch(torch.autograd.Function):
         dispatcher: NormalDispatcher,
         behind: WeightGradients | None,
         *weights_behind: Tensor,
-    ) -> tuple[Tensor, Tensor, ExpertSegments, Any]:
+    ) -> tuple[Tensor, Tensor, Dispatched]:
         communicator = dispatcher.communicator
         arrived = communicator.dispatch(
             x,
@@ -119,10 +129,15 @@ class _Dispatch(torch.autograd.Function):
             max_rows=dispatcher.max_rows,
             num_sms=dispatcher.num_sms,
         )
-        rows = arrived.rows if arrived.scales is None else dequantize_e4m3(arrived.rows, arrived.scales, x.dtype)
         assert arrived.weights is not None
         ctx.communicator, ctx.routes, ctx.behind = communicator, arrived.handle, behind
-        return rows, arrived.weights, arrived.segments, arrived.handle
+        if arrived.scales is None:
+            rows = arrived.rows
+        elif dispatcher.keeps_fp8(x):
+            rows = x.new_empty(()).expand(arrived.rows.shape)
+        else:
+            rows = dequantize_rows(arrived.rows, arrived.scales, x.dtype, arrived.segments.row_count)
+        return rows, arrived.weights, arrived
 
     @staticmethod
     @once_differentiable

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ep_moe.comm.nvlink_wire import ELEMENTS
 from ep_moe.native import NativeLibraryError, capability, launch, library_path, load_entry_points, pointer
 
-_ACTIVATIONS = {"swiglu": 0, "geglu": 1, "gelu": 2, "relu": 3, "squared_relu": 4}  # Activation of pointwise.cuh
+ACTIVATIONS = {"swiglu": 0, "geglu": 1, "gelu": 2, "relu": 3, "squared_relu": 4}  # Activation of pointwise.cuh
 _VECTOR_BYTES = 16
 _CAPABILITY = (9, 0)  # the oldest that the library has code for
 
@@ -142,7 +142,7 @@ def _arguments(out_like: Tensor, activation: str, row_count: Tensor | None) -> A
         rows=out_like.numel() // width,
         row_vectors=width * out_like.itemsize // _VECTOR_BYTES,
         element=ELEMENTS[out_like.dtype],
-        activation=_ACTIVATIONS[activation],
+        activation=ACTIVATIONS[activation],
     )
 
 

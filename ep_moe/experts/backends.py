@@ -14,7 +14,8 @@ from torch import Tensor
 from ep_moe.comm import ExpertSegments
 from ep_moe.config import ConfigError
 from ep_moe.experts import native_fp8, native_gemm
-from ep_moe.experts.fp8 import EMULATED, Fp8Gemm
+from ep_moe.experts.fp8 import Fp8Gemm
+from ep_moe.experts.fp8_emulated import EMULATED
 from ep_moe.experts.gemm import GroupedGemm, store_gradient
 from ep_moe.experts.te import TE, import_grouped_gemm
 

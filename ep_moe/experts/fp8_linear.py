@@ -1,4 +1,4 @@
-"""Linear layers of the experts in FP8, with autograd, and the quantised weights that they keep.
+"""Linear layers of the experts in FP8, with autograd.
 
 Forward and the gradient of the rows multiply in FP8: rows, and gradients of results, are quantised along the reduction
 of the product that reads them. The gradient of the weights is a product in the dtype of the rows.
@@ -16,47 +16,32 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ep_moe.comm import ExpertSegments
+from ep_moe.comm.fp8_rows import QuantizedRows, dequantize_rows
 from ep_moe.experts.deferred import WeightGradientTask
-from ep_moe.experts.fp8 import Fp8Gemm, Fp8WeightPair
+from ep_moe.experts.fp8 import Fp8Gemm, Fp8Rows, Fp8WeightPair, by_blocks
 from ep_moe.experts.gemm import GroupedGemm, row_major, weight_gradient
 from ep_moe.experts.recompute import Recipe, kept
 
 
-class QuantizedWeight:
-    """The FP8 copies of one weight.
+class QuantizedGradient:
+    """A gradient in FP8 on its way to the node behind, beside the tensor that autograd hands on.
 
-    Passes with gradients make new ones each time: optimizers change weights in ways that leave no trace (PyTorch's
-    fused ones count no version, Megatron's write through ``data``). Passes without gradients keep them, until a pass
-    with gradients, or until the weight is another tensor or of another version. Who writes a weight through ``data``
-    between such passes calls :meth:`forget`. Captured CUDA graphs hold the copies that they were captured with.
+    It is held until it is taken, with that tensor, whose memory can so not become another's.
     """
 
     def __init__(self) -> None:
-        self._source: tuple[Any, ...] | None = None
-        self._kept: Fp8WeightPair | None = None
-        self._captured: list[Fp8WeightPair] = []
+        self._held: tuple[Tensor, int, Fp8Rows] | None = None
 
-    def get(self, weight: Tensor, gemm: Fp8Gemm) -> Fp8WeightPair:
-        """The copies of ``weight``; with the transposed one where gradients are enabled."""
-        if torch.is_grad_enabled():
-            self.forget()
-            return gemm.quantize_weight(weight.detach(), True)
-        source = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
-        if self._kept is None or source != self._source:
-            self._source, self._kept = source, gemm.quantize_weight(weight.detach(), False)
-        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._captured.append(self._kept)
-        return self._kept
+    def put(self, gradient: Tensor, quantized: Fp8Rows) -> None:
+        """Leave the FP8 form of ``gradient``."""
+        self._held = gradient, gradient._version, quantized
 
-    def forget(self) -> None:
-        """Quantise at the next call."""
-        self._source = self._kept = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedWeight:
-        return QuantizedWeight()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return QuantizedWeight, ()
+    def take(self, gradient: Tensor) -> Fp8Rows | None:
+        """The FP8 form of ``gradient``, if that is the tensor that was left and nothing was added to it since."""
+        held, self._held = self._held, None
+        if held is None or held[0].data_ptr() != gradient.data_ptr() or held[1] != gradient._version:
+            return None
+        return held[2]
 
 
 @dataclass(frozen=True)
@@ -68,31 +53,33 @@ class Fp8Products:
 
 
 def fp8_grouped_linear(
-    rows: Tensor,
+    rows: Tensor | QuantizedRows,
     weight: Tensor,
     quantized: Fp8WeightPair,
     segments: ExpertSegments,
     products: Fp8Products,
     defer: Callable[[WeightGradientTask], None] | None = None,
-    recipe: Recipe | None = None,
+    *,
+    gradient: QuantizedGradient | None = None,
 ) -> Tensor:
     """As :func:`~ep_moe.experts.gemm.grouped_linear`, with both factors rounded to FP8.
 
     Gradients pass the rounding as if it were not there (straight-through).
 
     Args:
-        rows: ``[segments.num_rows, in_features]``.
+        rows: ``[segments.num_rows, in_features]``; or in FP8, of which backward makes those that it needs.
         weight: takes the gradient; its values are not read.
         quantized: the copies of ``weight``; the transposed one serves the gradient of ``rows``.
         segments: which rows belong to which expert.
         products: the back ends.
         defer: takes the computation of the weight's gradient instead of running it.
-        recipe: to make ``rows`` again in backward instead of keeping them.
+        gradient: where that of the result may be found in FP8.
 
     Returns:
         ``[segments.num_rows, out_features]`` in the dtype of ``rows``.
     """
-    result: Tensor = _Fp8GroupedLinear.apply(rows, weight, quantized, segments, products, defer, recipe)
+    arrived, x = (rows, rows.stand_in) if isinstance(rows, QuantizedRows) else (None, rows)
+    result: Tensor = _Fp8GroupedLinear.apply(x, arrived, weight, quantized, segments, products, defer, gradient)
     return result
 
 
@@ -101,33 +88,46 @@ class _Fp8GroupedLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         rows: Tensor,
+        arrived: QuantizedRows | None,
         weight: Tensor,
         quantized: Fp8WeightPair,
         segments: ExpertSegments,
         products: Fp8Products,
         defer: Callable[[WeightGradientTask], None] | None,
-        recipe: Recipe | None,
+        gradient: QuantizedGradient | None,
     ) -> Tensor:
         ctx.parameter = weight  # as in grouped_linear
         ctx.segments, ctx.products, ctx.defer = segments, products, defer
-        ctx.transposed = quantized.transposed
-        rows = row_major(rows)
-        recipe = recipe or kept(rows)
+        ctx.transposed, ctx.gradient = quantized.transposed, gradient
+        ctx.dtype = rows.dtype
+        if arrived is None:
+            rows = row_major(rows)
+            fp8_rows = products.fp8.quantize_rows(rows, segments)
+            recipe = kept(rows)
+        else:
+            fp8_rows = Fp8Rows(arrived.values, by_blocks(arrived.scales))
+            recipe = Recipe((arrived.values, arrived.scales), functools.partial(_dequantized, rows.dtype, segments))
         ctx.save_for_backward(*recipe.tensors)
-        ctx.make_rows, ctx.dtype = recipe.make, rows.dtype
-        return products.fp8.multiply(products.fp8.quantize_rows(rows, segments), quantized.weight, segments, rows.dtype)
+        ctx.make_rows = recipe.make
+        return products.fp8.multiply(fp8_rows, quantized.weight, segments, rows.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        quantized = None if ctx.gradient is None else ctx.gradient.take(grad)
         grad = row_major(grad)
-        need_rows, need_weight, *_ = ctx.needs_input_grad
+        need_rows, _, need_weight, *_ = ctx.needs_input_grad
         fp8, segments = ctx.products.fp8, ctx.segments
         grad_rows = grad_weight = None
         if need_rows:
-            grad_rows = fp8.multiply(fp8.quantize_rows(grad, segments), ctx.transposed, segments, ctx.dtype)
+            quantized = quantized or fp8.quantize_rows(grad, segments)
+            grad_rows = fp8.multiply(quantized, ctx.transposed, segments, ctx.dtype)
         if need_weight:
             rows = ctx.make_rows(*ctx.saved_tensors)
             task = functools.partial(weight_gradient, ctx.parameter, grad, rows, segments, ctx.products.wgrad)
             grad_weight = task() if ctx.defer is None else ctx.defer(task)
-        return grad_rows, grad_weight, None, None, None, None, None
+        return grad_rows, None, grad_weight, None, None, None, None, None
+
+
+def _dequantized(dtype: torch.dtype, segments: ExpertSegments, values: Tensor, scales: Tensor) -> Tensor:
+    return dequantize_rows(values, scales, dtype, segments.row_count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ep_moe.comm import ExpertSegments, PackedSegments
 from ep_moe.comm.fp8 import BLOCK
+from ep_moe.comm.fp8_rows import QuantizedRows
 from ep_moe.config import ConfigError, ExpertsConfig
 from ep_moe.experts.activation import (
     activation_recipe,
@@ -21,9 +23,12 @@ from ep_moe.experts.activation import (
 )
 from ep_moe.experts.backends import ALIGNMENT, select_backend, select_fp8_backend
 from ep_moe.experts.deferred import DeferredGradients, WeightGradientTask
-from ep_moe.experts.fp8_linear import Fp8Products, QuantizedWeight, fp8_grouped_linear
-from ep_moe.experts.gemm import GroupedGemm, grouped_linear
+from ep_moe.experts.fp8 import Fp8Gemm, Fp8Rows, Fp8WeightPair, by_blocks
+from ep_moe.experts.fp8_activated import fp8_activated_linear
+from ep_moe.experts.fp8_linear import Fp8Products, QuantizedGradient, fp8_grouped_linear
+from ep_moe.experts.gemm import GroupedGemm, grouped_linear, row_major
 from ep_moe.experts.init import initialize_experts
+from ep_moe.experts.quantized_weight import QuantizedWeight
 from ep_moe.experts.recompute import Recipe
 from ep_moe.experts.swiglu import swiglu_linear
 from ep_moe.experts.te import import_grouped_gemm
@@ -98,15 +103,22 @@ class GroupedExperts(nn.Module):
         return ALIGNMENT
 
     def forget_quantized_weights(self) -> None:
-        """With ``precision: fp8``, quantise at the next pass: for who writes weights through ``data`` in inference."""
+        """With ``precision: fp8``, quantise at the next pass: for who writes weights through ``data`` on their own.
+
+        See :mod:`ep_moe.experts.quantized_weight` for what is noticed.
+        """
         for kept in self._quantized:
             kept.forget()
 
     def takes_packed_rows(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether :meth:`forward` takes :class:`~ep_moe.comm.PackedSegments` of rows in ``dtype`` on ``device``."""
-        if dtype != torch.bfloat16 or self.config.precision == "fp8":
+        if dtype != torch.bfloat16:
             return False
-        return self._backend(dtype, device).forward_packed is not None
+        return self.config.precision == "fp8" or self._backend(dtype, device).forward_packed is not None
+
+    def takes_fp8_rows(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether :meth:`forward` takes :class:`~ep_moe.comm.fp8_rows.QuantizedRows` in place of rows in ``dtype``."""
+        return self.config.precision == "fp8"
 
     def defer_gradients(self) -> DeferredGradients:
         """What :meth:`forward` needs so that its backward pass leaves the weight gradients for later."""
@@ -114,7 +126,7 @@ class GroupedExperts(nn.Module):
 
     def forward(
         self,
-        rows: Tensor,
+        rows: Tensor | QuantizedRows,
         row_weights: Tensor | None,
         segments: ExpertSegments | PackedSegments,
         deferred: DeferredGradients | None = None,
@@ -126,7 +138,8 @@ class GroupedExperts(nn.Module):
 
         Args:
             rows: ``[segments.num_rows, hidden]``, expert-major, in the dtype of the parameters. Under
-                ``torch.autocast`` rows and weights are computed with in its dtype (except fp64 ones).
+                ``torch.autocast`` rows and weights are computed with in its dtype (except fp64 ones). With
+                ``precision: fp8`` also in FP8.
             row_weights: floating point ``[segments.num_rows]``, or ``None`` for weights of 1.
             segments: which rows belong to which local expert. If packed, for inference: ``rows`` are
                 ``[local_experts, room, hidden]``, and so is the result, which is ``segments.out``.
@@ -147,13 +160,17 @@ class GroupedExperts(nn.Module):
             fc1_weight, fc2_weight = _autocast(self.fc1_weight, self.fc2_weight)
         else:
             fc1_weight, fc2_weight = deferred.weights
-        (rows,) = _autocast(rows)
+        if isinstance(rows, QuantizedRows):
+            rows = replace(rows, stand_in=_autocast(rows.stand_in)[0])
+        else:
+            (rows,) = _autocast(rows)
         self._check(rows, row_weights, segments, fc1_weight)
-        gemm = self._backend(rows.dtype, rows.device)
         defer_fc1, defer_fc2 = (None if deferred is None else functools.partial(deferred.add, i) for i in range(2))
         activation = self.config.activation
         if self.config.precision == "fp8":
             return self._forward_fp8(rows, row_weights, segments, (fc1_weight, fc2_weight), (defer_fc1, defer_fc2))
+        assert isinstance(rows, Tensor)  # which _check has seen to
+        gemm = self._backend(rows.dtype, rows.device)
         if gemm.swiglu is not None and activation == "swiglu":
             inner, fc1_out = swiglu_linear(rows, fc1_weight, row_weights, segments, gemm, defer_fc1)
         else:
@@ -169,6 +186,10 @@ class GroupedExperts(nn.Module):
             f"experts {first}..{last}, hidden={self.hidden_size}, ffn={self.config.ffn_hidden_size}, "
             f"activation={self.config.activation}, backend={self.config.backend}, precision={self.config.precision}"
         )
+
+    @property
+    def _no_fp8_rows(self) -> str:
+        return f"moe.experts.precision = {self.config.precision} does not take it"
 
     @property
     def _sizes(self) -> dict[str, int]:
@@ -195,37 +216,54 @@ class GroupedExperts(nn.Module):
 
     def _forward_fp8(
         self,
-        rows: Tensor,
+        rows: Tensor | QuantizedRows,
         row_weights: Tensor | None,
         segments: ExpertSegments,
         weights: tuple[Tensor, Tensor],
         defer: tuple[Callable[[WeightGradientTask], None] | None, ...],
     ) -> Tensor:
         """The network with its products in FP8; ``weights`` take the gradients."""
-        fp8 = select_fp8_backend(self.config.backend, dtype=rows.dtype, device=rows.device, **self._sizes)
-        products = Fp8Products(fp8, self._backend(rows.dtype, rows.device))
-        # Of the parameters, not of what autocast makes of them: that would be rounded twice.
-        fc1, fc2 = (
-            kept.get(weight, fp8)
-            for kept, weight in zip(self._quantized, (self.fc1_weight, self.fc2_weight), strict=True)
+        kind = rows.stand_in if isinstance(rows, QuantizedRows) else rows
+        fp8, fc1, fc2 = self._fp8_weights(kind)
+        products = Fp8Products(fp8, self._backend(kind.dtype, kind.device))
+        activation, gradient = self.config.activation, QuantizedGradient()
+        fc1_out = fp8_grouped_linear(rows, weights[0], fc1, segments, products, defer[0], gradient=gradient)
+        differentiated = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (fc1_out, row_weights, weights[1])
         )
-        fc1_out = fp8_grouped_linear(rows, weights[0], fc1, segments, products, defer[0])
-        inner = apply_activation(fc1_out, self.config.activation, row_weights, segments.row_count)
-        recipe = self._recipe_of_activations(fc1_out, row_weights, segments)
-        return fp8_grouped_linear(inner, weights[1], fc2, segments, products, defer[1], recipe)
+        # Activations that backward would read are there in FP8 alone only if it can make them again.
+        if not differentiated or (self.config.recompute_activation and fc1_out.requires_grad):
+            return fp8_activated_linear(
+                fc1_out, row_weights, activation, weights[1], fc2, segments, products, defer[1], gradient
+            )
+        inner = apply_activation(fc1_out, activation, row_weights, segments.row_count)
+        return fp8_grouped_linear(inner, weights[1], fc2, segments, products, defer[1])
 
-    def _forward_packed(self, rows: Tensor, segments: PackedSegments) -> Tensor:
+    def _fp8_weights(self, rows: Tensor) -> tuple[Fp8Gemm, Fp8WeightPair, Fp8WeightPair]:
+        """The back end of FP8 products for such rows, and both weights for it."""
+        fp8 = select_fp8_backend(self.config.backend, dtype=rows.dtype, device=rows.device, **self._sizes)
+        # Of the parameters, not of what autocast makes of them: that would be rounded twice.
+        weights = (self.fc1_weight, self.fc2_weight)
+        fc1, fc2 = (kept.get(weight, fp8) for kept, weight in zip(self._quantized, weights, strict=True))
+        return fp8, fc1, fc2
+
+    def _forward_packed(self, rows: Tensor | QuantizedRows, segments: PackedSegments) -> Tensor:
         """The network on the real rows of each expert, into the buffer from which they are combined."""
         fc1_weight, fc2_weight = _autocast(self.fc1_weight, self.fc2_weight)
+        arrived, rows = (rows, rows.stand_in) if isinstance(rows, QuantizedRows) else (None, rows)
         if torch.is_grad_enabled() and (rows.requires_grad or fc1_weight.requires_grad or fc2_weight.requires_grad):
             raise RuntimeError("packed rows have no gradients: wrap the call in torch.no_grad()")
-        expected = [self.num_local_experts, segments.out.shape[1], self.hidden_size]
+        expected = [self.num_local_experts, segments.room, self.hidden_size]
         for name, x in (("rows", rows), ("segments.out", segments.out)):
             if list(x.shape) != expected or x.dtype != fc1_weight.dtype or x.device != fc1_weight.device:
                 raise ValueError(
                     f"{name}: expected {fc1_weight.dtype} {expected} on {fc1_weight.device} as the weights, "
                     f"got {x.dtype} {list(x.shape)} on {x.device}"
                 )
+        if self.config.precision == "fp8":
+            return self._forward_packed_fp8(rows, arrived, segments)
+        if arrived is not None:
+            raise ValueError(f"rows: expected {rows.dtype}, got FP8: {self._no_fp8_rows}")
         multiply = self._backend(rows.dtype, rows.device).forward_packed
         if multiply is None:
             raise ValueError(f"segments: moe.experts.backend = {self.config.backend} takes no packed rows here")
@@ -233,7 +271,25 @@ class GroupedExperts(nn.Module):
         inner = apply_packed_activation(inner, self.config.activation, segments.counts)
         return multiply(inner, fc2_weight, segments.counts, out=segments.out)
 
-    def _check(self, rows: Tensor, row_weights: Tensor | None, segments: ExpertSegments, weight: Tensor) -> None:
+    def _forward_packed_fp8(self, rows: Tensor, arrived: QuantizedRows | None, segments: PackedSegments) -> Tensor:
+        """The same with products in FP8, of rows as they have arrived if they were in FP8 then."""
+        fp8, fc1, fc2 = self._fp8_weights(rows)
+        if arrived is None:
+            fp8_rows = fp8.quantize_rows(row_major(rows).flatten(0, 1), segments)
+        else:
+            fp8_rows = Fp8Rows(arrived.values.flatten(0, 1), by_blocks(arrived.scales.flatten(0, 1)))
+        fc1_out = fp8.multiply(fp8_rows, fc1.weight, segments, rows.dtype)
+        inner = fp8.activate(fc1_out, self.config.activation, None, segments)
+        fp8.multiply(inner, fc2.weight, segments, rows.dtype, out=segments.out.view(-1, self.hidden_size))
+        return segments.out
+
+    def _check(
+        self, rows: Tensor | QuantizedRows, row_weights: Tensor | None, segments: ExpertSegments, weight: Tensor
+    ) -> None:
+        if isinstance(rows, QuantizedRows):
+            if self.config.precision != "fp8":
+                raise ValueError(f"rows: expected {weight.dtype}, got FP8: {self._no_fp8_rows}")
+            rows = rows.stand_in
         if segments.ends.shape != (self.num_local_experts,):
             raise ValueError(
                 f"segments: expected {self.num_local_experts} local experts, got ends of shape "

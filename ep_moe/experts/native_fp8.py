@@ -12,11 +12,12 @@ from ctypes import c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from ep_moe.comm import ExpertSegments
+from ep_moe.comm import PackedSegments
 from ep_moe.comm.fp8 import BLOCK
 from ep_moe.comm.nvlink_wire import ELEMENTS
-from ep_moe.experts import native_gemm
-from ep_moe.experts.fp8 import Fp8Gemm, Fp8Rows, Fp8Weight, Fp8WeightPair
+from ep_moe.experts import native_fp8_activation, native_gemm
+from ep_moe.experts.fp8 import Fp8Gemm, Fp8Rows, Fp8Weight, Fp8WeightPair, Segments, empty_scales
+from ep_moe.experts.native_real_rows import RealRows, real_rows
 from ep_moe.native import launch, load_entry_points
 
 
@@ -36,6 +37,8 @@ class GroupedFp8Args(ctypes.Structure):
         ("reduction", c_int32),
         ("columns", c_int32),
         ("blocks", c_int32),
+        ("room", c_int32),
+        ("reserved", c_int32),
     )
 
 
@@ -46,8 +49,7 @@ class QuantizeRowsArgs(ctypes.Structure):
         ("x", c_void_p),
         ("values", c_void_p),
         ("scales", c_void_p),
-        ("num_rows", c_void_p),
-        ("rows", c_int64),
+        ("real", RealRows),
         ("scale_stride", c_int64),
         ("width", c_int32),
         ("element", c_int32),
@@ -70,18 +72,17 @@ class QuantizeWeightArgs(ctypes.Structure):
     )
 
 
-def quantize_rows(rows: Tensor, segments: ExpertSegments) -> Fp8Rows:
-    """See ``Fp8Gemm``; rows behind the last segment are not read."""
+def quantize_rows(rows: Tensor, segments: Segments) -> Fp8Rows:
+    """See ``Fp8Gemm``; rows that are not real are not read."""
     rows = native_gemm.plain(rows)
     values = torch.empty_like(rows, dtype=torch.float8_e4m3fn)
-    scales = rows.new_empty(rows.shape[1] // BLOCK, rows.shape[0], dtype=torch.float32)
+    scales = empty_scales(rows.shape[0], rows.shape[1], rows.device)
     arguments = QuantizeRowsArgs(
         x=rows.data_ptr(),
         values=values.data_ptr(),
         scales=scales.data_ptr(),
-        num_rows=segments.ends[-1:].data_ptr(),
-        rows=rows.shape[0],
-        scale_stride=scales.shape[1],
+        real=real_rows(segments, rows.shape[0]),
+        scale_stride=scales.stride(0),
         width=rows.shape[1],
         element=ELEMENTS[rows.dtype],
     )
@@ -115,29 +116,39 @@ def quantize_weight(weight: Tensor, transposed: bool) -> Fp8WeightPair:
     return pair
 
 
-def multiply(rows: Fp8Rows, weight: Fp8Weight, segments: ExpertSegments, dtype: torch.dtype) -> Tensor:
+def multiply(
+    rows: Fp8Rows, weight: Fp8Weight, segments: Segments, dtype: torch.dtype, *, out: Tensor | None = None
+) -> Tensor:
     """See ``Fp8Gemm``; bf16 results alone."""
     values = native_gemm.plain(rows.values)
-    out = values.new_empty(values.shape[0], weight.values.shape[1], dtype=dtype)
+    if out is None:
+        out = values.new_empty(values.shape[0], weight.values.shape[1], dtype=dtype)
     arguments = GroupedFp8Args(
         rows=values.data_ptr(),
         row_scales=rows.scales.data_ptr(),
         weight=weight.values.data_ptr(),
         weight_scales=weight.scales.data_ptr(),
         out=out.data_ptr(),
-        ends=segments.ends.data_ptr(),
+        ends=(segments.counts if isinstance(segments, PackedSegments) else segments.ends).data_ptr(),
         num_rows=values.shape[0],
-        scale_stride=rows.scales.shape[1],
+        scale_stride=rows.scales.stride(0),
         experts=weight.values.shape[0],
         reduction=values.shape[1],
         columns=out.shape[1],
         blocks=native_gemm.multiprocessors(values.get_device()),
+        room=segments.room if isinstance(segments, PackedSegments) else 0,
     )
     launch(load_kernels(), "grouped_gemm_fp8", arguments, values.device)
     return out
 
 
-NATIVE = Fp8Gemm(quantize_rows, quantize_weight, multiply)
+NATIVE = Fp8Gemm(
+    quantize_rows,
+    quantize_weight,
+    multiply,
+    native_fp8_activation.activate,
+    native_fp8_activation.activation_gradients,
+)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from ep_moe.comm import communicator_factory
+from ep_moe.comm.fp8_rows import QuantizedRows
 from ep_moe.config import PHASES, ConfigError, PhasesConfig
 from ep_moe.dispatcher import ExchangeShape, TokenDispatcher
 from ep_moe.experts.deferred import DeferredGradients
@@ -141,6 +143,7 @@ class MegatronEPMoELayer(MoELayer):
             self.experts.alignment,
             self.experts.takes_packed_rows,
             moe.capacity_rows,
+            self.experts.takes_fp8_rows,
         )
         self._phases = PhaseSelector(phases, communicators, shape)
         self._overlaps_shared = any("shared_experts" in getattr(phases, name).overlap for name in PHASES)
@@ -151,6 +154,7 @@ class MegatronEPMoELayer(MoELayer):
         self._shape = torch.Size()
         self._topk_idx: Tensor | None = None
         self._routes: Any = None
+        self._fp8_rows: QuantizedRows | None = None  # those that the rows on their way stand for
         self._deferred: DeferredGradients | None = None
 
     def _set_megatron_flags(self, config: TransformerConfig) -> None:
@@ -201,12 +205,16 @@ class MegatronEPMoELayer(MoELayer):
             "dispatch", self.token_dispatcher.dispatch, hidden_states, self._topk_idx, probs, behind=behind
         )
         self._routes = arrived.handle
-        (rows,) = self._rows.leave(arrived.rows)
+        self._fp8_rows = arrived.rows if isinstance(arrived.rows, QuantizedRows) else None
+        (rows,) = self._rows.leave(arrived.rows if isinstance(arrived.rows, Tensor) else arrived.rows.stand_in)
         return rows, arrived.weights
 
     def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor | None) -> tuple[Tensor, None]:
         """Apply the experts to their rows."""
+        rows: Tensor | QuantizedRows
         (rows,) = self._rows.take(hidden_states)
+        if self._fp8_rows is not None:
+            rows, self._fp8_rows = dataclasses.replace(self._fp8_rows, stand_in=rows), None
         record_use((rows, probs, self._routes.segments))
         return self.ranges.run("experts", self.experts, rows, probs, self._routes.segments, self._deferred), None
 
