@@ -10,7 +10,14 @@
 //   stage (copy engine, load)     the warp                    mbarrier of the stage
 //   stage (reused by a load)      bulk stores of the row      wait_group.read, then __syncwarp
 //   slots, counts                 this kernel                 the end of the layout kernel
+//   (reuse of rows[d % 2])        staging of d + 2            rule (1) of communicator.cuh, by the last launch of d + 1
+//
+// A dispatch may be several launches, each of which brings the tokens that arrive with a range of experts. Each is a
+// round of its own, and all read the same staged rows: these are given up with the last one, which counts the dispatch.
+// What the ranges of a peer are is no matter here, for this rank pulls, but all ranks make as many launches, or rounds
+// would not match. No other dispatch may come between them.
 #include "communicator.cuh"
+#include "expert_range.cuh"
 #include "launch.cuh"
 
 namespace ep_moe {
@@ -27,11 +34,12 @@ struct DispatchArgs {
   int32_t row_scales;     // scales behind the row
   int32_t slot_tokens;
   int32_t width;
-  int32_t local_experts;  // whose segments have padding; 0 where there is none
-  int32_t num_rows;       // rows there is room for
-  int32_t warps;          // of a block
-  int32_t stages;         // of a warp, at least 2
-  int32_t stage_bytes;    // wire_bytes rounded up to 128
+  ExpertRange range;    // whose tokens arrive and whose segments have padding
+  int32_t num_rows;     // rows there is room for
+  int32_t warps;        // of a block
+  int32_t stages;       // of a warp, at least 2
+  int32_t stage_bytes;  // wire_bytes rounded up to 128
+  int32_t reserved;
 };
 
 namespace {
@@ -48,7 +56,8 @@ struct Item {
 
 // Zero rows between the end of an expert's real rows and the end of its segment.
 __device__ void fill_padding(const DispatchArgs& args, int warp, int lane) {
-  for (int expert = blockIdx.x * args.warps + warp; expert < args.local_experts; expert += gridDim.x * args.warps) {
+  const int first = args.range.first + blockIdx.x * args.warps + warp;
+  for (int expert = first; expert < args.range.end; expert += gridDim.x * args.warps) {
     const int start = expert == 0 ? 0 : args.ends[expert - 1], end = min(args.ends[expert], args.num_rows);
     for (int row = start + static_cast<int>(args.counts[expert]); row < end; ++row) {
       uint4* data = reinterpret_cast<uint4*>(args.rows + static_cast<int64_t>(row) * args.row_bytes);
@@ -58,9 +67,11 @@ __device__ void fill_padding(const DispatchArgs& args, int warp, int lane) {
   }
 }
 
-// The rows of a warp, in turn: ranks alternate, so that all links are in use; rows nobody here wants are skipped.
+// The rows of a warp, in turn: ranks alternate, so that all links are in use; rows that nobody here wants, or that
+// arrive with other experts, are skipped.
 struct Rows {
   const DispatchArgs& args;
+  RowRange arriving;  // where the first slot of a row must be
   int lane;
   int first_token;
   int next;
@@ -76,7 +87,8 @@ struct Rows {
       item.token = first_token + next / ranks;
       const int64_t entry = static_cast<int64_t>(item.source) * args.slot_tokens + item.token;
       item.slot = lane < args.width ? args.slots[entry * args.width + lane] : -1;
-      if (__ballot_sync(~0u, item.slot >= 0) == 0) continue;
+      const uint32_t first_slot = __reduce_min_sync(~0u, static_cast<uint32_t>(item.slot));  // -1 is the largest
+      if (!arriving.holds(static_cast<int>(first_slot))) continue;
       if ((entered >> item.source & 1) == 0) {
         bool here = true;
         if (lane == 0) {
@@ -109,7 +121,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
   const int first_token = min(static_cast<int>(blockIdx.x) * each, args.slot_tokens);
   const int tokens = min(first_token + each, args.slot_tokens) - first_token;
   const int64_t staged = staged_rows(comm);
-  Rows rows = {args, lane, first_token, warp, tokens * comm.shape.ranks, round, 0};
+  Rows rows = {args, rows_of(args.range, args.ends), lane, first_token, warp, tokens * comm.shape.ranks, round, 0};
   uint8_t* ring = shared + static_cast<int64_t>(warp) * args.stages * args.stage_bytes;
 
   // Starts the load of the warp's next row into stage `place`.
@@ -152,7 +164,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
   cp_async_bulk_wait_group();
   if (blockIdx.x == 0 && threadIdx.x < comm.shape.ranks)
     wait_entered(comm, Step::kRows, threadIdx.x, round);  // rule (1)
-  if (end_round(comm, round)) comm.workspace->dispatches += 1;
+  if (end_round(comm, round) && args.range.is_last()) comm.workspace->dispatches += 1;
 }
 
 }  // namespace
