@@ -22,6 +22,7 @@ from ranks import run_ranks
 
 from ep_moe.config import ConfigError, PhaseConfig, PhasesConfig
 from ep_moe.megatron import MegatronEPMoELayer
+from ep_moe.megatron.translate import honour_overlap
 
 OVERLAPPED = {"overlap_moe_expert_parallel_comm": True, "bf16": True, "params_dtype": torch.bfloat16}
 
@@ -256,3 +257,9 @@ def _strategy_under_the_overlapped_schedule(rank: int, world: int) -> str:
 def test_the_overlapped_schedule_excludes_strategies() -> None:
     for message in run_ranks(2, _strategy_under_the_overlapped_schedule):
         assert message.startswith("phases.train.overlap = [wgrad]: under overlap_moe_expert_parallel_comm")
+
+
+def test_experts_in_chunks_are_refused() -> None:
+    phases = PhasesConfig(prefill=PhaseConfig(expert_chunks=2))
+    with pytest.raises(ConfigError, match=r"phases.prefill.expert_chunks = 2: Megatron's MoELayer calls dispatch"):
+        honour_overlap(transformer_config(), phases)
