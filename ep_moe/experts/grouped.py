@@ -114,11 +114,14 @@ class GroupedExperts(nn.Module):
         return DeferredGradients(*_autocast(self.fc1_weight, self.fc2_weight))
 
     def network(self, rows: Tensor) -> ExpertNetwork:
-        """How rows like ``rows``, of the dtype of the computation, are computed with, not in FP8.
+        """How rows like ``rows``, of the dtype of the computation, are computed with.
 
         Raises:
-            ConfigError: (a ``ValueError``) if the back end does not support the dtype, device or widths.
+            ConfigError: (a ``ValueError``) if the back end does not support the dtype, device or widths, or the
+                experts compute in FP8.
         """
+        if self.config.precision == "fp8":
+            raise ConfigError("moe.experts.precision = fp8: experts in chunks compute in the dtype of the rows")
         gemm = self._backend(rows.dtype, rows.device)
         return ExpertNetwork(gemm, self.config.activation, self.config.recompute_activation)
 

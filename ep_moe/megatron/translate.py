@@ -102,19 +102,18 @@ def honour_overlap(config: TransformerConfig, phases: PhasesConfig) -> PhasesCon
     """``phases`` with the strategies that Megatron's configuration asks for as well.
 
     Raises:
-        ConfigError: for strategies that Megatron's layer or its overlapped schedule leaves no place for.
+        ConfigError: for strategies that Megatron's overlapped schedule leaves no place for.
     """
     if config.overlap_moe_expert_parallel_comm and phases.train.overlap:
         raise ConfigError(
             f"phases.train.overlap = [{', '.join(phases.train.overlap)}]: under overlap_moe_expert_parallel_comm "
             "Megatron's schedule places the stages; leave it empty (and set TransformerConfig.delay_wgrad_compute)"
         )
-    for name in PHASES:
-        chunks = getattr(phases, name).expert_chunks
-        if chunks > 1:
+    for setting in ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute"):
+        if getattr(config, setting, False) and phases.train.expert_chunks > 1:
             raise ConfigError(
-                f"phases.{name}.expert_chunks = {chunks}: Megatron's MoELayer calls dispatch, experts and combine one "
-                "after the other; set 1"
+                f"phases.train.expert_chunks = {phases.train.expert_chunks}: must be 1 under {setting}, where "
+                "Megatron's schedule places the stages"
             )
     if config.moe_shared_expert_overlap:
         phases = _with_overlap(phases, PHASES, "shared_experts")
