@@ -9,8 +9,9 @@ layer's grouped GEMMs on rows of the same segments. ``--calls 1`` (the default) 
 shows all of the host's time; with more, calls follow each other as the layers of a model do, and the host runs ahead
 where it can.
 
-``--overlap`` takes strategies of docs/overlap.md, several joined by ``+``. With ``two_batch`` the tokens come as two
-halves in turns, forward only; hold it against ``halves``, the same two one after the other.
+``--overlap`` takes strategies of docs/overlap.md, several joined by ``+``; experts in 4 chunks are ``expert_chunks:4``.
+With ``two_batch`` the tokens come as two halves in turns, forward only; hold it against ``halves``, the same two one
+after the other.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def layer_config(
 ) -> Config:
     """The configuration of a layer of ``shape`` over ``size`` ranks."""
     phase = PhaseConfig(num_sms=sms, max_tokens_per_rank=arguments.tokens, dispatch_dtype=arguments.dispatch_dtype)
-    strategies: Any = () if overlap in ("none", *HALVES) else tuple(overlap.split("+"))
+    train = replace(phase, **strategies(overlap))
     return Config(
         model=ModelConfig(hidden_size=shape.hidden, num_attention_heads=shape.hidden // 128),
         moe=MoEConfig(
@@ -155,8 +156,18 @@ def layer_config(
             shared_experts=SharedExpertsConfig(ffn_hidden_size=arguments.shared_ffn),
             capacity_rows=arguments.capacity_rows,
         ),
-        phases=replace(PhasesConfig(), train=replace(phase, overlap=strategies), prefill=phase),
+        phases=replace(PhasesConfig(), train=train, prefill=phase),
     )
+
+
+def strategies(overlap: str) -> dict[str, Any]:
+    """Keys of a phase from a choice of strategies."""
+    names = [] if overlap in ("none", *HALVES) else overlap.split("+")
+    chunks = [int(name.partition(":")[2]) for name in names if name.startswith("expert_chunks:")]
+    return {
+        "overlap": tuple(name for name in names if not name.startswith("expert_chunks:")),
+        "expert_chunks": chunks[-1] if chunks else 1,
+    }
 
 
 def give_main_grads(layer: EPMoELayer) -> None:
@@ -234,7 +245,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--backends", nargs="+", default=["native", "grouped_mm"])
     parser.add_argument("--precision", choices=["input", "fp8"], default="input", help="the GEMMs alone stay bf16")
     parser.add_argument("--dispatch-dtype", choices=["input", "fp8"], default="input", help="of rows on their way")
-    parser.add_argument("--overlap", nargs="+", default=["none"], help="none, halves, two_batch, or strategies by +")
+    parser.add_argument(
+        "--overlap",
+        nargs="+",
+        default=["none"],
+        help="none, halves, two_batch, or strategies by +, such as expert_chunks:4+wgrad",
+    )
     parser.add_argument("--shared-ffn", type=int, default=0, help="inner width of shared experts, 0 for none")
     parser.add_argument("--capacity-rows", type=int, help="rows to make room for; the host then waits for no sizes")
     parser.add_argument("--keep-activations", action="store_true", help="instead of computing them again in backward")

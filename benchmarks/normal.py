@@ -59,9 +59,9 @@ def main() -> None:
     for fp8 in (False, True):
         nvlink = NvlinkCommunicator(machine.group, machine.device, max_tokens=arguments.tokens)
         for sms in arguments.sms:
-            lines += list(measure("nvlink", nvlink, problem, fp8, sms, rates, machine))
+            lines += list(measure("nvlink", nvlink, problem, fp8, sms, rates, machine, arguments.groups))
         portable = PortableCommunicator(machine.group)
-        lines += list(measure("portable", portable, problem, fp8, None, rates, machine))
+        lines += list(measure("portable", portable, problem, fp8, None, rates, machine, []))
         say(f"symmetric buffer: {nvlink.symmetric_bytes / 1e6:.0f} MB")
     facts = {"link_gb_s": rates.link / 1e3, "memory_gb_s": rates.memory / 1e3}
     save("normal", arguments.out, machine, vars(arguments) | facts, lines, functools.partial(draw, lines))
@@ -77,8 +77,9 @@ def measure(
     sms: int | None,
     rates: Rates,
     machine: Machine,
+    groups: list[int],
 ) -> Iterator[Line]:
-    """Time every stage of one communicator."""
+    """Time every stage of one communicator, and exchanges in steps for each of ``groups``."""
     x, hidden, bytes_per_row = problem.x, problem.hidden, row_bytes(problem.hidden, fp8)
     layouts: tuple[RowLayout, ...] = ("rows", "expert_major")
     for layout in layouts:
@@ -118,6 +119,13 @@ def measure(
             communicator.combine_weights(weights, arrived.handle),
         ),
     }
+    for count in groups:
+        calls[f"backward of combine, {count} steps"] = functools.partial(
+            in_steps, communicator.dispatch_cached_in_groups, x, arrived.handle, count
+        )
+        calls[f"combine, {count} steps"] = functools.partial(
+            in_steps, communicator.combine_in_groups, rows, arrived.handle, count
+        )
     # Slots read once; a sum a row written and, of remote ones, read again; the result written.
     local = (problem.slots + 2 * problem.rows + len(x)) * bytes_per_row
     floor = rates.floor(problem.remote_rows * bytes_per_row, local)
@@ -125,6 +133,14 @@ def measure(
         yield line(name, "bf16 expert_major", sms, what, call, floor, machine)
         if name == "nvlink":
             yield line(name, "bf16 expert_major", sms, f"{what}, captured", capture(call), floor, machine)
+
+
+def in_steps(exchange: Callable[..., tuple[object, Iterator[None]]], *arguments: object) -> object:
+    """The result of an exchange in steps, all of them one behind the other."""
+    result, steps = exchange(*arguments)
+    for _ in steps:
+        pass
+    return result
 
 
 def line(
@@ -166,6 +182,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--sms", type=int, nargs="+", default=[8, 16, 24, 32, 64, 128])
+    parser.add_argument("--groups", type=int, nargs="*", default=[], help="also exchanges in so many steps")
     parser.add_argument("--out", type=Path, help="folder for normal.json and normal.png")
     add_ranks_argument(parser)
     return parser.parse_args()

@@ -6,7 +6,8 @@
 // The threads of a block form teams of one size, which depends on the width alone; a team works on one row at a time,
 // its threads side by side in vectors of 16 bytes. So a row's sum always has the same order, whatever the number of
 // rows. Rows go round the teams of the grid, and teams beyond the real rows, whose number only the device knows, end.
-// Packed rows have room for more in every expert; what is behind an expert's count is passed over.
+// The device alone may know the first row to work on, too. Packed rows have room for more in every expert; what is
+// behind an expert's count is passed over.
 #include "element.cuh"
 #include "launch.cuh"
 #include "pointwise.cuh"
@@ -21,6 +22,7 @@ struct ActivationArgs {
   void* grad_x;              // as x; backward only, or nullptr
   float* grad_weights;       // [rows]; backward only, or nullptr
   const int32_t* num_rows;   // how many of the rows are real, or nullptr for all; with `room`: in each room
+  const int32_t* start;      // which row is the first to work on, or nullptr for row 0; not with `room`
   int64_t rows;
   int32_t row_vectors;  // of an output row; vectors of 16 bytes
   int32_t element;      // Element of x, grad, out and grad_x
@@ -61,7 +63,7 @@ __device__ __forceinline__ Share share_of(const ActivationArgs& args) {
   share.rows = all ? args.rows : min(args.rows, static_cast<int64_t>(*args.num_rows));
   share.team = team_threads(args.row_vectors);
   const int teams = kThreads / share.team;
-  share.first_row = static_cast<int64_t>(blockIdx.x) * teams;
+  share.first_row = (args.start == nullptr ? 0 : *args.start) + static_cast<int64_t>(blockIdx.x) * teams;
   share.row_stride = static_cast<int64_t>(gridDim.x) * teams;
   share.lane = threadIdx.x % share.team;
   share.row = threadIdx.x / share.team;

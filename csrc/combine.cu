@@ -17,8 +17,16 @@
 //
 // Pushers wait for nobody but for peers to enter the round, and all blocks are resident, so no two ranks wait for each
 // other.
+//
+// A combine may be several launches, each with a range of experts whose rows have just been computed; rows of earlier
+// ranges are there. Each is a round of its own: a launch pushes the tokens that leave with its range, and finishes
+// those of this rank's tokens of which no rank has an expert behind its range. Ranges are the same on all ranks, so by
+// then every owner has pushed: in this round, which its flag says, or in an earlier one, whose stores the release of a
+// later flag covers. A place in the landing buffer is written once in all launches together, and keeps its row from the
+// round that pushes it to the one that finishes its token. So no other combine may come between them.
 #include "communicator.cuh"
 #include "element.cuh"
+#include "expert_range.cuh"
 #include "launch.cuh"
 
 namespace ep_moe {
@@ -29,12 +37,14 @@ struct CombineArgs {
   const uint8_t* owners;  // [tokens]: bit r says that rank r returns a row for this token
   const uint8_t* rows;    // [num_rows][row_bytes]
   uint8_t* out;           // [tokens][row_bytes]
-  int32_t row_bytes;      // a multiple of 16
-  int32_t element;        // Element of the rows
+  const int64_t* topk_idx;  // [tokens][width], global expert or -1; read unless `range` is all
+  const int32_t* ends;      // [range.experts], ends of the segments; likewise
+  int32_t row_bytes;        // a multiple of 16
+  int32_t element;          // Element of the rows
   int32_t tokens;
   int32_t slot_tokens;
   int32_t width;
-  int32_t reserved;
+  ExpertRange range;  // with which tokens leave
 };
 
 namespace {
@@ -100,10 +110,31 @@ __device__ __forceinline__ int slot_of_lane(const CombineArgs& args, int source,
   return lane < args.width ? args.slots[entry * args.width + lane] : -1;
 }
 
+// Which tokens of a group this launch sums: a bit each. A lane finds out about one of them.
+__device__ uint32_t tokens_to_sum(const CombineArgs& args, int source, int group, int lane) {
+  if (args.range.is_all()) return (1u << kCombineGroup) - 1;
+  const int token = group * kCombineGroup + lane;
+  bool now = false;
+  if (lane < kCombineGroup && source != args.comm.rank) {
+    const int32_t* slots = args.slots + (static_cast<int64_t>(source) * args.slot_tokens + token) * args.width;
+    int last = -1;
+    for (int k = 0; k < args.width; ++k) last = max(last, slots[k]);
+    now = rows_of(args.range, args.ends).holds(last);
+  } else if (lane < kCombineGroup && token < args.tokens) {
+    int last = 0;  // tokens routed nowhere are finished first
+    for (int k = 0; k < args.width; ++k) {
+      const int expert = static_cast<int>(args.topk_idx[static_cast<int64_t>(token) * args.width + k]);
+      if (expert >= 0) last = max(last, expert % args.range.experts);
+    }
+    now = args.range.holds(last);
+  }
+  return __ballot_sync(~0u, now);
+}
+
 // One warp: all rows of a group into the ring.
 __device__ void feed_group(const CombineArgs& args, Ring& ring, int source, int group, int lane) {
-  for (int i = 0; i < kCombineGroup; ++i) {
-    const int slot = slot_of_lane(args, source, group * kCombineGroup + i, lane);
+  for (uint32_t tokens = tokens_to_sum(args, source, group, lane); tokens != 0; tokens &= tokens - 1) {
+    const int slot = slot_of_lane(args, source, group * kCombineGroup + __ffs(tokens) - 1, lane);
     const uint32_t wanted = __ballot_sync(~0u, slot >= 0);
     for (int start = 0; start < args.row_bytes; start += kPieceBytes) {
       const uint32_t bytes = min(args.row_bytes - start, kPieceBytes);
@@ -214,8 +245,8 @@ __device__ void push_sums(const CombineArgs& args, Ring ring, int thread, uint32
     if (lane == 0 && (entered >> source & 1) == 0) wait_entered(comm, Step::kCombine, source, round);
     entered |= 1u << source;
     __syncwarp();
-    for (int i = 0; i < kCombineGroup; ++i) {
-      const int token = group * kCombineGroup + i;
+    for (uint32_t tokens = tokens_to_sum(args, source, group, lane); tokens != 0; tokens &= tokens - 1) {
+      const int token = group * kCombineGroup + __ffs(tokens) - 1;
       const uint32_t wanted = __ballot_sync(~0u, slot_of_lane(args, source, token, lane) >= 0);
       if (wanted == 0) continue;
       for (int start = 0; start < args.row_bytes; start += kPieceBytes) {
@@ -237,8 +268,8 @@ __device__ void finish_sums(const CombineArgs& args, Ring ring, int thread, uint
   for_each_own_group(args, [&](int source, int group) {
     if (lane == 0) wait_landed(comm, group, round);
     __syncwarp();
-    for (int i = 0; i < kCombineGroup; ++i) {
-      const int token = group * kCombineGroup + i;
+    for (uint32_t tokens = tokens_to_sum(args, source, group, lane); tokens != 0; tokens &= tokens - 1) {
+      const int token = group * kCombineGroup + __ffs(tokens) - 1;
       const uint32_t wanted = __ballot_sync(~0u, slot_of_lane(args, source, token, lane) >= 0);
       if (token >= args.tokens) continue;
       const uint32_t owners = args.owners[token];

@@ -17,7 +17,14 @@
 //   all of those two kernels      the kernel behind           griddepcontrol_wait of one block here
 //   rows (earlier kernels)        (reuse by this one)         the kernel ahead of staging has ended: staging, or the
 //                                                             layout ahead of it, is launched without overlap
+//   (reuse of rows[d % 2])        staging of d + 2            rule (1) of communicator.cuh, by the last launch of d + 1
+//
+// A dispatch may be several launches, each of which brings the tokens that arrive with a range of experts. Each is a
+// round of its own, and all read the same staged rows: these are given up with the last one, which counts the dispatch.
+// What the ranges of a peer are is no matter here, for this rank pulls, but all ranks make as many launches, or rounds
+// would not match. No other dispatch may come between them.
 #include "communicator.cuh"
+#include "expert_range.cuh"
 #include "launch.cuh"
 
 namespace ep_moe {
@@ -34,12 +41,13 @@ struct DispatchArgs {
   int32_t row_scales;     // scales behind the row
   int32_t slot_tokens;
   int32_t width;
-  int32_t local_experts;  // whose segments have padding; 0 where there is none
-  int32_t num_rows;       // rows there is room for
-  int32_t warps;          // of a block
-  int32_t stages;         // of a warp, at least 2
-  int32_t stage_bytes;    // wire_bytes rounded up to 128
-  int32_t early;          // the kernel ahead of staging is the layout, which need not have ended
+  ExpertRange range;       // whose tokens arrive and whose segments have padding
+  int32_t num_rows;        // rows there is room for
+  int32_t warps;           // of a block
+  int32_t stages;          // of a warp, at least 2
+  int32_t stage_bytes;     // wire_bytes rounded up to 128
+  int32_t behind_staging;  // the kernel ahead is staging, which need not have ended; 0 for later launches of a dispatch
+  int32_t early;           // nor need the layout ahead of that
   int32_t reserved;
 };
 
@@ -57,7 +65,8 @@ struct Item {
 
 // Zero rows between the end of an expert's real rows and the end of its segment.
 __device__ void fill_padding(const DispatchArgs& args, int warp, int lane) {
-  for (int expert = blockIdx.x * args.warps + warp; expert < args.local_experts; expert += gridDim.x * args.warps) {
+  const int first = args.range.first + blockIdx.x * args.warps + warp;
+  for (int expert = first; expert < args.range.end; expert += gridDim.x * args.warps) {
     const int start = expert == 0 ? 0 : args.ends[expert - 1], end = min(args.ends[expert], args.num_rows);
     for (int row = start + static_cast<int>(args.counts[expert]); row < end; ++row) {
       uint4* data = reinterpret_cast<uint4*>(args.rows + static_cast<int64_t>(row) * args.row_bytes);
@@ -90,9 +99,11 @@ __device__ __forceinline__ uint32_t wait_staged(const Communicator& comm, int so
   return chunks;
 }
 
-// The rows of a warp, in turn: ranks alternate, so that all links are in use; rows nobody here wants are skipped.
+// The rows of a warp, in turn: ranks alternate, so that all links are in use; rows that nobody here wants, or that
+// arrive with other experts, are skipped.
 struct Rows {
   const DispatchArgs& args;
+  RowRange arriving;  // where the first slot of a row must be
   int lane;
   int next;
   int count;
@@ -108,7 +119,8 @@ struct Rows {
       item.token = blockIdx.x + next / ranks * gridDim.x;
       const int64_t entry = static_cast<int64_t>(item.source) * args.slot_tokens + item.token;
       item.slot = lane < args.width ? args.slots[entry * args.width + lane] : -1;
-      if (__ballot_sync(~0u, item.slot >= 0) == 0) continue;
+      const uint32_t first_slot = __reduce_min_sync(~0u, static_cast<uint32_t>(item.slot));  // -1 is the largest
+      if (!arriving.holds(static_cast<int>(first_slot))) continue;
       const int chunk = item.token / chunk_tokens;
       uint32_t chunks = __shfl_sync(~0u, staged, item.source);
       if ((chunks >> chunk & 1) == 0) {
@@ -138,7 +150,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
 
   const int tokens = (args.slot_tokens - blockIdx.x + gridDim.x - 1) / gridDim.x;
   const int64_t staged = staged_rows(comm);
-  Rows rows = {args, lane, warp, tokens * comm.shape.ranks, round, staging_dispatch(comm), 0};
+  Rows rows = {args,  rows_of(args.range, args.ends), lane, warp, tokens * comm.shape.ranks,
+               round, staging_dispatch(comm),         0};
   uint8_t* ring = shared + static_cast<int64_t>(warp) * args.stages * args.stage_bytes;
 
   // Starts the load of the warp's next row into stage `place`.
@@ -182,18 +195,19 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
   if (blockIdx.x == 0 && threadIdx.x < comm.shape.ranks)
     wait_entered(comm, Step::kRows, threadIdx.x, round);   // rule (1)
   if (blockIdx.x == gridDim.x - 1) griddepcontrol_wait();  // before `dispatches` counts on, which staging reads
-  if (end_round(comm, round)) comm.workspace->dispatches += 1;
+  if (end_round(comm, round) && args.range.is_last()) comm.workspace->dispatches += 1;
 }
 
 }  // namespace
 }  // namespace ep_moe
 
-// Runs the kernel above, directly behind a staging kernel; ring (warps * stages * stage_bytes) must fit the shared
+// Runs the kernel above; ring (warps * stages * stage_bytes) must fit the shared
 // memory of a block.
 EP_MOE_API const char* ep_moe_dispatch(const ep_moe::DispatchArgs* args, cudaStream_t stream) {
   using namespace ep_moe;
   return launch("dispatch kernel", dispatch_kernel, *args, args->comm.blocks, args->warps * 32,
-                args->warps * args->stages * args->stage_bytes, LaunchMode::kProgrammatic, stream);
+                args->warps * args->stages * args->stage_bytes,
+                args->behind_staging ? LaunchMode::kProgrammatic : LaunchMode::kPlain, stream);
 }
 
 EP_MOE_API size_t ep_moe_dispatch_args_bytes() { return sizeof(ep_moe::DispatchArgs); }

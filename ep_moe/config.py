@@ -284,6 +284,12 @@ class PhaseConfig(Section):
         "Strategies that hide communication behind computation: 'shared_experts' run beside the routed ones; 'wgrad' "
         "(training) computes the experts' weight gradients while the gradients of their rows travel.",
     )
+    expert_chunks: int = key(
+        1,
+        "Strategy of normal mode: a rank's experts compute in so many groups, each while rows of others travel; 1 for "
+        "all at once.",
+        low=1,
+    )
     max_tokens_per_rank: int | None = key(
         None, "Most tokens a rank may bring; required by low_latency. In eval mode it bounds the decode phase.", low=1
     )
@@ -323,6 +329,12 @@ class PhasesConfig(Section):
                 f"phases.{name}.overlap",
                 phase.overlap,
                 "must name each strategy once",
+            )
+            require(
+                phase.mode == "normal" or phase.expert_chunks == 1,
+                f"phases.{name}.expert_chunks",
+                phase.expert_chunks,
+                "must be 1 for low_latency",
             )
             require(
                 name == "train" or "wgrad" not in phase.overlap,
@@ -419,6 +431,12 @@ class Config(Section):
                 f"phases.{name}.dispatch_dtype",
                 phase.dispatch_dtype,
                 f"{allowed}, the scale block",
+            )
+            require(
+                precision == "input" or phase.expert_chunks == 1,
+                f"phases.{name}.expert_chunks",
+                phase.expert_chunks,
+                f"must be 1 with moe.experts.precision: {precision}",
             )
 
 

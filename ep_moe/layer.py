@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ep_moe.comm import communicator_factory
 from ep_moe.config import Config, ConfigError, check_ep_size
-from ep_moe.dispatcher import ExchangeShape, TokenDispatcher
+from ep_moe.dispatcher import ExchangeShape, NormalDispatcher, TokenDispatcher
+from ep_moe.expert_chunks import run_in_chunks
 from ep_moe.experts import GroupedExperts, SharedExperts
 from ep_moe.overlap import OverlapScheduler, Stages
-from ep_moe.phases import PhaseSelector, most_tokens
+from ep_moe.phases import PhaseSelector, check_expert_chunks, most_tokens
 from ep_moe.router import TopKRouter
 from ep_moe.tracing import StageRanges
 from ep_moe.two_batch import Steps
@@ -54,7 +55,8 @@ class EPMoELayer(nn.Module):
             dtype: of the parameters; PyTorch's default if ``None``.
 
         Raises:
-            ConfigError: if the experts do not divide over the group, or ``moe.ep_size`` says otherwise.
+            ConfigError: if the experts do not divide over the group, ``moe.ep_size`` says otherwise, or a phase asks
+                for more ``expert_chunks`` than a rank has experts.
         """
         super().__init__()
         moe, hidden = config.moe, config.model.hidden_size
@@ -74,6 +76,7 @@ class EPMoELayer(nn.Module):
             )
         check_ep_size(moe.num_experts, ep_size)
         local_experts = moe.num_experts // ep_size
+        check_expert_chunks(config.phases, local_experts)
 
         def init_method(weight: Tensor) -> None:
             nn.init.normal_(weight, std=config.model.init_std)
@@ -153,6 +156,18 @@ class EPMoELayer(nn.Module):
         routing = run("route", self.router, hidden_states, padding_mask)
 
         def routed(x: Tensor) -> Tensor:
+            if scheduler.expert_chunks > 1:
+                assert isinstance(dispatcher, NormalDispatcher)  # which the configuration checks
+                return run(
+                    "dispatch to combine",
+                    run_in_chunks,
+                    x,
+                    routing.topk_weights,
+                    routing.topk_idx,
+                    dispatcher,
+                    self.experts,
+                    scheduler.expert_chunks,
+                )
             deferred = self.experts.defer_gradients() if scheduler.wgrad_behind_dispatch else None
             arrived = run("dispatch", dispatcher.dispatch, x, routing.topk_idx, routing.topk_weights, behind=deferred)
             rows = run("experts", self.experts, arrived.rows, arrived.weights, arrived.segments, deferred)

@@ -29,14 +29,20 @@ class Stages:
 
 
 class OverlapScheduler:
-    """Runs the stages of a layer with the strategies of a phase (key ``phases.<name>.overlap``).
+    """Runs the stages of a layer with the strategies of a phase.
+
+    Args:
+        strategies: key ``phases.<name>.overlap``.
+        expert_chunks: key ``phases.<name>.expert_chunks``.
 
     Attributes:
+        expert_chunks: groups of experts that compute while rows of others travel; 1 for none.
         wgrad_behind_dispatch: whether the backward pass computes the weight gradients of the experts while the
             gradients of their rows travel back.
     """
 
-    def __init__(self, strategies: tuple[str, ...]) -> None:
+    def __init__(self, strategies: tuple[str, ...], expert_chunks: int = 1) -> None:
+        self.expert_chunks = expert_chunks
         self.wgrad_behind_dispatch = "wgrad" in strategies
         self.shared_on_side_stream = "shared_experts" in strategies
         self._side_stream: torch.cuda.Stream | None = None

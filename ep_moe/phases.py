@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ep_moe.comm import CommunicatorFactory
-from ep_moe.config import PHASES, PhaseConfig, PhasesConfig
+from ep_moe.config import PHASES, ConfigError, PhaseConfig, PhasesConfig
 from ep_moe.dispatcher import ExchangeShape, TokenDispatcher, build_dispatcher
 from ep_moe.overlap import OverlapScheduler
 
@@ -58,7 +58,7 @@ class PhaseSelector:
         if (name, device) not in self._built:
             settings = self._settings(name)
             dispatcher = build_dispatcher(settings, self._communicators, self._shape, device)
-            self._built[name, device] = dispatcher, OverlapScheduler(settings.overlap)
+            self._built[name, device] = dispatcher, OverlapScheduler(settings.overlap, settings.expert_chunks)
         return self._built[name, device]
 
     @contextlib.contextmanager
@@ -67,6 +67,16 @@ class PhaseSelector:
             yield
         finally:
             self._explicit = previous
+
+
+def check_expert_chunks(phases: PhasesConfig, local_experts: int) -> None:
+    """Raise :class:`ConfigError` unless ``expert_chunks`` of every phase leave each group one of ``local_experts``."""
+    for name in PHASES:
+        chunks = getattr(phases, name).expert_chunks
+        if chunks > local_experts:
+            raise ConfigError(
+                f"phases.{name}.expert_chunks = {chunks}: must be at most {local_experts}, the experts of a rank"
+            )
 
 
 def most_tokens(phases: PhasesConfig) -> int | None:

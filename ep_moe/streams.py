@@ -10,6 +10,7 @@ started the work waits before using the result. Memory needs no wait of the devi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -64,6 +65,19 @@ def start(work: Callable[[], T], stream: torch.cuda.Stream | None) -> Pending[T]
         stream: ``None`` runs the work at once, as on a CPU.
     """
     return Pending(work, stream)
+
+
+@contextlib.contextmanager
+def joined(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Make the current stream wait for ``stream`` at the end of the block, however it ends.
+
+    So memory of the current stream that work there uses may be freed from then on. ``None`` for a CPU.
+    """
+    try:
+        yield
+    finally:
+        if stream is not None:
+            torch.cuda.current_stream(stream.device).wait_stream(stream)
 
 
 def record_use(value: Any) -> None:

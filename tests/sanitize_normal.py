@@ -48,6 +48,14 @@ def check(rank: int, world: int, dtype: torch.dtype, fp8: bool) -> int:
                     oracle.combine_weights(want.weights.float(), want.handle),
                 ),
             ]
+            if layout == "expert_major":
+                summed, steps = ours.combine_in_groups(rows, got.handle, 2)
+                again, later = ours.dispatch_cached_in_groups(x, got.handle, 2)
+                list(steps), list(later)
+                pairs += [
+                    (again, oracle.dispatch_cached(x, want.handle)),
+                    (summed, oracle.combine(rows, want.handle)),
+                ]
             wrong += sum(not torch.equal(a, b) for a, b in pairs)
     torch.cuda.synchronize()
     ours.check()

@@ -157,7 +157,10 @@ def test_usable_rows_take_the_kernels(activation: str, width: int, monkeypatch: 
         asked.append((rows.shape, out_width))
         return True
 
-    def forward(rows: Tensor, name: str, row_weights: Tensor, row_count: Tensor, out_width: int) -> Tensor:
+    def forward(
+        rows: Tensor, name: str, row_weights: Tensor, row_count: Tensor, out_width: int, **whole: None
+    ) -> Tensor:
+        assert not any(whole.values())
         assert name == activation and row_weights is weights and row_count is count and out_width == width
         return torch.full((3, width), 1.0)
 
@@ -170,7 +173,9 @@ def test_usable_rows_take_the_kernels(activation: str, width: int, monkeypatch: 
         *,
         need_x: bool,
         need_weights: bool,
+        **whole: None,
     ) -> tuple[Tensor, Tensor]:
+        assert not any(whole.values())
         assert grad.shape == (3, width) and name == activation and row_count is count and need_x and need_weights
         return torch.full_like(rows, 2.0), torch.full_like(row_weights, 3.0)
 

@@ -22,6 +22,7 @@ from ranks import run_ranks
 
 from ep_moe.config import ConfigError, PhaseConfig, PhasesConfig
 from ep_moe.megatron import MegatronEPMoELayer
+from ep_moe.megatron.translate import honour_overlap
 
 OVERLAPPED = {"overlap_moe_expert_parallel_comm": True, "bf16": True, "params_dtype": torch.bfloat16}
 
@@ -120,7 +121,7 @@ def _main_gradients(rank: int, world: int, way: str, backend: str) -> dict[str, 
         changes = {**OVERLAPPED, "delay_wgrad_compute": way == "delayed"} if way in ("steps", "delayed") else {}
         overlap = ("wgrad",) if way == "wgrad" else ()
         config = transformer_config(**{"bf16": True, "params_dtype": torch.bfloat16, **changes})
-        phases = PhasesConfig(train=PhaseConfig(overlap=overlap))
+        phases = PhasesConfig(train=PhaseConfig(overlap=overlap, expert_chunks=2 if way == "chunks" else 1))
         layer = gpt_model(config, phases=phases, backend=backend).decoder.layers[0].mlp
         calls: list[str] = []
         if way != "unfused":
@@ -147,7 +148,7 @@ def _main_gradients(rank: int, world: int, way: str, backend: str) -> dict[str, 
 
 
 @pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
-@pytest.mark.parametrize("way", ["plain", "wgrad", "steps", "delayed"])
+@pytest.mark.parametrize("way", ["plain", "wgrad", "chunks", "steps", "delayed"])
 def test_gradients_go_straight_into_main_grad(way: str, backend: str) -> None:
     unfused, fused = (run_ranks(2, _main_gradients, name, backend) for name in ("unfused", way))
     for want, got in zip(unfused, fused, strict=True):
@@ -212,14 +213,16 @@ def test_main_grad_under_megatrons_ddp(
     assert run_ranks(2, _with_megatron_ddp, changes, overlap, overlap_grad_reduce) == [[], []]
 
 
-def _beside(rank: int, world: int, device: str, overlap: tuple[Any, ...], changes: dict[str, Any]) -> dict[str, Any]:
+def _beside(
+    rank: int, world: int, device: str, overlap: tuple[Any, ...], changes: dict[str, Any], chunks: int = 1
+) -> dict[str, Any]:
     """Output and gradients of a layer with shared experts in two passes, and their order of computation."""
     with expert_parallel(world):
         torch.manual_seed(3)
         config = transformer_config(moe_shared_expert_intermediate_size=16, moe_shared_expert_gate=True)
         for name, value in changes.items():
             setattr(config, name, value)  # not every release has every setting
-        phases = PhasesConfig(train=PhaseConfig(overlap=overlap))
+        phases = PhasesConfig(train=PhaseConfig(overlap=overlap, expert_chunks=chunks))
         on = rank_device(device, rank)
         layer = gpt_model(config, phases=phases, comm="portable").decoder.layers[0].mlp.to(on)
         calls: list[str] = []
@@ -248,6 +251,8 @@ def test_strategies_change_no_bit(device: str) -> None:
         for want, got in zip(plain, run_ranks(2, _beside, device, overlap, changes), strict=True):
             assert got["strategies"] == strategies and got["calls"] == want["calls"] == 2 * ["shared", "route"]
             assert all(torch.equal(value, got["tensors"][name]) for name, value in want["tensors"].items())
+    for want, got in zip(plain, run_ranks(2, _beside, device, ("shared_experts",), {}, 2), strict=True):
+        assert all(torch.equal(value, got["tensors"][name]) for name, value in want["tensors"].items())
 
 
 def _strategy_under_the_overlapped_schedule(rank: int, world: int) -> str:
@@ -262,3 +267,11 @@ def _strategy_under_the_overlapped_schedule(rank: int, world: int) -> str:
 def test_the_overlapped_schedule_excludes_strategies() -> None:
     for message in run_ranks(2, _strategy_under_the_overlapped_schedule):
         assert message.startswith("phases.train.overlap = [wgrad]: under overlap_moe_expert_parallel_comm")
+
+
+@pytest.mark.parametrize("setting", ["overlap_moe_expert_parallel_comm", "delay_wgrad_compute"])
+def test_megatrons_schedule_excludes_experts_in_chunks(setting: str) -> None:
+    config = transformer_config()
+    setattr(config, setting, True)
+    with pytest.raises(ConfigError, match=f"phases.train.expert_chunks = 2: must be 1 under {setting}"):
+        honour_overlap(config, PhasesConfig(train=PhaseConfig(expert_chunks=2)))

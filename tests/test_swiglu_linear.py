@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from expert_cases import HIDDEN, check_against_oracle, make_experts, make_segments
+from gemm_doubles import fused_swiglu
 from torch import Tensor
 
-from ep_moe.comm import ExpertSegments
-from ep_moe.experts import apply_activation, backends, grouped
+from ep_moe.experts import backends, grouped
 from ep_moe.experts.swiglu import swiglu_linear
 
 
@@ -21,12 +21,9 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Let experts run on a back end that fuses SwiGLU; returns whether each call kept pre-activations."""
     calls: list[bool] = []
 
-    def swiglu(
-        rows: Tensor, weight: Tensor, segments: ExpertSegments, weights: Tensor | None, *, keep: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def swiglu(*args: Any, keep: bool, **outputs: Tensor | None) -> tuple[Tensor, Tensor | None]:
         calls.append(keep)
-        pre_activation = backends.LOOP.forward(rows, weight, segments)
-        return apply_activation(pre_activation, "swiglu", weights), pre_activation if keep else None
+        return fused_swiglu(*args, keep=keep, **outputs)
 
     gemm = dataclasses.replace(backends.LOOP, swiglu=swiglu)
     monkeypatch.setattr(grouped, "select_backend", lambda *args, **kwargs: gemm)
@@ -46,8 +43,8 @@ def test_fused_activation_lets_go_of_pre_activations_before_the_last_gradients(k
     gemm = grouped.select_backend("auto")  # type: ignore[call-arg]
     held: list[weakref.ref[Tensor]] = []
 
-    def swiglu(*args: Any, keep: bool) -> tuple[Tensor, Tensor | None]:
-        out, pre_activation = gemm.swiglu(*args, keep=keep)
+    def swiglu(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        out, pre_activation = gemm.swiglu(*args, **kwargs)
         assert pre_activation is not None
         held.append(weakref.ref(pre_activation))
         return out, pre_activation

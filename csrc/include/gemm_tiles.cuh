@@ -53,20 +53,26 @@ struct TileTable {
   int32_t class_end[kWidthClasses];  // the first tile beyond a class
   int32_t experts;                   // that have tokens
   int32_t room;                      // rows from one expert's first to the next one's; 0 if they have no gaps
+  int32_t first_row;                 // of the first expert
   uint16_t order[kMaxGemmExperts];
 
   __device__ __forceinline__ int start(int expert) const {
     if (room > 0) return expert * room;
-    return expert == 0 ? 0 : ends[expert - 1];
+    return expert == 0 ? first_row : ends[expert - 1];
   }
 
   __device__ __forceinline__ int tiles() const { return class_end[kWidthClasses - 1]; }
 
-  // Called by all threads of the block; the table is complete when it returns. With `expert_room`, `segment_ends` are
-  // counts of rows, each expert's from the first of its room on.
-  __device__ void build(const int32_t* segment_ends, int num_experts, int expert_room, int weight_tiles) {
+  // Called by all threads of the block; the table is complete when it returns. `first` is where the first segment
+  // starts, or nullptr for row 0. With `expert_room`, `segment_ends` are counts of rows, each expert's from the first
+  // of its room on.
+  __device__ void build(const int32_t* first, const int32_t* segment_ends, int num_experts, int expert_room,
+                        int weight_tiles) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    if (threadIdx.x == 0) room = expert_room;
+    if (threadIdx.x == 0) {
+      room = expert_room;
+      first_row = first == nullptr ? 0 : *first;
+    }
     for (int e = threadIdx.x; e < num_experts; e += blockDim.x) {
       ends[e] = expert_room > 0 ? e * expert_room + min(segment_ends[e], expert_room) : segment_ends[e];
     }

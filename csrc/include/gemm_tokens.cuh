@@ -22,10 +22,11 @@
 namespace ep_moe {
 
 struct GroupedGemmArgs {
-  const void* rows;     // [num_rows][reduction]
-  const void* weight;   // [experts][columns][reduction] forward, [experts][reduction][columns] for the gradient
-  void* out;            // [num_rows][columns]; not written from the last segment's end on
-  const int32_t* ends;  // [experts], where each one's segment ends; the next one's starts there. With `room`: counts
+  const void* rows;      // [num_rows][reduction]
+  const void* weight;    // [experts][columns][reduction] forward, [experts][reduction][columns] for the gradient
+  void* out;             // [num_rows][columns]; written within segments
+  const int32_t* ends;   // [experts], where each one's segment ends; the next one's starts there. With `room`: counts
+  const int32_t* start;  // where the first segment starts, or nullptr for row 0
   int64_t num_rows;
   int32_t experts;
   int32_t reduction;  // a multiple of 64, as is `columns`
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) token_gemm_kernel(const __gri
   constexpr int kTileColumns = TokenBlock<Product>::kTileColumns;
   const GroupedGemmArgs& args = gemm.args;
   if (threadIdx.x == 0) barriers.init();
-  table.build(args.ends, args.experts, args.room, (args.columns + kTileColumns - 1) / kTileColumns);
+  table.build(args.start, args.ends, args.experts, args.room, (args.columns + kTileColumns - 1) / kTileColumns);
 
   TokenBlock<Product> block;
   block.gemm = &gemm;

@@ -9,11 +9,18 @@ implementation. Rows come in one of two layouts, the caller's choice:
   then position among the token's top-k. Ready for any grouped GEMM.
 - ``rows``: each received token once, by source rank, then token; with the row of every slot, for a grouped GEMM that
   gathers.
+
+An exchange of expert-major rows can be had in steps, one for each of several groups of consecutive local experts (see
+:func:`~ep_moe.comm.expert_groups.expert_groups`), so that experts compute while rows of others travel. A token arrives
+with the first group that wants it, in all its slots, and leaves with the last: no row crosses twice and sums keep their
+order, so results have the bits of the whole exchange. All ranks must ask for the same number of groups and take all
+steps; a step runs on the stream that is current then, behind the steps before it.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -44,12 +51,15 @@ class ExpertSegments:
         sizes: the length of each segment on the host, padding included; ``None`` if only the device knows.
         capacity: slots of the tensors, if that is not the sum of ``sizes``: those behind the last segment hold
             garbage.
+        start: int32 ``[1]`` on the device, the first row of the first segment; ``None`` for row 0. Of some of the
+            experts of a tensor, where only the device knows: slots before it belong to others.
     """
 
     counts: Tensor
     ends: Tensor
     sizes: tuple[int, ...] | None
     capacity: int | None = None
+    start: Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -58,14 +68,14 @@ class ExpertSegments:
 
     @property
     def row_count(self) -> Tensor | None:
-        """How many slots the segments fill, int32 ``[1]`` on the device; ``None`` where the host knows: then all."""
+        """The end of the last segment, int32 ``[1]`` on the device; ``None`` where the host knows: then all slots."""
         return self.ends[-1:] if self.sizes is None else None
 
     def host_sizes(self) -> tuple[int, ...]:
         """Length of each segment on the host; waits for the device if that is not known yet."""
         if self.sizes is not None:
             return self.sizes
-        ends = [0, *self.ends.tolist()]
+        ends = [0 if self.start is None else int(self.start), *self.ends.tolist()]
         return tuple(end - start for start, end in itertools.pairwise(ends))
 
 
@@ -154,8 +164,50 @@ class Communicator(Protocol):
         """
         ...
 
+    def dispatch_in_groups(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor | None,
+        *,
+        groups: int,
+        num_experts: int,
+        fp8: bool = False,
+        alignment: int = 1,
+        max_rows: int | None = None,
+        num_sms: int | None = None,
+    ) -> tuple[Dispatched, Iterator[None]]:
+        """:meth:`dispatch` to expert-major rows in steps.
+
+        No other dispatch of this communicator may come between the steps.
+
+        Args:
+            x: see :meth:`dispatch`, as for the others.
+            topk_idx: likewise.
+            topk_weights: likewise.
+            groups: of the local experts.
+            num_experts: likewise.
+            fp8: likewise.
+            alignment: likewise.
+            max_rows: likewise.
+            num_sms: likewise.
+
+        Returns:
+            What :meth:`dispatch` returns, with the rows of the first group, and ``groups - 1`` steps, each of which
+            brings the rows (and scales) of the next group.
+
+        Raises:
+            ValueError: as :meth:`dispatch`, and unless every group has an expert.
+            CapacityError: as :meth:`dispatch`.
+        """
+        ...
+
     def dispatch_cached(self, x: Tensor, handle: Any, layout: RowLayout = "expert_major") -> Tensor:
         """Send rows of ``x`` (``[tokens, hidden]``) along the routes of an earlier dispatch, in either layout."""
+        ...
+
+    def dispatch_cached_in_groups(self, x: Tensor, handle: Any, groups: int) -> tuple[Tensor, Iterator[None]]:
+        """:meth:`dispatch_cached` to expert-major rows in steps; rows and steps as of :meth:`dispatch_in_groups`."""
         ...
 
     def dispatch_weights(self, topk_weights: Tensor, handle: Any) -> Tensor:
@@ -168,6 +220,22 @@ class Communicator(Protocol):
         The sum runs in fp32 (fp64 for fp64 rows): first over a rank's rows of the token in top-k order, rounded
         once to the dtype of ``rows``, then over the ranks in ascending order. Tokens routed nowhere receive zero.
         Over several nodes the sum of a node's ranks is rounded too, and the nodes are added in ascending order.
+        """
+        ...
+
+    def combine_in_groups(self, rows: Tensor, handle: Any, groups: int) -> tuple[Tensor, Iterator[None]]:
+        """:meth:`combine` from expert-major rows in steps.
+
+        No other combine of this communicator may come between the steps.
+
+        Args:
+            rows: contiguous ``[num_rows, hidden]``; those of a group are read from its step on, not before.
+            handle: of the dispatch.
+            groups: of the local experts.
+
+        Returns:
+            ``[tokens, hidden]``, complete after the last step, and ``groups`` steps, each of which needs the rows of
+            the next group.
         """
         ...
 

@@ -6,7 +6,7 @@ launches on the current stream.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,9 @@ from ep_moe.comm.communicator import (
     RowLayout,
     check_dispatch_shapes,
 )
+from ep_moe.comm.expert_groups import expert_groups
 from ep_moe.comm.nvlink_core import NvlinkCore
+from ep_moe.comm.nvlink_handle import NvlinkHandle
 from ep_moe.comm.nvlink_layout import HostCounts, lay_out
 from ep_moe.comm.nvlink_wire import ELEMENTS, MOVED, SHARED_BYTES, WireFormat, wire_format
 from ep_moe.comm.sm_budget import combine_sms, dispatch_sms
@@ -27,49 +29,6 @@ from ep_moe.native import pointer
 
 _MAX_WARPS, _MAX_STAGES = 8, 3
 _WEIGHTS_SMS = 64  # one value a thread at usual sizes: they wait more than they move
-
-
-@dataclass(frozen=True)
-class NvlinkHandle:
-    """The routes of one dispatch.
-
-    Attributes:
-        experts_per_rank: local experts of every rank.
-        num_sms: SMs that kernels may occupy, or ``None``.
-        topk_idx: int64 ``[tokens, top_k]``, as dispatched.
-        slots: int32 ``[ranks, slot_tokens, top_k]``, slot of each arrived entry or -1.
-        rows: int32 ``[ranks, slot_tokens]``, place of each arrived token among the received rows or -1.
-        owners: uint8 ``[tokens]``, bit ``r`` for every rank that has an expert of the token.
-        segments: of the expert-major rows.
-        num_received: rows of a tensor in the layout ``rows``.
-    """
-
-    experts_per_rank: int
-    num_sms: int | None
-    topk_idx: Tensor
-    slots: Tensor
-    rows: Tensor
-    owners: Tensor
-    segments: ExpertSegments
-    num_received: int
-
-    @property
-    def tokens(self) -> int:
-        """Tokens at this rank."""
-        return self.topk_idx.shape[0]
-
-    @property
-    def top_k(self) -> int:
-        """Experts per token."""
-        return self.topk_idx.shape[1]
-
-    def num_rows(self, layout: RowLayout) -> int:
-        """Rows of a tensor in ``layout``."""
-        return self.num_received if layout == "rows" else self.segments.num_rows
-
-    def places(self, layout: RowLayout) -> Tensor:
-        """Where each arrived token's row goes: ``[ranks, slot_tokens, places of a token]``."""
-        return self.rows.unsqueeze(2) if layout == "rows" else self.slots
 
 
 class NvlinkCommunicator:
@@ -136,11 +95,69 @@ class NvlinkCommunicator:
         The range of ``topk_idx`` is checked on the GPU: its error comes with the sizes, before rows are sent, or, with
         ``max_rows``, by a later call.
         """
+        return self._dispatch(
+            x,
+            topk_idx,
+            topk_weights,
+            num_experts=num_experts,
+            scales=scales,
+            fp8=fp8,
+            layout=layout,
+            alignment=alignment,
+            max_rows=max_rows,
+            num_sms=num_sms,
+            groups=1,
+        )[0]
+
+    def dispatch_in_groups(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor | None,
+        *,
+        groups: int,
+        num_experts: int,
+        fp8: bool = False,
+        alignment: int = 1,
+        max_rows: int | None = None,
+        num_sms: int | None = None,
+    ) -> tuple[Dispatched, Iterator[None]]:
+        """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_in_groups`; a launch a group."""
+        return self._dispatch(
+            x,
+            topk_idx,
+            topk_weights,
+            num_experts=num_experts,
+            scales=None,
+            fp8=fp8,
+            layout="expert_major",
+            alignment=alignment,
+            max_rows=max_rows,
+            num_sms=num_sms,
+            groups=groups,
+        )
+
+    def _dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor | None,
+        *,
+        num_experts: int,
+        scales: Tensor | None,
+        fp8: bool,
+        layout: RowLayout,
+        alignment: int,
+        max_rows: int | None,
+        num_sms: int | None,
+        groups: int,
+    ) -> tuple[Dispatched, Iterator[None]]:
         check_dispatch_shapes(x, topk_idx, topk_weights, num_experts, self.size, scales=scales, fp8=fp8)
         wire = wire_format(x, MOVED, scaled=fp8 or scales is not None)
         self._check_limits(topk_idx, num_experts, max_rows)
         tokens, top_k = topk_idx.shape
         core, local_experts = self._core, num_experts // self.size
+        expert_groups(local_experts, groups)
         core.reserve(tokens, top_k, wire.bytes)
         x, topk_idx = x.contiguous(), topk_idx.contiguous()
         scales = None if scales is None else scales.contiguous()
@@ -178,23 +195,33 @@ class NvlinkCommunicator:
             routes = NvlinkHandle(
                 local_experts, num_sms, topk_idx, places.slots, places.rows, places.owners, segments, received
             )
-            rows, row_scales = self._pull(x, wire, routes, layout, early=True)
+            rows, row_scales, steps = self._pull(x, wire, routes, layout, groups, early=True)
         weights = None
         if topk_weights is not None and places.slot_weights is not None:
             weights = places.slot_weights[: segments.num_rows].to(topk_weights.dtype)
         row_of_slot = places.row_of_slot[: segments.num_rows]
         routing = places.routing(received, None if topk_weights is None else topk_weights.dtype)
-        return Dispatched(rows, row_scales, weights, segments, row_of_slot, routes, routing)
+        return Dispatched(rows, row_scales, weights, segments, row_of_slot, routes, routing), steps
 
     def dispatch_cached(self, x: Tensor, handle: NvlinkHandle, layout: RowLayout = "expert_major") -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_cached`; rows of e4m3 may travel too."""
+        return self._dispatch_cached(x, handle, layout, 1)[0]
+
+    def dispatch_cached_in_groups(self, x: Tensor, handle: NvlinkHandle, groups: int) -> tuple[Tensor, Iterator[None]]:
+        """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_cached_in_groups`."""
+        return self._dispatch_cached(x, handle, "expert_major", groups)
+
+    def _dispatch_cached(
+        self, x: Tensor, handle: NvlinkHandle, layout: RowLayout, groups: int
+    ) -> tuple[Tensor, Iterator[None]]:
         if x.dim() != 2 or x.shape[0] != handle.tokens:
             raise ValueError(f"x: expected [{handle.tokens}, hidden] as in the dispatch, got {list(x.shape)}")
         wire = wire_format(x, MOVED, scaled=False)
         self._core.reserve(handle.tokens, handle.top_k, wire.bytes)
         with self._core:
             self._stage(x.contiguous(), None, wire, early=False)
-            return self._pull(x, wire, handle, layout, early=False)[0]
+            rows, _, steps = self._pull(x, wire, handle, layout, groups, early=False)
+        return rows, steps
 
     def dispatch_weights(self, topk_weights: Tensor, handle: NvlinkHandle) -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_weights`."""
@@ -206,6 +233,17 @@ class NvlinkCommunicator:
 
     def combine(self, rows: Tensor, handle: NvlinkHandle, layout: RowLayout = "expert_major") -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.combine`."""
+        out, steps = self._combine(rows, handle, layout, 1)
+        next(steps)
+        return out
+
+    def combine_in_groups(self, rows: Tensor, handle: NvlinkHandle, groups: int) -> tuple[Tensor, Iterator[None]]:
+        """See :meth:`ep_moe.comm.communicator.Communicator.combine_in_groups`; a launch a group."""
+        return self._combine(rows, handle, "expert_major", groups)
+
+    def _combine(
+        self, rows: Tensor, handle: NvlinkHandle, layout: RowLayout, groups: int
+    ) -> tuple[Tensor, Iterator[None]]:
         expected = handle.num_rows(layout)
         if rows.dim() != 2 or rows.shape[0] != expected:
             raise ValueError(f"rows: expected [{expected}, hidden] as dispatched, got {list(rows.shape)}")
@@ -215,21 +253,21 @@ class NvlinkCommunicator:
         self._core.reserve(handle.tokens, handle.top_k, wire.bytes)
         out = torch.empty(handle.tokens, rows.shape[1], dtype=rows.dtype, device=self.device)
         places = handle.places(layout)
-        with self._core:
-            arguments = native.CombineArgs(
-                comm=self._core.arguments(num_sms),
-                slots=places.data_ptr(),
-                owners=handle.owners.data_ptr(),
-                rows=rows.data_ptr(),
-                out=out.data_ptr(),
-                row_bytes=wire.bytes,
-                element=ELEMENTS[rows.dtype],
-                tokens=handle.tokens,
-                slot_tokens=places.shape[1],
-                width=places.shape[2],
-            )
-            self._core.launch("combine", arguments)
-        return out
+        arguments = native.CombineArgs(
+            comm=self._core.arguments(num_sms),
+            slots=places.data_ptr(),
+            owners=handle.owners.data_ptr(),
+            rows=rows.data_ptr(),
+            out=out.data_ptr(),
+            topk_idx=handle.topk_idx.data_ptr(),
+            ends=handle.segments.ends.data_ptr(),
+            row_bytes=wire.bytes,
+            element=ELEMENTS[rows.dtype],
+            tokens=handle.tokens,
+            slot_tokens=places.shape[1],
+            width=places.shape[2],
+        )
+        return out, self._steps("combine", arguments, handle.ranges(layout, groups), (rows, out, handle))
 
     def combine_weights(self, row_weights: Tensor, handle: NvlinkHandle) -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.combine_weights`."""
@@ -281,15 +319,16 @@ class NvlinkCommunicator:
         self._core.launch("stage", arguments)
 
     def _pull(
-        self, x: Tensor, wire: WireFormat, handle: NvlinkHandle, layout: RowLayout, *, early: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Bring the rows routed here to their places, as they are staged: staging must be the last work of the stream.
+        self, x: Tensor, wire: WireFormat, handle: NvlinkHandle, layout: RowLayout, groups: int, *, early: bool
+    ) -> tuple[Tensor, Tensor | None, Iterator[None]]:
+        """Bring the rows routed here to their places, as they are staged: those of the first group, and steps for more.
 
         Args:
-            x: what was staged.
+            x: what was staged, by the last work of the stream.
             wire: how rows travel.
             handle: where they go.
             layout: of the result.
+            groups: of experts.
             early: beside the layout kernel ahead of staging.
         """
         segments, num_rows, places = handle.segments, handle.num_rows(layout), handle.places(layout)
@@ -313,15 +352,31 @@ class NvlinkCommunicator:
             row_scales=wire.scales,
             slot_tokens=places.shape[1],
             width=places.shape[2],
-            local_experts=0 if layout == "rows" else handle.experts_per_rank,
             num_rows=num_rows,
             warps=warps,
             stages=min(SHARED_BYTES // (warps * stage_bytes), _MAX_STAGES),
             stage_bytes=stage_bytes,
+            behind_staging=1,
             early=int(early),
         )
+        arguments.range, *later = handle.ranges(layout, groups)
         self._core.launch("dispatch", arguments)
-        return rows, scales
+        arguments.behind_staging = arguments.early = 0
+        return rows, scales, self._steps("dispatch", arguments, later, (rows, scales, handle))
+
+    def _steps(
+        self,
+        name: str,
+        arguments: native.DispatchArgs | native.CombineArgs,
+        ranges: list[native.ExpertRange],
+        in_use: tuple[object, ...],
+    ) -> Iterator[None]:
+        """A launch a step; what kernels read and write (``in_use``) lives until the steps are dropped."""
+        for experts in ranges:
+            arguments.range = experts
+            with self._core:
+                self._core.launch(name, arguments)
+            yield
 
     def _exchange_weights(self, by_token: Tensor, by_row: Tensor, handle: NvlinkHandle, direction: int) -> None:
         with self._core:

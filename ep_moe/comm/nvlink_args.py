@@ -137,6 +137,12 @@ class StageArgs(ctypes.Structure):
     )
 
 
+class ExpertRange(ctypes.Structure):
+    """``ExpertRange`` of ``expert_range.cuh``."""
+
+    _fields_ = (("first", c_int32), ("end", c_int32), ("experts", c_int32))
+
+
 class DispatchArgs(ctypes.Structure):
     """``DispatchArgs`` of ``dispatch.cu``."""
 
@@ -152,13 +158,13 @@ class DispatchArgs(ctypes.Structure):
         ("row_scales", c_int32),
         ("slot_tokens", c_int32),
         ("width", c_int32),
-        ("local_experts", c_int32),
+        ("range", ExpertRange),
         ("num_rows", c_int32),
         ("warps", c_int32),
         ("stages", c_int32),
         ("stage_bytes", c_int32),
+        ("behind_staging", c_int32),
         ("early", c_int32),
-        ("reserved", c_int32),
     )
 
 
@@ -171,12 +177,14 @@ class CombineArgs(ctypes.Structure):
         ("owners", c_void_p),
         ("rows", c_void_p),
         ("out", c_void_p),
+        ("topk_idx", c_void_p),
+        ("ends", c_void_p),
         ("row_bytes", c_int32),
         ("element", c_int32),
         ("tokens", c_int32),
         ("slot_tokens", c_int32),
         ("width", c_int32),
-        ("reserved", c_int32),
+        ("range", ExpertRange),
     )
 
 
@@ -245,6 +253,7 @@ __all__ = [
     "CombineArgs",
     "CommunicatorArgs",
     "DispatchArgs",
+    "ExpertRange",
     "FaultReport",
     "LayoutArgs",
     "StageArgs",

@@ -128,6 +128,39 @@ def apply_packed_activation(x: Tensor, activation: str, counts: Tensor) -> Tenso
     return apply_activation(x, activation)
 
 
+def activate(
+    x: Tensor,
+    activation: str,
+    row_weights: Tensor | None,
+    row_count: Tensor | None,
+    *,
+    row_start: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`apply_activation` without gradients; arguments as there.
+
+    Args:
+        x: as the next three, see there.
+        activation: likewise.
+        row_weights: likewise.
+        row_count: likewise.
+        row_start: int32, one element, on the device of ``x``: the first real row, if not 0.
+        out: to write real rows to, contiguous; a new tensor if ``None``.
+    """
+    width = _out_width(x, activation)
+    if activation_kernels.usable(x, width):
+        return activation_kernels.forward(x, activation, row_weights, row_count, width, row_start=row_start, out=out)
+    wide = x.to(_compute_dtype(x))
+    if activation in _GATED:
+        gate, up = wide.chunk(2, dim=-1)
+        result = _GATED[activation].value(gate).mul_(up)
+    else:
+        result = _PLAIN[activation].value(wide)
+    if row_weights is not None:
+        result.mul_(row_weights.to(wide.dtype).unsqueeze(-1))
+    return result.to(x.dtype) if out is None else _store(result, out, row_start, row_count)
+
+
 def activation_backward(
     grad: Tensor,
     x: Tensor,
@@ -137,14 +170,25 @@ def activation_backward(
     *,
     need_x: bool,
     need_weights: bool,
+    row_start: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of :func:`apply_activation` in ``x`` and ``row_weights`` from that of its result.
+    """The gradients of :func:`activate` in ``x`` and ``row_weights`` from that of its result.
 
-    Arguments as there, and which of the two gradients are wanted; the others are ``None``.
+    Arguments as there, and which of the two gradients are wanted; the others are ``None``. That of ``x`` is written to
+    ``out``, if given.
     """
     if activation_kernels.usable(x, _out_width(x, activation)):
         return activation_kernels.backward(
-            grad, x, activation, row_weights, row_count, need_x=need_x, need_weights=need_weights
+            grad,
+            x,
+            activation,
+            row_weights,
+            row_count,
+            need_x=need_x,
+            need_weights=need_weights,
+            row_start=row_start,
+            out=out,
         )
     wide = x.to(_compute_dtype(x))
     # dense: the aten backward kernels below are tuned for it, and sum().backward() hands over an expanded scalar
@@ -168,6 +212,8 @@ def activation_backward(
             grad_weights = (grad * nonlinearity.value(wide)).sum(-1)
         if need_x:
             grad_x = nonlinearity.backward(scaled, wide).to(x.dtype)
+    if grad_x is not None and out is not None:
+        grad_x = _store(grad_x, out, row_start, row_count)
     if grad_weights is not None and row_weights is not None:
         grad_weights = grad_weights.to(row_weights.dtype)
     return grad_x, grad_weights
@@ -191,18 +237,7 @@ class _Activation(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, row_weights: Tensor | None, activation: str, row_count: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, row_weights, row_count)
         ctx.activation = activation
-        width = _out_width(x, activation)
-        if activation_kernels.usable(x, width):
-            return activation_kernels.forward(x, activation, row_weights, row_count, width)
-        wide = x.to(_compute_dtype(x))
-        if activation in _GATED:
-            gate, up = wide.chunk(2, dim=-1)
-            result = _GATED[activation].value(gate).mul_(up)
-        else:
-            result = _PLAIN[activation].value(wide)
-        if row_weights is not None:
-            result.mul_(row_weights.to(wide.dtype).unsqueeze(-1))
-        return result.to(x.dtype)
+        return activate(x, activation, row_weights, row_count)
 
     @staticmethod
     @once_differentiable
@@ -213,6 +248,15 @@ class _Activation(torch.autograd.Function):
             grad, x, ctx.activation, row_weights, row_count, need_x=need_x, need_weights=need_weights
         )
         return *grads, None, None
+
+
+def _store(result: Tensor, out: Tensor, row_start: Tensor | None, row_count: Tensor | None) -> Tensor:
+    """Write the real rows of ``result`` to ``out``."""
+    if row_count is not None:
+        row = torch.arange(result.shape[0], device=result.device)
+        real = row < row_count if row_start is None else (row >= row_start) & (row < row_count)
+        result = torch.where(real.unsqueeze(-1), result, out)
+    return out.copy_(result)
 
 
 def _out_width(x: Tensor, activation: str) -> int:

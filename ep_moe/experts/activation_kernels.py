@@ -32,6 +32,7 @@ class ActivationArgs(ctypes.Structure):
         ("grad_x", c_void_p),
         ("grad_weights", c_void_p),
         ("num_rows", c_void_p),
+        ("start", c_void_p),
         ("rows", c_int64),
         ("row_vectors", c_int32),
         ("element", c_int32),
@@ -62,14 +63,24 @@ def usable(x: Tensor, width: int) -> bool:
     )
 
 
-def forward(x: Tensor, activation: str, row_weights: Tensor | None, row_count: Tensor | None, width: int) -> Tensor:
-    """The activation of ``x``, for which :func:`usable` holds; see ``apply_activation`` for the arguments.
+def forward(
+    x: Tensor,
+    activation: str,
+    row_weights: Tensor | None,
+    row_count: Tensor | None,
+    width: int,
+    *,
+    row_start: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The activation of ``x``, for which :func:`usable` holds; see ``activate`` for the arguments.
 
     Returns:
-        ``[..., width]`` in the dtype of ``x``; unspecified in rows from ``row_count`` on.
+        ``[..., width]`` in the dtype of ``x``; only rows from ``row_start`` to ``row_count`` are written.
     """
-    out = x.new_empty(*x.shape[:-1], width)
-    arguments = _arguments(out, activation, row_count)
+    if out is None:
+        out = x.new_empty(*x.shape[:-1], width)
+    arguments = _arguments(out, activation, row_count, row_start)
     weights = as_fp32(row_weights)
     arguments.x, arguments.out, arguments.row_weights = x.data_ptr(), out.data_ptr(), pointer(weights)
     _launch("activation_forward", arguments, x.device)
@@ -98,19 +109,21 @@ def backward(
     *,
     need_x: bool,
     need_weights: bool,
+    row_start: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of :func:`forward` from that of its result, ``[..., width]`` in the dtype of ``x``.
 
     Returns:
         The gradients of ``x`` and of ``row_weights``, in their shapes and dtypes, or ``None`` for those not needed;
-        unspecified in rows from ``row_count`` on.
+        that of ``x`` is ``out``, if given. Only rows from ``row_start`` to ``row_count`` are written.
     """
     # an expanded scalar (from sum().backward()), or a view that starts between vectors
     if not _is_plain(grad):
         grad = grad.clone(memory_format=torch.contiguous_format)
-    grad_x = torch.empty_like(x) if need_x else None
+    grad_x = (torch.empty_like(x) if out is None else out) if need_x else None
     grad_weights = x.new_empty(x.shape[:-1], dtype=torch.float32) if need_weights else None
-    arguments = _arguments(grad, activation, row_count)
+    arguments = _arguments(grad, activation, row_count, row_start)
     weights = as_fp32(row_weights)
     arguments.x, arguments.grad, arguments.row_weights = x.data_ptr(), grad.data_ptr(), pointer(weights)
     arguments.grad_x, arguments.grad_weights = pointer(grad_x), pointer(grad_weights)
@@ -135,10 +148,13 @@ def find_library() -> ctypes.CDLL | None:
         return None
 
 
-def _arguments(out_like: Tensor, activation: str, row_count: Tensor | None) -> ActivationArgs:
+def _arguments(
+    out_like: Tensor, activation: str, row_count: Tensor | None, row_start: Tensor | None = None
+) -> ActivationArgs:
     width = out_like.shape[-1]
     return ActivationArgs(
         num_rows=pointer(row_count),
+        start=pointer(row_start),
         rows=out_like.numel() // width,
         row_vectors=width * out_like.itemsize // _VECTOR_BYTES,
         element=ELEMENTS[out_like.dtype],

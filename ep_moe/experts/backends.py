@@ -16,7 +16,7 @@ from ep_moe.config import ConfigError
 from ep_moe.experts import native_fp8, native_gemm
 from ep_moe.experts.fp8 import Fp8Gemm
 from ep_moe.experts.fp8_emulated import EMULATED
-from ep_moe.experts.gemm import GroupedGemm, store_gradient
+from ep_moe.experts.gemm import GroupedGemm, store_result
 from ep_moe.experts.te import TE, import_grouped_gemm
 
 ALIGNMENT = 1
@@ -27,14 +27,14 @@ _GROUPED_MM_ALIGNMENT_BYTES = 16
 _GROUPED_MM_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def loop_forward(rows: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
+def loop_forward(rows: Tensor, weight: Tensor, segments: ExpertSegments, *, out: Tensor | None = None) -> Tensor:
     """One ordinary GEMM per expert, any dtype and device; see :class:`~ep_moe.experts.gemm.GroupedGemm`."""
-    return _times_each(rows, weight.transpose(1, 2), segments)
+    return _times_each(rows, weight.transpose(1, 2), segments, out)
 
 
-def loop_dgrad(grad: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
+def loop_dgrad(grad: Tensor, weight: Tensor, segments: ExpertSegments, *, out: Tensor | None = None) -> Tensor:
     """One ordinary GEMM per expert; see :class:`~ep_moe.experts.gemm.GroupedGemm`."""
-    return _times_each(grad, weight, segments)
+    return _times_each(grad, weight, segments, out)
 
 
 def loop_wgrad(
@@ -46,22 +46,22 @@ def loop_wgrad(
         out = rows.new_empty(len(sizes), grad.shape[1], rows.shape[1])
     chunks = zip(out.unbind(0), *(x[: sum(sizes)].split(sizes) for x in (grad, rows)), strict=True)
     for expert_out, expert_grad, expert_rows in chunks:
-        store_gradient(expert_grad.t() @ expert_rows, expert_out, accumulate)
+        store_result(expert_grad.t() @ expert_rows, expert_out, accumulate)
     return out
 
 
-def grouped_mm_forward(rows: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
-    """``torch.nn.functional.grouped_mm``, which reads segment ends on the device only."""
-    if segments.num_rows == 0:
-        return loop_forward(rows, weight, segments)  # grouped_mm takes the strides of some empty tensors for invalid
-    return F.grouped_mm(rows, weight.transpose(1, 2), offs=segments.ends)
+def grouped_mm_forward(rows: Tensor, weight: Tensor, segments: ExpertSegments, *, out: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.grouped_mm``, which reads segment ends on the device only and writes new tensors only."""
+    if segments.num_rows == 0:  # grouped_mm takes the strides of some empty tensors for invalid
+        return loop_forward(rows, weight, segments, out=out)
+    return store_result(F.grouped_mm(rows, weight.transpose(1, 2), offs=segments.ends), out)
 
 
-def grouped_mm_dgrad(grad: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
+def grouped_mm_dgrad(grad: Tensor, weight: Tensor, segments: ExpertSegments, *, out: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.grouped_mm``; see :class:`~ep_moe.experts.gemm.GroupedGemm`."""
     if segments.num_rows == 0:
-        return loop_dgrad(grad, weight, segments)
-    return F.grouped_mm(grad, weight, offs=segments.ends)
+        return loop_dgrad(grad, weight, segments, out=out)
+    return store_result(F.grouped_mm(grad, weight, offs=segments.ends), out)
 
 
 def grouped_mm_wgrad(
@@ -70,7 +70,7 @@ def grouped_mm_wgrad(
     """``torch.nn.functional.grouped_mm``; with ``out`` in a pass of its own, for it writes new tensors only."""
     if segments.num_rows == 0:
         return loop_wgrad(grad, rows, segments, out=out, accumulate=accumulate)
-    return store_gradient(F.grouped_mm(grad.t(), rows, offs=segments.ends), out, accumulate)
+    return store_result(F.grouped_mm(grad.t(), rows, offs=segments.ends), out, accumulate)
 
 
 LOOP = GroupedGemm(loop_forward, loop_dgrad, loop_wgrad)
@@ -163,10 +163,11 @@ def _grouped_mm_obstacle(dtype: torch.dtype, device: torch.device, widths: Mappi
     return None
 
 
-def _times_each(x: Tensor, matrices: Tensor, segments: ExpertSegments) -> Tensor:
+def _times_each(x: Tensor, matrices: Tensor, segments: ExpertSegments, out: Tensor | None) -> Tensor:
     """Each expert's rows of ``x`` times its matrix; zero behind the last segment."""
     sizes = segments.host_sizes()
-    out = x.new_empty(x.shape[0], matrices.shape[2])
+    if out is None:
+        out = x.new_empty(x.shape[0], matrices.shape[2])
     out[sum(sizes) :] = 0
     for expert_out, rows, matrix in zip(
         out[: sum(sizes)].split(sizes), x[: sum(sizes)].split(sizes), matrices, strict=True

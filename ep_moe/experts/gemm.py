@@ -20,6 +20,26 @@ from ep_moe.experts.deferred import WeightGradientTask
 from ep_moe.experts.recompute import Recipe, kept
 
 
+class RowProduct(Protocol):
+    """A product of rows with weights; see :class:`GroupedGemm`."""
+
+    def __call__(
+        self, rows: Tensor, weight: Tensor, segments: ExpertSegments, /, *, out: Tensor | None = None
+    ) -> Tensor:
+        """Each expert's rows times its matrix.
+
+        Args:
+            rows: ``[segments.num_rows, width]``.
+            weight: ``[local_experts, out_features, in_features]``.
+            segments: which rows belong to which expert.
+            out: ``[segments.num_rows, other width]`` to write to, contiguous; a new tensor if ``None``.
+
+        Returns:
+            ``out``.
+        """
+        ...
+
+
 class WeightGradient(Protocol):
     """The weight gradient of a grouped linear layer; see :class:`GroupedGemm`."""
 
@@ -77,6 +97,8 @@ class SwigluForward(Protocol):
         row_weights: Tensor | None,
         *,
         keep: bool,
+        out: Tensor | None = None,
+        pre_activation: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Each expert's rows times its transposed weight, activated, times the rows' routing weights.
 
@@ -86,6 +108,8 @@ class SwigluForward(Protocol):
             segments: which rows belong to which expert.
             row_weights: floating point ``[segments.num_rows]``, or ``None`` for weights of 1.
             keep: whether the pre-activations are wanted.
+            out: ``[segments.num_rows, ffn]`` to write to; a new tensor if ``None``.
+            pre_activation: ``[segments.num_rows, 2 * ffn]`` to write them to, if they are wanted; likewise.
 
         Returns:
             ``[segments.num_rows, ffn]``, and the pre-activations ``[segments.num_rows, 2 * ffn]`` or ``None``.
@@ -102,20 +126,27 @@ class GroupedGemm:
     result, and are unspecified in results.
 
     Attributes:
-        forward: ``(rows [num_rows, in_features], weight [local_experts, out_features, in_features], segments)`` to
-            ``[num_rows, out_features]``: each expert's rows times its transposed weight.
-        dgrad: ``(grad [num_rows, out_features], weight, segments)`` to ``[num_rows, in_features]``: each expert's
-            gradients times its weight.
+        forward: see :class:`RowProduct`; each expert's rows times its transposed weight, ``[num_rows, in_features]`` to
+            ``[num_rows, out_features]``.
+        dgrad: likewise; each expert's gradients times its weight, ``[num_rows, out_features]`` to
+            ``[num_rows, in_features]``.
         wgrad: see :class:`WeightGradient`.
         forward_packed: see :class:`PackedForward`; ``None`` if the back end has none.
         swiglu: see :class:`SwigluForward`; ``None`` if the back end does not fuse it.
+        reads_start: whether all but ``wgrad`` take segments with a ``start``, and leave other rows of ``out`` as they
+            are.
+        in_turns: the same for work beside other kernels, without ``forward_packed``: several blocks an SM one after the
+            other, so that a kernel that starts meanwhile finds SMs when a turn ends, and takes no more from this one
+            than those. With a block an SM, one that waits for its SM makes all wait. ``None`` if there is no other.
     """
 
-    forward: Callable[[Tensor, Tensor, ExpertSegments], Tensor]
-    dgrad: Callable[[Tensor, Tensor, ExpertSegments], Tensor]
+    forward: RowProduct
+    dgrad: RowProduct
     wgrad: WeightGradient
     forward_packed: PackedForward | None = None
     swiglu: SwigluForward | None = None
+    reads_start: bool = False
+    in_turns: GroupedGemm | None = None
 
 
 def grouped_linear(
@@ -135,11 +166,11 @@ def grouped_linear(
     return result
 
 
-def store_gradient(gradient: Tensor, out: Tensor | None, accumulate: bool) -> Tensor:
-    """What :class:`WeightGradient` asks for, for back ends that can only make a new tensor."""
+def store_result(result: Tensor, out: Tensor | None, accumulate: bool = False) -> Tensor:
+    """What a product with ``out`` (and ``accumulate``) asks for, for back ends that can only make a new tensor."""
     if out is None:
-        return gradient
-    return out.add_(gradient) if accumulate else out.copy_(gradient)
+        return result
+    return out.add_(result) if accumulate else out.copy_(result)
 
 
 class _GroupedLinear(torch.autograd.Function):

@@ -27,6 +27,7 @@ from ep_moe.experts.fp8 import Fp8Gemm, Fp8Rows, Fp8WeightPair, by_blocks
 from ep_moe.experts.fp8_activated import fp8_activated_linear
 from ep_moe.experts.fp8_linear import Fp8Products, QuantizedGradient, fp8_grouped_linear
 from ep_moe.experts.gemm import GroupedGemm, grouped_linear, row_major
+from ep_moe.experts.groups import ExpertNetwork
 from ep_moe.experts.init import initialize_experts
 from ep_moe.experts.quantized_weight import QuantizedWeight
 from ep_moe.experts.recompute import Recipe
@@ -123,6 +124,28 @@ class GroupedExperts(nn.Module):
     def defer_gradients(self) -> DeferredGradients:
         """What :meth:`forward` needs so that its backward pass leaves the weight gradients for later."""
         return DeferredGradients(*_autocast(self.fc1_weight, self.fc2_weight))
+
+    def network(self, rows: Tensor) -> ExpertNetwork:
+        """How rows like ``rows``, of the dtype of the computation, are computed with.
+
+        Raises:
+            ConfigError: (a ``ValueError``) if the back end does not support the dtype, device or widths, or the
+                experts compute in FP8.
+        """
+        if self.config.precision == "fp8":
+            raise ConfigError("moe.experts.precision = fp8: experts in chunks compute in the dtype of the rows")
+        gemm = self._backend(rows.dtype, rows.device)
+        return ExpertNetwork(gemm, self.config.activation, self.config.recompute_activation)
+
+    def weights_for(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights of both projections in the dtype of the computation, which is that of ``rows``.
+
+        Raises:
+            ValueError: if ``rows`` are of another dtype or device, or not ``hidden`` wide.
+        """
+        fc1_weight, fc2_weight = _autocast(self.fc1_weight, self.fc2_weight)
+        self._check_rows(rows, rows.shape[0], fc1_weight)
+        return fc1_weight, fc2_weight
 
     def forward(
         self,
@@ -295,17 +318,20 @@ class GroupedExperts(nn.Module):
                 f"segments: expected {self.num_local_experts} local experts, got ends of shape "
                 f"{list(segments.ends.shape)}"
             )
-        if rows.shape != (segments.num_rows, self.hidden_size):
+        self._check_rows(rows, segments.num_rows, weight)
+        if row_weights is not None:
+            check_row_weights(row_weights, rows)
+
+    def _check_rows(self, rows: Tensor, num_rows: int, weight: Tensor) -> None:
+        if rows.shape != (num_rows, self.hidden_size):
             raise ValueError(
-                f"rows: expected [{segments.num_rows}, {self.hidden_size}] (rows of segments, model.hidden_size), "
+                f"rows: expected [{num_rows}, {self.hidden_size}] (rows of segments, model.hidden_size), "
                 f"got {list(rows.shape)}"
             )
         if rows.dtype != weight.dtype or rows.device != weight.device:
             raise ValueError(
                 f"rows: expected {weight.dtype} on {weight.device} as the weights, got {rows.dtype} on {rows.device}"
             )
-        if row_weights is not None:
-            check_row_weights(row_weights, rows)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from ep_moe.comm import ExpertSegments
 from ep_moe.experts.activation_kernels import as_fp32
-from ep_moe.experts.gemm import GroupedGemm, store_gradient
+from ep_moe.experts.gemm import GroupedGemm, store_result
 from ep_moe.native import NativeLibraryError, capability, launch, load_entry_points, pointer
 
 WIDTH_MULTIPLE = 64
 MAX_EXPERTS = 1024
 _CAPABILITY = (9, 0)  # exactly: the instructions exist on no other
 _ALIGNMENT_BYTES = 16  # of the tensors' first elements
+_TURNS = 4  # of blocks on an SM, beside other kernels: each costs some microseconds to start
 
 
 class GroupedGemmArgs(ctypes.Structure):
@@ -32,6 +33,7 @@ class GroupedGemmArgs(ctypes.Structure):
         ("weight", c_void_p),
         ("out", c_void_p),
         ("ends", c_void_p),
+        ("start", c_void_p),
         ("num_rows", c_int64),
         ("experts", c_int32),
         ("reduction", c_int32),
@@ -89,10 +91,13 @@ def find_obstacle(
     return _library_obstacle()
 
 
-def forward(rows: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
+def forward(
+    rows: Tensor, weight: Tensor, segments: ExpertSegments, *, out: Tensor | None = None, turns: int = 1
+) -> Tensor:
     """Tokens on the narrow side of the multiply, a tile as wide as the expert's count asks; see ``GroupedGemm``."""
-    out = rows.new_empty(rows.shape[0], weight.shape[1])
-    _multiply_tokens("grouped_gemm_forward", rows, weight, out, segments.ends)
+    if out is None:
+        out = rows.new_empty(rows.shape[0], weight.shape[1])
+    _multiply_tokens("grouped_gemm_forward", rows, weight, out, segments, turns)
     return out
 
 
@@ -106,32 +111,52 @@ def forward_packed(rows: Tensor, weight: Tensor, counts: Tensor, *, out: Tensor 
             f"out: expected a contiguous tensor from a multiple of 16 bytes on, got strides {out.stride()}"
         )
     flat = rows.reshape(experts * room, width)
-    _multiply_tokens("grouped_gemm_forward", flat, weight, out.view(experts * room, -1), counts, room)
+    flat, weight = plain(flat), plain(weight)
+    arguments = _token_arguments(flat, weight, out.view(experts * room, -1), counts, None)
+    arguments.room = room
+    launch(load_kernels(), "grouped_gemm_forward", arguments, rows.device)
     return out
 
 
-def dgrad(grad: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
+def dgrad(
+    grad: Tensor, weight: Tensor, segments: ExpertSegments, *, out: Tensor | None = None, turns: int = 1
+) -> Tensor:
     """As :func:`forward`, with the weights transposed as they are read; see ``GroupedGemm``."""
-    out = grad.new_empty(grad.shape[0], weight.shape[2])
-    _multiply_tokens("grouped_gemm_dgrad", grad, weight, out, segments.ends)
+    if out is None:
+        out = grad.new_empty(grad.shape[0], weight.shape[2])
+    _multiply_tokens("grouped_gemm_dgrad", grad, weight, out, segments, turns)
     return out
 
 
 def wgrad(
-    grad: Tensor, rows: Tensor, segments: ExpertSegments, *, out: Tensor | None = None, accumulate: bool = False
+    grad: Tensor,
+    rows: Tensor,
+    segments: ExpertSegments,
+    *,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+    turns: int = 1,
 ) -> Tensor:
     """Written in bf16 or added to fp32 by the kernel itself; any other ``out`` takes a pass of its own."""
     if out is not None and out.dtype == torch.float32 and _is_plain(out):
         target = out if accumulate else out.zero_()
-        return _multiply_weights(grad, rows, segments, target)
+        return _multiply_weights(grad, rows, segments, target, turns)
     shape = (segments.ends.shape[0], grad.shape[1], rows.shape[1])
     if out is not None and not accumulate and _is_plain(out):
-        return _multiply_weights(grad, rows, segments, out)
-    return store_gradient(_multiply_weights(grad, rows, segments, rows.new_empty(shape)), out, accumulate)
+        return _multiply_weights(grad, rows, segments, out, turns)
+    return store_result(_multiply_weights(grad, rows, segments, rows.new_empty(shape), turns), out, accumulate)
 
 
 def swiglu(
-    rows: Tensor, weight: Tensor, segments: ExpertSegments, row_weights: Tensor | None, *, keep: bool
+    rows: Tensor,
+    weight: Tensor,
+    segments: ExpertSegments,
+    row_weights: Tensor | None,
+    *,
+    keep: bool,
+    out: Tensor | None = None,
+    pre_activation: Tensor | None = None,
+    turns: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """Activates what a tile has multiplied before it is written; see ``SwigluForward``.
 
@@ -139,10 +164,12 @@ def swiglu(
     """
     rows, weight, row_weights = plain(rows), plain(weight), as_fp32(row_weights)
     num_rows, width = rows.shape[0], weight.shape[1]
-    out = rows.new_empty(num_rows, width // 2)
-    pre_activation = rows.new_empty(num_rows, width) if keep else None
+    if out is None:
+        out = rows.new_empty(num_rows, width // 2)
+    if keep and pre_activation is None:
+        pre_activation = rows.new_empty(num_rows, width)
     arguments = SwigluGemmArgs(
-        gemm=_token_arguments(rows, weight, out, segments.ends),
+        gemm=_token_arguments(rows, weight, out, segments.ends, segments.start, turns),
         row_weights=pointer(row_weights),
         pre_activation=pointer(pre_activation),
     )
@@ -150,30 +177,42 @@ def swiglu(
     return out, pre_activation
 
 
-NATIVE = GroupedGemm(forward, dgrad, wgrad, forward_packed, swiglu)
+_IN_TURNS = GroupedGemm(
+    functools.partial(forward, turns=_TURNS),
+    functools.partial(dgrad, turns=_TURNS),
+    functools.partial(wgrad, turns=_TURNS),
+    swiglu=functools.partial(swiglu, turns=_TURNS),
+    reads_start=True,
+)
+NATIVE = GroupedGemm(forward, dgrad, wgrad, forward_packed, swiglu, reads_start=True, in_turns=_IN_TURNS)
 
 
-def _multiply_tokens(entry: str, rows: Tensor, weight: Tensor, out: Tensor, ends: Tensor, room: int = 0) -> None:
+def _multiply_tokens(
+    entry: str, rows: Tensor, weight: Tensor, out: Tensor, segments: ExpertSegments, turns: int
+) -> None:
     rows, weight = plain(rows), plain(weight)
-    launch(load_kernels(), entry, _token_arguments(rows, weight, out, ends, room), rows.device)
+    arguments = _token_arguments(rows, weight, out, segments.ends, segments.start, turns)
+    launch(load_kernels(), entry, arguments, rows.device)
 
 
-def _token_arguments(rows: Tensor, weight: Tensor, out: Tensor, ends: Tensor, room: int = 0) -> GroupedGemmArgs:
+def _token_arguments(
+    rows: Tensor, weight: Tensor, out: Tensor, ends: Tensor, start: Tensor | None, turns: int = 1
+) -> GroupedGemmArgs:
     return GroupedGemmArgs(
         rows=rows.data_ptr(),
         weight=weight.data_ptr(),
         out=out.data_ptr(),
         ends=ends.data_ptr(),
+        start=pointer(start),
         num_rows=rows.shape[0],
         experts=weight.shape[0],
         reduction=rows.shape[1],
         columns=out.shape[1],
-        blocks=multiprocessors(rows.get_device()),
-        room=room,
+        blocks=turns * multiprocessors(rows.get_device()),
     )
 
 
-def _multiply_weights(grad: Tensor, rows: Tensor, segments: ExpertSegments, out: Tensor) -> Tensor:
+def _multiply_weights(grad: Tensor, rows: Tensor, segments: ExpertSegments, out: Tensor, turns: int) -> Tensor:
     accumulate = out.dtype == torch.float32
     if rows.shape[0] == 0:
         return out if accumulate else out.zero_()
@@ -187,7 +226,7 @@ def _multiply_weights(grad: Tensor, rows: Tensor, segments: ExpertSegments, out:
         experts=out.shape[0],
         out_features=out.shape[1],
         in_features=out.shape[2],
-        blocks=multiprocessors(rows.get_device()),
+        blocks=turns * multiprocessors(rows.get_device()),
         accumulate=accumulate,
     )
     launch(load_kernels(), "grouped_gemm_wgrad", arguments, rows.device)

@@ -48,10 +48,10 @@ def swiglu_linear(
         return fused(row_major(rows), row_major(weight), segments, row_weights, keep=False)
     activated: list[Tensor] = []
 
-    def forward(rows: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
-        out, pre_activation = fused(rows, weight, segments, row_weights, keep=True)
+    def forward(rows: Tensor, weight: Tensor, segments: ExpertSegments, /, *, out: Tensor | None = None) -> Tensor:
+        inner, pre_activation = fused(rows, weight, segments, row_weights, keep=True, pre_activation=out)
         assert pre_activation is not None
-        activated.append(out)
+        activated.append(inner)
         return pre_activation
 
     # Two nodes, so that backward is done with the pre-activation before it makes the gradients of rows and weight.

@@ -37,14 +37,14 @@ def import_grouped_gemm() -> Callable[..., Any]:
     return grouped_gemm
 
 
-def te_forward(rows: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
+def te_forward(rows: Tensor, weight: Tensor, segments: ExpertSegments, *, out: Tensor | None = None) -> Tensor:
     """See :class:`~ep_moe.experts.gemm.GroupedGemm`."""
-    return _times_weight(rows, weight, segments, "TN", weight.shape[1])
+    return _times_weight(rows, weight, segments, "TN", weight.shape[1], out)
 
 
-def te_dgrad(grad: Tensor, weight: Tensor, segments: ExpertSegments) -> Tensor:
+def te_dgrad(grad: Tensor, weight: Tensor, segments: ExpertSegments, *, out: Tensor | None = None) -> Tensor:
     """See :class:`~ep_moe.experts.gemm.GroupedGemm`."""
-    return _times_weight(grad, weight, segments, "NN", weight.shape[2])
+    return _times_weight(grad, weight, segments, "NN", weight.shape[2], out)
 
 
 def te_wgrad(
@@ -61,10 +61,13 @@ def te_wgrad(
     return out
 
 
-def _times_weight(x: Tensor, weight: Tensor, segments: ExpertSegments, layout: str, width: int) -> Tensor:
+def _times_weight(
+    x: Tensor, weight: Tensor, segments: ExpertSegments, layout: str, width: int, out: Tensor | None
+) -> Tensor:
     sizes = segments.host_sizes()
     real = sum(sizes)
-    out = x.new_empty(x.shape[0], width)
+    if out is None:
+        out = x.new_empty(x.shape[0], width)
     out[real:] = 0
     if real:
         _run(list(weight.unbind(0)), list(x[:real].split(sizes)), [out[:real]], layout, sizes, single_output=True)

@@ -27,14 +27,15 @@ from torch import Tensor
 from ep_moe.comm import communicator_factory
 from ep_moe.comm.fp8_rows import QuantizedRows
 from ep_moe.config import PHASES, ConfigError, PhasesConfig
-from ep_moe.dispatcher import ExchangeShape, TokenDispatcher
+from ep_moe.dispatcher import ExchangeShape, NormalDispatcher, TokenDispatcher
+from ep_moe.expert_chunks import run_in_chunks
 from ep_moe.experts.deferred import DeferredGradients
 from ep_moe.layer import to_compute_dtype
 from ep_moe.megatron.experts import MegatronExperts
 from ep_moe.megatron.handover import Handover
 from ep_moe.megatron.router import MegatronRouter
 from ep_moe.megatron.translate import Backend, BetweenNodes, Comm, Precision, honour_overlap, moe_config
-from ep_moe.phases import PhaseSelector, most_tokens
+from ep_moe.phases import PhaseSelector, check_expert_chunks, most_tokens
 from ep_moe.streams import record_use
 from ep_moe.tracing import StageRanges
 
@@ -105,6 +106,7 @@ class MegatronEPMoELayer(MoELayer):
             "dtype": config.params_dtype,
         }
         phases = honour_overlap(config, phases if phases is not None else PhasesConfig())
+        check_expert_chunks(phases, self.num_local_experts)
         communicators = communicator_factory(
             comm,
             groups.ep,
@@ -156,6 +158,7 @@ class MegatronEPMoELayer(MoELayer):
         self._routes: Any = None
         self._fp8_rows: QuantizedRows | None = None  # those that the rows on their way stand for
         self._deferred: DeferredGradients | None = None
+        self._chunks = 1
 
     def _set_megatron_flags(self, config: TransformerConfig) -> None:
         """What ``MoELayer.forward`` and the transformer layer read besides the steps."""
@@ -190,16 +193,22 @@ class MegatronEPMoELayer(MoELayer):
         self._shape, self._topk_idx = hidden_states.shape, routing_map
         x = to_compute_dtype(hidden_states.reshape(-1, hidden_states.shape[-1]))
         self.token_dispatcher, scheduler = self._phases.select(self.training, x.shape[0], x.device)
+        self._chunks = scheduler.expert_chunks
         defers = scheduler.wgrad_behind_dispatch or self.experts.delay_wgrad
         self._deferred = self.experts.defer_gradients() if defers else None
         x, probs = self._tokens.leave(x, probs)
         return x, probs
 
     def dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Bring tokens and routing weights to their experts: expert-major rows and the weight of each row."""
+        """Bring tokens and routing weights to their experts: expert-major rows and the weight of each row.
+
+        With experts in chunks :meth:`routed_experts_compute` does so, and combines.
+        """
         assert self._topk_idx is not None
         hidden_states, probs = self._tokens.take(hidden_states, probs)
         record_use((hidden_states, probs, self._topk_idx))
+        if self._chunks > 1:
+            return hidden_states, probs
         behind = None if self.experts.delay_wgrad else self._deferred
         arrived = self.ranges.run(
             "dispatch", self.token_dispatcher.dispatch, hidden_states, self._topk_idx, probs, behind=behind
@@ -211,6 +220,11 @@ class MegatronEPMoELayer(MoELayer):
 
     def routed_experts_compute(self, hidden_states: Tensor, probs: Tensor | None) -> tuple[Tensor, None]:
         """Apply the experts to their rows."""
+        if self._chunks > 1:
+            dispatcher, topk_idx = self.token_dispatcher, self._topk_idx
+            assert isinstance(dispatcher, NormalDispatcher) and probs is not None and topk_idx is not None
+            arguments = (hidden_states, probs, topk_idx, dispatcher, self.experts, self._chunks)
+            return self.ranges.run("dispatch to combine", run_in_chunks, *arguments), None
         rows: Tensor | QuantizedRows
         (rows,) = self._rows.take(hidden_states)
         if self._fp8_rows is not None:
@@ -220,6 +234,8 @@ class MegatronEPMoELayer(MoELayer):
 
     def combine(self, output: Tensor) -> Tensor:
         """Sum the rows of each token at its source: ``[tokens, hidden]``."""
+        if self._chunks > 1:
+            return output
         return self.ranges.run("combine", self.token_dispatcher.combine, output, self._routes)
 
     def postprocess(self, output: Tensor, shared_expert_output: Tensor | None) -> Tensor:

@@ -109,6 +109,12 @@ def honour_overlap(config: TransformerConfig, phases: PhasesConfig) -> PhasesCon
             f"phases.train.overlap = [{', '.join(phases.train.overlap)}]: under overlap_moe_expert_parallel_comm "
             "Megatron's schedule places the stages; leave it empty (and set TransformerConfig.delay_wgrad_compute)"
         )
+    for setting in ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute"):
+        if getattr(config, setting, False) and phases.train.expert_chunks > 1:
+            raise ConfigError(
+                f"phases.train.expert_chunks = {phases.train.expert_chunks}: must be 1 under {setting}, where "
+                "Megatron's schedule places the stages"
+            )
     if config.moe_shared_expert_overlap:
         phases = _with_overlap(phases, PHASES, "shared_experts")
     # A setting of newer releases.
