@@ -57,7 +57,9 @@ __global__ void __launch_bounds__(kThreads) dequantize_rows_kernel(const __grid_
         for (int k = 0; k < Vector<T>::kCount; ++k) {
           results[k] = static_cast<float>(values[j * Vector<T>::kCount + k]) * scales[i];
         }
-        out[j].from_float(results);
+        Vector<T> packed;  // and stored as a whole
+        packed.from_float(results);
+        out[j] = packed;
       }
     }
   }

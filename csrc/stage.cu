@@ -40,8 +40,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-// All blocks are resident at once, so that dispatch may start beside them. One more would fit: room for its block.
-constexpr int kBlocksPerSm = 3;
+// Resident at once, so that dispatch may start beside them. More stage no faster, but what they have under way stands
+// in the way of rows that peers pull meanwhile.
+constexpr int kBlocksPerSm = 1;
 constexpr int kCopyVectors = 4;  // of 16 bytes that a thread copies at once
 constexpr int kPerThread = 16;   // channels that make a piece when quantising: 8 threads a block of 128
 template <typename T>
@@ -175,7 +176,7 @@ struct CopiedPiece {
   }
 };
 
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm + 1) copy_kernel(const __grid_constant__ StageArgs args) {
+__global__ void __launch_bounds__(kThreads, 4) copy_kernel(const __grid_constant__ StageArgs args) {
   const uint32_t row_vectors = args.row_bytes / 16;
   uint8_t* rows = part<uint8_t>(args.comm, args.comm.rank, staged_rows(args.comm));
   stage_units<kCopyVectors>(args, Units(args, row_vectors, kCopyVectors), CopiedPiece{args, rows, row_vectors});
@@ -227,7 +228,7 @@ struct QuantizedPiece {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm + 1) quantize_kernel(const __grid_constant__ StageArgs args) {
+__global__ void __launch_bounds__(kThreads, 4) quantize_kernel(const __grid_constant__ StageArgs args) {
   const uint32_t row_pieces = args.hidden / kPerThread;
   uint8_t* rows = part<uint8_t>(args.comm, args.comm.rank, staged_rows(args.comm));
   stage_units<kQuantizePieces<T>>(args, Units(args, row_pieces, kQuantizePieces<T>),

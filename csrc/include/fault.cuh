@@ -20,8 +20,8 @@ struct FaultReport {
 };
 
 // Describes the first fault to the host; later ones are its consequences, or will be found again. `reported` is a word
-// of device memory, 0 until there is a report. Not inlined: what never runs should not lie between what does.
-__device__ __noinline__ inline void report_fault(volatile FaultReport* report, uint32_t* reported, Fault fault, Step step, int rank,
+// of device memory, 0 until there is a report.
+__device__ inline void report_fault(volatile FaultReport* report, uint32_t* reported, Fault fault, Step step, int rank,
                                     uint32_t round, int64_t value, int64_t allowed) {
   if (atomicExch(reported, 1) != 0) return;
   report->step = static_cast<uint32_t>(step);

@@ -63,4 +63,5 @@ def build_dispatcher(
         alignment=shape.alignment,
         max_rows=shape.max_rows,
         num_sms=phase.num_sms,
+        beside_others="shared_experts" in phase.overlap,
     )

@@ -6,18 +6,21 @@ other, so the backward pass of dispatch is combine over the same handle and the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from ep_moe.comm import Communicator, Dispatched, ExpertSegments
 from ep_moe.comm.fp8_rows import QuantizedRows, dequantize_rows
 from ep_moe.dispatcher.dispatcher import DispatchedTokens, WeightGradients, refuse_gradients
 from ep_moe.streams import communication_stream, start
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class NormalDispatcher:
         alignment: int = 1,
         max_rows: int | None = None,
         num_sms: int | None = None,
+        beside_others: bool = False,
     ) -> None:
         """Dispatch over ``communicator``.
 
@@ -55,6 +59,7 @@ class NormalDispatcher:
             max_rows: rows to make room for, so that the host waits for nothing (see
                 :meth:`ep_moe.comm.Communicator.dispatch`); ``None`` for exactly those that arrive.
             num_sms: SMs that communication may occupy; ``None`` for the communicator's choice.
+            beside_others: other work runs beside exchanges.
         """
         self.communicator = communicator
         self.num_experts = num_experts
@@ -63,6 +68,15 @@ class NormalDispatcher:
         self.alignment = alignment
         self.max_rows = max_rows
         self.num_sms = num_sms
+        self.beside_others = beside_others
+
+    def exchange(self, work: Callable[[], T], on: torch.device) -> T:
+        """Run ``work``, which exchanges tensors on a device, for the current stream.
+
+        If others compute beside it, on the communication stream: their blocks, which came first, would keep its own
+        from the GPU until all of theirs have ended.
+        """
+        return start(work, communication_stream(on) if self.beside_others else None).wait()
 
     def dispatch(
         self,
@@ -81,8 +95,7 @@ class NormalDispatcher:
             if self.keeps_fp8(x):
                 rows = QuantizedRows(arrived.rows, arrived.scales, rows)
         else:
-            communicator = self.communicator
-            rows, weights = _CachedDispatch.apply(x, topk_weights, handle.routes, communicator, behind, *weights_behind)
+            rows, weights = _CachedDispatch.apply(x, topk_weights, handle.routes, self, behind, *weights_behind)
         return DispatchedTokens(rows, weights, handle.segments, handle)
 
     def keeps_fp8(self, x: Tensor) -> bool:
@@ -91,7 +104,7 @@ class NormalDispatcher:
 
     def combine(self, rows: Tensor, handle: NormalHandle) -> Tensor:
         """See :meth:`ep_moe.dispatcher.dispatcher.TokenDispatcher.combine`."""
-        return _Combine.apply(rows, handle.routes, self.communicator)
+        return _Combine.apply(rows, handle.routes, self)
 
     def start_dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Callable[[], DispatchedTokens]:
         """See :meth:`ep_moe.dispatcher.dispatcher.TokenDispatcher.start_dispatch`; on a communication stream.
@@ -118,19 +131,21 @@ class _Dispatch(torch.autograd.Function):
         behind: WeightGradients | None,
         *weights_behind: Tensor,
     ) -> tuple[Tensor, Tensor, Dispatched]:
-        communicator = dispatcher.communicator
-        arrived = communicator.dispatch(
-            x,
-            topk_idx,
-            topk_weights,
-            num_experts=dispatcher.num_experts,
-            fp8=dispatcher.fp8,
-            alignment=dispatcher.alignment,
-            max_rows=dispatcher.max_rows,
-            num_sms=dispatcher.num_sms,
+        arrived = dispatcher.exchange(
+            lambda: dispatcher.communicator.dispatch(
+                x,
+                topk_idx,
+                topk_weights,
+                num_experts=dispatcher.num_experts,
+                fp8=dispatcher.fp8,
+                alignment=dispatcher.alignment,
+                max_rows=dispatcher.max_rows,
+                num_sms=dispatcher.num_sms,
+            ),
+            x.device,
         )
         assert arrived.weights is not None
-        ctx.communicator, ctx.routes, ctx.behind = communicator, arrived.handle, behind
+        ctx.dispatcher, ctx.routes, ctx.behind = dispatcher, arrived.handle, behind
         if arrived.scales is None:
             rows = arrived.rows
         elif dispatcher.keeps_fp8(x):
@@ -152,12 +167,16 @@ class _CachedDispatch(torch.autograd.Function):
         x: Tensor,
         topk_weights: Tensor,
         routes: Any,
-        communicator: Communicator,
+        dispatcher: NormalDispatcher,
         behind: WeightGradients | None,
         *weights_behind: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.communicator, ctx.routes, ctx.behind = communicator, routes, behind
-        return communicator.dispatch_cached(x, routes), communicator.dispatch_weights(topk_weights, routes)
+        ctx.dispatcher, ctx.routes, ctx.behind = dispatcher, routes, behind
+        communicator = dispatcher.communicator
+        return dispatcher.exchange(
+            lambda: (communicator.dispatch_cached(x, routes), communicator.dispatch_weights(topk_weights, routes)),
+            x.device,
+        )
 
     @staticmethod
     @once_differentiable
@@ -167,28 +186,31 @@ class _CachedDispatch(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, routes: Any, communicator: Communicator) -> Tensor:
-        ctx.communicator, ctx.routes = communicator, routes  # type: ignore[attr-defined]
-        return communicator.combine(rows, routes)
+    def forward(ctx: Any, rows: Tensor, routes: Any, dispatcher: NormalDispatcher) -> Tensor:
+        ctx.dispatcher, ctx.routes = dispatcher, routes
+        return dispatcher.exchange(lambda: dispatcher.communicator.combine(rows, routes), rows.device)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.communicator.dispatch_cached(grad.contiguous(), ctx.routes), None, None
+        grad, dispatcher = grad.contiguous(), ctx.dispatcher
+        send = functools.partial(dispatcher.communicator.dispatch_cached, grad, ctx.routes)
+        return dispatcher.exchange(send, grad.device), None, None
 
 
 def _dispatch_backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of tokens and routing weights, behind which those of the experts' weights are computed."""
+    communicator = ctx.dispatcher.communicator
 
     def send_back() -> tuple[Tensor | None, Tensor | None]:
         # Whether each is needed is the same on all ranks of a model.
         needs_x, needs_weights = ctx.needs_input_grad[:2]
-        grad_x = ctx.communicator.combine(grad_rows.contiguous(), ctx.routes) if needs_x else None
-        grad_topk = ctx.communicator.combine_weights(grad_weights.contiguous(), ctx.routes) if needs_weights else None
+        grad_x = communicator.combine(grad_rows.contiguous(), ctx.routes) if needs_x else None
+        grad_topk = communicator.combine_weights(grad_weights.contiguous(), ctx.routes) if needs_weights else None
         return grad_x, grad_topk
 
     if ctx.behind is None:
-        return *send_back(), None, None, None
+        return *ctx.dispatcher.exchange(send_back, grad_rows.device), None, None, None
     travelling = start(send_back, communication_stream(grad_rows.device))
     gradients_behind = ctx.behind.compute()
     return *travelling.wait(), None, None, None, *gradients_behind

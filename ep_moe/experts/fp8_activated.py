@@ -7,7 +7,6 @@ pass that makes the gradient of the pre-activations and its FP8 form, which the 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ from ep_moe.comm import ExpertSegments
 from ep_moe.experts.deferred import WeightGradientTask
 from ep_moe.experts.fp8 import Fp8WeightPair
 from ep_moe.experts.fp8_linear import Fp8Products, QuantizedGradient
-from ep_moe.experts.gemm import row_major, weight_gradient
+from ep_moe.experts.gemm import gradient_or_task, row_major
 
 
 def fp8_activated_linear(
@@ -96,8 +95,7 @@ class _Fp8ActivatedLinear(torch.autograd.Function):
         ctx.gradient.put(gradients.x, gradients.quantized)
         grad_weight = None
         if need_weight:
-            task = functools.partial(
-                weight_gradient, ctx.parameter, grad, gradients.activated, segments, ctx.products.wgrad
+            grad_weight = gradient_or_task(
+                ctx.defer, ctx.parameter, grad, gradients.activated, segments, ctx.products.wgrad
             )
-            grad_weight = task() if ctx.defer is None else ctx.defer(task)
         return gradients.x, gradients.row_weights, grad_weight, None, None, None, None, None, None

@@ -19,7 +19,7 @@ from ep_moe.comm import ExpertSegments
 from ep_moe.comm.fp8_rows import QuantizedRows, dequantize_rows
 from ep_moe.experts.deferred import WeightGradientTask
 from ep_moe.experts.fp8 import Fp8Gemm, Fp8Rows, Fp8WeightPair, by_blocks
-from ep_moe.experts.gemm import GroupedGemm, row_major, weight_gradient
+from ep_moe.experts.gemm import GroupedGemm, gradient_or_task, row_major
 from ep_moe.experts.recompute import Recipe, kept
 
 
@@ -124,8 +124,7 @@ class _Fp8GroupedLinear(torch.autograd.Function):
             grad_rows = fp8.multiply(quantized, ctx.transposed, segments, ctx.dtype)
         if need_weight:
             rows = ctx.make_rows(*ctx.saved_tensors)
-            task = functools.partial(weight_gradient, ctx.parameter, grad, rows, segments, ctx.products.wgrad)
-            grad_weight = task() if ctx.defer is None else ctx.defer(task)
+            grad_weight = gradient_or_task(ctx.defer, ctx.parameter, grad, rows, segments, ctx.products.wgrad)
         return grad_rows, None, grad_weight, None, None, None, None, None
 
 

@@ -201,9 +201,23 @@ class _GroupedLinear(torch.autograd.Function):
         grad_weight = None
         if need_weight:
             rows = ctx.make_rows(*ingredients)
-            task = functools.partial(weight_gradient, ctx.parameter, grad, rows, ctx.segments, ctx.gemm)
-            grad_weight = task() if ctx.defer is None else ctx.defer(task)
+            grad_weight = gradient_or_task(ctx.defer, ctx.parameter, grad, rows, ctx.segments, ctx.gemm)
         return grad_rows, grad_weight, None, None, None, None
+
+
+def gradient_or_task(
+    defer: Callable[[WeightGradientTask], None] | None,
+    weight: Tensor,
+    grad: Tensor,
+    rows: Tensor,
+    segments: ExpertSegments,
+    gemm: GroupedGemm,
+) -> Tensor | None:
+    """:func:`weight_gradient` now, or left to ``defer``, to be computed while rows travel."""
+    if defer is None:
+        return weight_gradient(weight, grad, rows, segments, gemm)
+    defer(functools.partial(weight_gradient, weight, grad, rows, segments, gemm.in_turns or gemm))
+    return None
 
 
 def weight_gradient(weight: Tensor, grad: Tensor, rows: Tensor, segments: ExpertSegments, gemm: GroupedGemm) -> Tensor:
