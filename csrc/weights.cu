@@ -4,6 +4,8 @@
 //   writer                    reader                        ordered by
 //   weights[e % 2] (peers)    the value's destination       grid barrier, then weight flag: st.release / ld.acquire
 //   (reuse of the copy)       the same, round e - 2         rule (1) of communicator.cuh
+//
+// Loops are not unrolled, for the reason that layout.cu gives.
 #include "communicator.cuh"
 #include "launch.cuh"
 

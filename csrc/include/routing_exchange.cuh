@@ -1,6 +1,6 @@
 // The exchange of routing between ranks: each rank stores the routing of its tokens (2 bytes an entry) and their
 // weights (4 bytes) to every rank, a chunk of tokens at a time, and a flag behind each chunk. layout.cu says what is
-// made of it.
+// made of it, and why loops are not unrolled.
 #pragma once
 
 #include "communicator.cuh"

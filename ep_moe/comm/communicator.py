@@ -27,7 +27,6 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ep_moe.comm.fp8 import BLOCK
 
@@ -258,13 +257,6 @@ class Communicator(Protocol):
             fp32 ``[tokens, top_k]``, added over the ranks in ascending order; zero for tokens routed nowhere.
         """
         ...
-
-
-def combine_received_as_rows(communicator: Communicator, values: Tensor, handle: Any) -> Tensor:
-    """:meth:`Communicator.combine_received` by :meth:`Communicator.combine`, in rows of a multiple of 16 bytes."""
-    top_k = values.shape[1]
-    summed = communicator.combine(pad(values, (0, -top_k % 4)), handle, "rows")
-    return summed[:, :top_k].contiguous()
 
 
 def check_dispatch_shapes(

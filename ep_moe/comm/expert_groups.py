@@ -1,9 +1,8 @@
-"""Groups of local experts, in which an exchange of expert-major rows can be cut, and exchanges that are not cut."""
+"""Groups of local experts, in which an exchange of expert-major rows can be cut."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
 
 
 def expert_groups(local_experts: int, groups: int) -> list[tuple[int, int]]:
@@ -16,11 +15,3 @@ def expert_groups(local_experts: int, groups: int) -> list[tuple[int, int]]:
         raise ValueError(f"groups: expected 1 to {local_experts} (the local experts), got {groups}")
     bounds = [local_experts * group // groups for group in range(groups + 1)]
     return list(itertools.pairwise(bounds))
-
-
-def all_at_last(groups: int, work: Callable[[], object]) -> Iterator[None]:
-    """``groups`` steps, of which the last one does the work of all."""
-    for group in range(groups):
-        if group == groups - 1:
-            work()
-        yield

@@ -7,18 +7,14 @@ launches on the current stream.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ep_moe.comm import nvlink_args as native
-from ep_moe.comm.communicator import (
-    Dispatched,
-    ExpertSegments,
-    RowLayout,
-    check_dispatch_shapes,
-)
+from ep_moe.comm.communicator import Dispatched, ExpertSegments, RowLayout, check_dispatch_shapes
 from ep_moe.comm.expert_groups import expert_groups
 from ep_moe.comm.nvlink_core import NvlinkCore
 from ep_moe.comm.nvlink_handle import NvlinkHandle
@@ -76,66 +72,19 @@ class NvlinkCommunicator:
         """Raise what kernels have reported so far, without waiting for running ones; see :class:`NvlinkCore`."""
         self._core.check()
 
-    def dispatch(
-        self,
-        x: Tensor,
-        topk_idx: Tensor,
-        topk_weights: Tensor | None,
-        *,
-        num_experts: int,
-        scales: Tensor | None = None,
-        fp8: bool = False,
-        layout: RowLayout = "expert_major",
-        alignment: int = 1,
-        max_rows: int | None = None,
-        num_sms: int | None = None,
-    ) -> Dispatched:
+    def dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor | None, **options: Any) -> Dispatched:
         """See :meth:`ep_moe.comm.communicator.Communicator.dispatch`; routing weights travel as fp32.
 
         The range of ``topk_idx`` is checked on the GPU: its error comes with the sizes, before rows are sent, or, with
         ``max_rows``, by a later call.
         """
-        return self._dispatch(
-            x,
-            topk_idx,
-            topk_weights,
-            num_experts=num_experts,
-            scales=scales,
-            fp8=fp8,
-            layout=layout,
-            alignment=alignment,
-            max_rows=max_rows,
-            num_sms=num_sms,
-            groups=1,
-        )[0]
+        return self._dispatch(x, topk_idx, topk_weights, groups=1, **options)[0]
 
     def dispatch_in_groups(
-        self,
-        x: Tensor,
-        topk_idx: Tensor,
-        topk_weights: Tensor | None,
-        *,
-        groups: int,
-        num_experts: int,
-        fp8: bool = False,
-        alignment: int = 1,
-        max_rows: int | None = None,
-        num_sms: int | None = None,
+        self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor | None, *, groups: int, **options: Any
     ) -> tuple[Dispatched, Iterator[None]]:
         """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_in_groups`; a launch a group."""
-        return self._dispatch(
-            x,
-            topk_idx,
-            topk_weights,
-            num_experts=num_experts,
-            scales=None,
-            fp8=fp8,
-            layout="expert_major",
-            alignment=alignment,
-            max_rows=max_rows,
-            num_sms=num_sms,
-            groups=groups,
-        )
+        return self._dispatch(x, topk_idx, topk_weights, groups=groups, **options)
 
     def _dispatch(
         self,
@@ -143,14 +92,14 @@ class NvlinkCommunicator:
         topk_idx: Tensor,
         topk_weights: Tensor | None,
         *,
-        num_experts: int,
-        scales: Tensor | None,
-        fp8: bool,
-        layout: RowLayout,
-        alignment: int,
-        max_rows: int | None,
-        num_sms: int | None,
         groups: int,
+        num_experts: int,
+        scales: Tensor | None = None,
+        fp8: bool = False,
+        layout: RowLayout = "expert_major",
+        alignment: int = 1,
+        max_rows: int | None = None,
+        num_sms: int | None = None,
     ) -> tuple[Dispatched, Iterator[None]]:
         check_dispatch_shapes(x, topk_idx, topk_weights, num_experts, self.size, scales=scales, fp8=fp8)
         wire = wire_format(x, MOVED, scaled=fp8 or scales is not None)

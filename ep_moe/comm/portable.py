@@ -7,8 +7,6 @@ by uneven all-to-all.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +22,11 @@ from ep_moe.comm.communicator import (
     RowLayout,
     check_dispatch_shapes,
     check_expert_range,
-    combine_received_as_rows,
     exchange_signature,
 )
-from ep_moe.comm.expert_groups import all_at_last, expert_groups
 from ep_moe.comm.fp8 import quantize_e4m3
 from ep_moe.comm.layout import ExpertLayout, SendLayout, expert_layout, send_layout, sum_by_token
+from ep_moe.comm.undivided import UndividedExchanges
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class PortableHandle:
         return self.received if layout == "rows" else self.segments.num_rows
 
 
-class PortableCommunicator:
+class PortableCommunicator(UndividedExchanges):
     """A :class:`~ep_moe.comm.communicator.Communicator` over collectives of a process group."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -129,44 +126,11 @@ class PortableCommunicator:
             routing=routing,
         )
 
-    def dispatch_in_groups(
-        self,
-        x: Tensor,
-        topk_idx: Tensor,
-        topk_weights: Tensor | None,
-        *,
-        groups: int,
-        num_experts: int,
-        fp8: bool = False,
-        alignment: int = 1,
-        max_rows: int | None = None,
-        num_sms: int | None = None,
-    ) -> tuple[Dispatched, Iterator[None]]:
-        """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_in_groups`; all rows come with the first group."""
-        steps = len(expert_groups(num_experts // self.size, groups)) - 1
-        arrived = self.dispatch(
-            x,
-            topk_idx,
-            topk_weights,
-            num_experts=num_experts,
-            fp8=fp8,
-            alignment=alignment,
-            max_rows=max_rows,
-            num_sms=num_sms,
-        )
-        return arrived, itertools.repeat(None, steps)
-
     def dispatch_cached(self, x: Tensor, handle: PortableHandle, layout: RowLayout = "expert_major") -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_cached`."""
         if x.dim() != 2 or x.shape[0] != handle.shape[0]:
             raise ValueError(f"x: expected [{handle.shape[0]}, hidden] as in the dispatch, got {list(x.shape)}")
         return self._spread(x, handle, layout)
-
-    def dispatch_cached_in_groups(
-        self, x: Tensor, handle: PortableHandle, groups: int
-    ) -> tuple[Tensor, Iterator[None]]:
-        """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_cached_in_groups`; all rows at first."""
-        return self.dispatch_cached(x, handle), itertools.repeat(None, groups - 1)
 
     def dispatch_weights(self, topk_weights: Tensor, handle: PortableHandle) -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_weights`."""
@@ -187,11 +151,6 @@ class PortableCommunicator:
         return sum_by_token(returned, handle.send_counts, handle.send.tokens, handle.shape[0], accumulate).to(
             rows.dtype
         )
-
-    def combine_in_groups(self, rows: Tensor, handle: PortableHandle, groups: int) -> tuple[Tensor, Iterator[None]]:
-        """See :meth:`ep_moe.comm.communicator.Communicator.combine_in_groups`; all rows leave with the last group."""
-        out = rows.new_empty(handle.shape[0], rows.shape[1])
-        return out, all_at_last(groups, lambda: out.copy_(self.combine(rows, handle)))
 
     def _by_slot(self, arrived_weights: Tensor, handle: PortableHandle) -> Tensor:
         """Weights ``[received, top_k]`` as ``[num_rows]``, 0 for padding."""
@@ -218,10 +177,6 @@ class PortableCommunicator:
         by_entry.view(-1)[experts.entries] = row_weights[experts.slots]
         returned = self._exchange(by_entry, handle.recv_counts, handle.send_counts)
         return sum_by_token(returned, handle.send_counts, handle.send.tokens, handle.shape[0], row_weights.dtype)
-
-    def combine_received(self, values: Tensor, handle: PortableHandle) -> Tensor:
-        """See :meth:`ep_moe.comm.communicator.Communicator.combine_received`."""
-        return combine_received_as_rows(self, values, handle)
 
     def _exchange_counts(self, send: SendLayout, signature: list[int]) -> tuple[list[int], list[int], list[int]]:
         """Tell every rank how many rows it will get, in all and per expert; the only wait of the host."""

@@ -11,7 +11,6 @@ The hop between nodes is a :class:`~ep_moe.comm.transport.NodeTransport`, the ho
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,16 +30,15 @@ from ep_moe.comm.communicator import (
     RowLayout,
     check_dispatch_shapes,
     check_expert_range,
-    combine_received_as_rows,
     exchange_signature,
 )
-from ep_moe.comm.expert_groups import all_at_last, expert_groups
 from ep_moe.comm.fp8 import quantize_e4m3
 from ep_moe.comm.layout import SendLayout, send_layout, sum_by_token
 from ep_moe.comm.nvlink_faults import PeerTimeoutError
 from ep_moe.comm.topology import Topology
 from ep_moe.comm.transport import NodeRoutes, NodeTransport
 from ep_moe.comm.two_hop_layout import inverse_of, order_of
+from ep_moe.comm.undivided import UndividedExchanges
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ class _Counts:
     experts: Tensor
 
 
-class TwoHopCommunicator:
+class TwoHopCommunicator(UndividedExchanges):
     """A :class:`~ep_moe.comm.communicator.Communicator` over nodes.
 
     Rows are those of a communicator of one hop, bit by bit; combine rounds once more where nodes have several ranks:
@@ -203,33 +201,6 @@ class TwoHopCommunicator:
         )
         return _in_order(here, handle, layout, row_counts.flatten().to(device))
 
-    def dispatch_in_groups(
-        self,
-        x: Tensor,
-        topk_idx: Tensor,
-        topk_weights: Tensor | None,
-        *,
-        groups: int,
-        num_experts: int,
-        fp8: bool = False,
-        alignment: int = 1,
-        max_rows: int | None = None,
-        num_sms: int | None = None,
-    ) -> tuple[Dispatched, Iterator[None]]:
-        """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_in_groups`; all rows come with the first group."""
-        steps = len(expert_groups(num_experts // self.size, groups)) - 1
-        arrived = self.dispatch(
-            x,
-            topk_idx,
-            topk_weights,
-            num_experts=num_experts,
-            fp8=fp8,
-            alignment=alignment,
-            max_rows=max_rows,
-            num_sms=num_sms,
-        )
-        return arrived, itertools.repeat(None, steps)
-
     def dispatch_cached(self, x: Tensor, handle: TwoHopHandle, layout: RowLayout = "expert_major") -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_cached`."""
         if x.dim() != 2 or x.shape[0] != handle.shape[0]:
@@ -238,10 +209,6 @@ class TwoHopCommunicator:
         with self._ranks_named():
             here = self._node.dispatch_cached(arrived, handle.node, layout)
         return _reordered(here, handle.order(layout))
-
-    def dispatch_cached_in_groups(self, x: Tensor, handle: TwoHopHandle, groups: int) -> tuple[Tensor, Iterator[None]]:
-        """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_cached_in_groups`; all rows at first."""
-        return self.dispatch_cached(x, handle), itertools.repeat(None, groups - 1)
 
     def dispatch_weights(self, topk_weights: Tensor, handle: TwoHopHandle) -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_weights`."""
@@ -264,11 +231,6 @@ class TwoHopCommunicator:
         accumulate = torch.promote_types(rows.dtype, torch.float32)
         return self._sum_over_nodes(here, handle, accumulate).to(rows.dtype)
 
-    def combine_in_groups(self, rows: Tensor, handle: TwoHopHandle, groups: int) -> tuple[Tensor, Iterator[None]]:
-        """See :meth:`ep_moe.comm.communicator.Communicator.combine_in_groups`; all rows leave with the last group."""
-        out = rows.new_empty(handle.shape[0], rows.shape[1])
-        return out, all_at_last(groups, lambda: out.copy_(self.combine(rows, handle)))
-
     def combine_weights(self, row_weights: Tensor, handle: TwoHopHandle) -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.combine_weights`."""
         if row_weights.shape != (handle.segments.num_rows,):
@@ -277,10 +239,6 @@ class TwoHopCommunicator:
         with self._ranks_named():
             here = self._node.combine_weights(weights, handle.node)
         return self._sum_over_nodes(here, handle, row_weights.dtype)
-
-    def combine_received(self, values: Tensor, handle: TwoHopHandle) -> Tensor:
-        """See :meth:`ep_moe.comm.communicator.Communicator.combine_received`."""
-        return combine_received_as_rows(self, values, handle)
 
     def _routes(self, counts: _Counts, tokens: Tensor) -> NodeRoutes:
         """Where ``tokens`` (int64 ``[sent]``, by node) go, and how many rows come."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,8 +45,7 @@ class LowLatencyHandle(tuple[Tensor, Tensor, int, int, int]):
         self.streams.add_current(self.routes)
 
 
-@dataclass(frozen=True)
-class Sent:
+class Sent(NamedTuple):
     """A dispatch; see ``Buffer.low_latency_dispatch``.
 
     Attributes:
