@@ -46,6 +46,7 @@ from ep_moe.two_batch import two_batch
 from machine import Machine, add_ranks_argument, launch, say, start
 from results import save
 from shapes import SHAPES, Shape, gemm_of, shapes_for
+from timeline import draw_traces, hidden_share, read_spans
 from timing import repeat, time_call
 
 HALVES = ("halves", "two_batch")  # forward of two micro-batches
@@ -123,9 +124,13 @@ def measure(
     whole = time_both(lambda: without_grad(forward), None if in_halves else both, arguments.calls, machine)
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30
     if arguments.trace is not None:
-        with trace(arguments.trace / f"{name}_{backend}_{overlap}_rank{dist.get_rank()}.json", layer) as profile:
+        path = arguments.trace / f"{name}_{backend}_{overlap.replace(':', '')}_rank{dist.get_rank()}.json"
+        with trace(path, layer) as profile:
             without_grad(forward) if in_halves else both()
         say(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60))
+        say(f"{hidden_share(read_spans(path)):.0%} of communication ran behind something else")
+        if dist.get_rank() == 0:
+            draw_traces([path])
     gemms = time_gemms(layer, shape, arguments.tokens * shape.top_k, backend, arguments.calls, machine)
     ratios = f"{whole.forward / gemms.forward:10.2f} {whole.both / gemms.both:5.2f}"
     times = " | ".join(f"{t.forward:10.2f} {t.both:8.2f}" for t in (whole, gemms))
@@ -259,7 +264,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=4096, help="per rank")
     parser.add_argument("--calls", type=int, default=1, help="of the layer between two time stamps")
     parser.add_argument("--sms", type=int, nargs="+", default=[None], help="SM budgets of communication")
-    parser.add_argument("--trace", type=Path, help="folder for a timeline of each line")
+    parser.add_argument("--trace", type=Path, help="folder for a timeline of each line, and its picture")
     parser.add_argument("--out", type=Path, help="folder for layer.json and layer.png")
     add_ranks_argument(parser)
     return parser.parse_args()
