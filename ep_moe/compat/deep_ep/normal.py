@@ -279,12 +279,16 @@ def _split(x: Rows) -> tuple[Tensor, Tensor | None]:
 
 def _join(rows: Tensor, scales: Tensor | None, like: Rows) -> Rows:
     """Rows in the dtype of ``like``, with scales in the dtype and rank of its scales."""
-    data, like_scales = _split(like)
-    rows = rows.view(data.dtype)
+    data, like_scales = like if isinstance(like, tuple) else (like, None)
+    rows = _viewed(rows, data.dtype)
     if scales is None or like_scales is None:
         return rows
-    scales = scales.view(like_scales.dtype)
+    scales = _viewed(scales, like_scales.dtype)
     return rows, scales.squeeze(1) if like_scales.dim() == 1 else scales
+
+
+def _viewed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.view(dtype)
 
 
 def _movable(data: Tensor) -> Tensor:
