@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ep_moe.comm import ExpertSegments
-from ep_moe.comm.fp8 import dequantize_e4m3
+from ep_moe.comm.fp8_rows import dequantize_rows
 from ep_moe.dispatcher import NormalDispatcher
 from ep_moe.experts import GroupedExperts
 from ep_moe.experts.activation import activate
@@ -130,7 +130,7 @@ def _forward(
                 arriving[place - 1].wait()
             if arrived.scales is not None:
                 travelled, scales = arrived.rows[group.rows], arrived.scales[group.rows]
-                rows[group.rows] = dequantize_e4m3(travelled, scales, torch.float32)
+                rows[group.rows] = dequantize_rows(travelled, scales, x.dtype)
             group_forward(network, weights, group, kept)
             start(functools.partial(next, steps), comm_stream)
     return out, kept, _Routes(arrived.handle, arrived.segments, groups)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -112,6 +113,20 @@ def load_entry_points(entries: Mapping[str, type[ctypes.Structure]]) -> ctypes.C
         NativeLibraryError: if there is no library, or its structs have other sizes than these.
     """
     return _declare(load_library(), entries)
+
+
+def find_entry_points(entries: Mapping[str, type[ctypes.Structure]], without: str) -> ctypes.CDLL | None:
+    """As :func:`load_entry_points`, for kernels that can be done without: ``None`` where there is no library.
+
+    Warns of a library that is there and unusable, in words that begin with ``without``: nobody who built one expects
+    the slower path.
+    """
+    try:
+        return load_entry_points(entries)
+    except NativeLibraryError as error:
+        if library_path().exists():
+            warnings.warn(f"{without}: {error}", stacklevel=2)
+        return None
 
 
 def _open(path: Path, version_entry: str) -> ctypes.CDLL:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ep_moe import native
 from ep_moe.experts import activation_kernels, apply_activation, fc1_width
 from ep_moe.native import NativeLibraryError, library_path, load_library
 
@@ -115,7 +116,7 @@ def test_every_launch_names_an_entry_point_that_is_declared(monkeypatch: pytest.
         declared.update(entries)
         return object()
 
-    monkeypatch.setattr(activation_kernels, "load_entry_points", load)
+    monkeypatch.setattr(native, "load_entry_points", load)
     monkeypatch.setattr(activation_kernels, "find_library", activation_kernels.find_library.__wrapped__)
     monkeypatch.setattr(activation_kernels, "launch", lambda library, name, *_: launched.add(name))
     x, grad, counts = torch.zeros(2, 3, 32), torch.zeros(2, 3, 16), torch.zeros(2, dtype=torch.int32)
@@ -193,11 +194,11 @@ def test_missing_library_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     def missing(entries: object) -> ctypes.CDLL:
         raise NativeLibraryError("not built")
 
-    monkeypatch.setattr(activation_kernels, "load_entry_points", missing)
+    monkeypatch.setattr(native, "load_entry_points", missing)
     find = activation_kernels.find_library.__wrapped__
-    monkeypatch.setattr(activation_kernels, "library_path", lambda: tmp_path / "absent.so")
+    monkeypatch.setattr(native, "library_path", lambda: tmp_path / "absent.so")
     assert find() is None
-    monkeypatch.setattr(activation_kernels, "library_path", lambda: tmp_path)
+    monkeypatch.setattr(native, "library_path", lambda: tmp_path)
     with pytest.warns(UserWarning, match="without their CUDA kernels: not built"):
         assert find() is None
 

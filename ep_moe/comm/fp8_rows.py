@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ep_moe.comm.fp8 import BLOCK, dequantize_e4m3
 from ep_moe.comm.nvlink_wire import ELEMENTS
-from ep_moe.native import NativeLibraryError, capability, launch, load_entry_points, pointer
+from ep_moe.native import capability, find_entry_points, launch, pointer
 
 _CAPABILITY = (9, 0)  # the oldest that the library has code for
 _ALIGNMENT_BYTES = 16
@@ -97,7 +97,4 @@ def _usable(values: Tensor, dtype: torch.dtype) -> bool:
 @functools.cache
 def _find_library() -> ctypes.CDLL | None:
     """The CUDA library with the signature of the kernel declared, or ``None`` where there is none."""
-    try:
-        return load_entry_points({"dequantize_rows": DequantizeRowsArgs})
-    except NativeLibraryError:
-        return None
+    return find_entry_points({"dequantize_rows": DequantizeRowsArgs}, "rows are dequantised without their CUDA kernel")

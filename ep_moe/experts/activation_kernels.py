@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import warnings
 from ctypes import c_int32, c_int64, c_void_p
 
 import torch
 from torch import Tensor, nn
 
 from ep_moe.comm.nvlink_wire import ELEMENTS
-from ep_moe.native import NativeLibraryError, capability, launch, library_path, load_entry_points, pointer
+from ep_moe.native import capability, find_entry_points, launch, pointer
 
 ACTIVATIONS = {"swiglu": 0, "geglu": 1, "gelu": 2, "relu": 3, "squared_relu": 4}  # Activation of pointwise.cuh
 _VECTOR_BYTES = 16
@@ -136,16 +135,9 @@ def backward(
 
 @functools.cache
 def find_library() -> ctypes.CDLL | None:
-    """The CUDA library with the signatures of its activations declared, or ``None`` where there is none.
-
-    Warns of a library that is there and unusable: nobody who built one expects the slower path.
-    """
-    try:
-        return load_entry_points({"activation_forward": ActivationArgs, "activation_backward": ActivationArgs})
-    except NativeLibraryError as error:
-        if library_path().exists():
-            warnings.warn(f"activations run without their CUDA kernels: {error}", stacklevel=2)
-        return None
+    """The CUDA library with the signatures of its activations declared, or ``None`` where there is none."""
+    entries = {"activation_forward": ActivationArgs, "activation_backward": ActivationArgs}
+    return find_entry_points(entries, "activations run without their CUDA kernels")
 
 
 def _arguments(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import warnings
 from ctypes import c_float, c_int32, c_void_p
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ep_moe.config import RouterConfig
-from ep_moe.native import NativeLibraryError, capability, launch, library_path, load_entry_points
+from ep_moe.native import capability, find_entry_points, launch
 
 _MAX_EXPERTS, _MAX_TOP_K, _MAX_GROUPS = 1024, 32, 32
 _CAPABILITY = (9, 0)  # the oldest that the library has code for
@@ -130,9 +129,5 @@ def _launch(entry: str, arguments: RouteArgs, device: torch.device) -> None:
 @functools.cache
 def _find_library() -> ctypes.CDLL | None:
     """The CUDA library with the signatures of its routing declared, or ``None`` where there is none."""
-    try:
-        return load_entry_points({"route_forward": RouteArgs, "route_backward": RouteArgs})
-    except NativeLibraryError as error:
-        if library_path().exists():
-            warnings.warn(f"routing runs without its CUDA kernels: {error}", stacklevel=2)
-        return None
+    entries = {"route_forward": RouteArgs, "route_backward": RouteArgs}
+    return find_entry_points(entries, "routing runs without its CUDA kernels")

@@ -9,7 +9,7 @@ from ctypes import c_int32, c_void_p
 import torch
 from torch import Tensor
 
-from ep_moe.native import NativeLibraryError, launch, load_entry_points
+from ep_moe.native import find_entry_points, launch
 
 
 class RoutingCountsArgs(ctypes.Structure):
@@ -54,7 +54,4 @@ def count(topk_idx: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Tenso
 @functools.cache
 def _find_library() -> ctypes.CDLL | None:
     """The CUDA library with the signature of the kernel declared, or ``None`` where there is none."""
-    try:
-        return load_entry_points({"routing_counts": RoutingCountsArgs})
-    except NativeLibraryError:
-        return None
+    return find_entry_points({"routing_counts": RoutingCountsArgs}, "layouts are counted without their CUDA kernel")
