@@ -13,6 +13,8 @@
 // the totals back. Elsewhere they go out by reducing copies, which wait for nothing but leave the addition to the L2
 // cache, at half of the rate at which memory could be read and written. Each element is added to once, in one rounding
 // either way, so the bits depend neither on the way nor on the order.
+#include <type_traits>
+
 #include "gemm_result.cuh"
 #include "gemm_ring.cuh"
 #include "gemm_tiles.cuh"
@@ -243,34 +245,32 @@ __device__ __forceinline__ void multiply(const WeightGemm& gemm, const int32_t* 
       for (int j = 0; j < 128; ++j) sums[j / 64][j % 64] = 0.0f;
     }
     int previous = 0;
-#pragma unroll 1
-    for (int token = 0; token < tile.tokens; token += kBlockK) {
+    // A block of tokens. The number of steps is known when this is compiled: with branches between multiplies, the
+    // compiler lets one wait for another.
+    const auto multiply_block = [&](int token, auto steps) {
+      constexpr int kSteps = decltype(steps)::value;
       position.wait_full(barriers);
       const uint32_t stage = ring + position.stage * kStageBytes;
       const uint32_t my_grad = stage + warpgroup * 2 * kBoxBytes, rows = stage + kGradBytes;
       const int valid = tile.tokens - token;
-      const int padded = (valid + kMmaK - 1) / kMmaK * kMmaK;
-      if (valid < kBlockK && valid < padded) clear_tokens(my_grad, rows, valid, padded, warpgroup);
+      if (valid < kSteps * kMmaK) clear_tokens(my_grad, rows, valid, kSteps * kMmaK, warpgroup);
       const uint64_t a = matrix_descriptor(my_grad, kBoxBytes), b = matrix_descriptor(rows, kBoxBytes);
-      if (padded >= kBlockK) {
-        wgmma_fence();
+      wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < kBlockK / kMmaK; ++step) {
-          multiply_step(sums, a, b, step, token > 0 || step > 0);
-        }
-      } else {
-#pragma unroll 1
-        for (int step = 0; step * kMmaK < padded; ++step) {
-          wgmma_fence();
-          multiply_step(sums, a, b, step, token > 0 || step > 0);
-        }
-      }
+      for (int step = 0; step < kSteps; ++step) multiply_step(sums, a, b, step, token > 0 || step > 0);
       wgmma_commit_group();
       wgmma_wait_group<1>();  // the block before this one has been multiplied
       if (token > 0 && threadIdx.x % 32 == 0) mbarrier_arrive(&barriers.empty[previous]);
       previous = position.stage;
       position.advance();
-    }
+    };
+    constexpr std::integral_constant<int, kBlockK / kMmaK> kWhole;
+    constexpr std::integral_constant<int, 1> kFirstStep;
+    static_assert(kWhole == 2, "a block of fewer tokens than kMmaK is one step, all others are whole");
+    int token = 0;
+#pragma unroll 1
+    for (; token + kMmaK < tile.tokens; token += kBlockK) multiply_block(token, kWhole);
+    if (token < tile.tokens) multiply_block(token, kFirstStep);
     wgmma_wait_group<0>();
     touch(sums[0]);
     touch(sums[1]);
