@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from ep_moe.comm import ExpertSegments
 from ep_moe.experts.deferred import WeightGradientTask
 from ep_moe.experts.fp8 import Fp8WeightPair
-from ep_moe.experts.fp8_linear import Fp8Products, QuantizedGradient
+from ep_moe.experts.fp8_linear import Fp8Products, QuantizedGradient, weight_product_of
 from ep_moe.experts.gemm import gradient_or_task, row_major
 
 
@@ -95,7 +95,7 @@ class _Fp8ActivatedLinear(torch.autograd.Function):
         ctx.gradient.put(gradients.x, gradients.quantized)
         grad_weight = None
         if need_weight:
-            grad_weight = gradient_or_task(
-                ctx.defer, ctx.parameter, grad, gradients.activated, segments, ctx.products.wgrad
-            )
+            assert gradients.activated is not None
+            product = weight_product_of(ctx.products, grad, gradients.activated, segments)
+            grad_weight = gradient_or_task(ctx.defer, ctx.parameter, product)
         return gradients.x, gradients.row_weights, grad_weight, None, None, None, None, None, None

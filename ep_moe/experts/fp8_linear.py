@@ -1,12 +1,12 @@
 """Linear layers of the experts in FP8, with autograd.
 
 Forward and the gradient of the rows multiply in FP8: rows, and gradients of results, are quantised along the reduction
-of the product that reads them. The gradient of the weights is a product in the dtype of the rows.
+of the product that reads them. The gradient of the weights is a product in the dtype of the rows, or in FP8 too, of
+rows and gradients that are quantised along the tokens for it.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +19,7 @@ from ep_moe.comm import ExpertSegments
 from ep_moe.comm.fp8_rows import QuantizedRows, dequantize_rows
 from ep_moe.experts.deferred import WeightGradientTask
 from ep_moe.experts.fp8 import Fp8Gemm, Fp8Rows, Fp8WeightPair, by_blocks
-from ep_moe.experts.gemm import GroupedGemm, gradient_or_task, row_major
-from ep_moe.experts.recompute import Recipe, kept
+from ep_moe.experts.gemm import GroupedGemm, WeightProduct, gradient_or_task, row_major, weight_product
 
 
 class QuantizedGradient:
@@ -46,10 +45,13 @@ class QuantizedGradient:
 
 @dataclass(frozen=True)
 class Fp8Products:
-    """The back ends of the three products of a linear layer: ``fp8`` of the first two, ``wgrad`` of the third."""
+    """The back ends of the three products of a linear layer: ``fp8`` of the first two, ``wgrad`` of the third.
+
+    Without ``wgrad``, ``fp8`` of all three.
+    """
 
     fp8: Fp8Gemm
-    wgrad: GroupedGemm
+    wgrad: GroupedGemm | None
 
 
 def fp8_grouped_linear(
@@ -83,6 +85,32 @@ def fp8_grouped_linear(
     return result
 
 
+def weight_product_of(
+    products: Fp8Products, grad: Tensor, rows: Tensor | Fp8Rows, segments: ExpertSegments
+) -> WeightProduct:
+    """The gradient of the weights, in the dtype of ``grad``.
+
+    In FP8 operands are quantised when it is computed: what is left for later waits in the dtype in which it came.
+
+    Args:
+        products: the back ends.
+        grad: ``[segments.num_rows, out_features]``, gradient of the result.
+        rows: ``[segments.num_rows, in_features]``; the scales of FP8 ones may have any strides.
+        segments: which rows belong to which expert.
+    """
+    fp8 = products.fp8
+    if products.wgrad is not None:
+        if isinstance(rows, Fp8Rows):
+            rows = dequantize_rows(rows.values, rows.scales.t(), grad.dtype, segments.row_count)
+        return weight_product(products.wgrad, grad, rows, segments)
+
+    def multiply(*, out: Tensor | None = None, accumulate: bool = False, in_turns: bool = False) -> Tensor:
+        columns = fp8.quantize_columns(grad, segments), fp8.quantize_columns(rows, segments)
+        return fp8.wgrad(*columns, segments, grad.dtype, out=out, accumulate=accumulate, in_turns=in_turns)
+
+    return multiply
+
+
 class _Fp8GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -103,12 +131,10 @@ class _Fp8GroupedLinear(torch.autograd.Function):
         if arrived is None:
             rows = row_major(rows)
             fp8_rows = products.fp8.quantize_rows(rows, segments)
-            recipe = kept(rows)
+            ctx.save_for_backward(rows)
         else:
             fp8_rows = Fp8Rows(arrived.values, by_blocks(arrived.scales))
-            recipe = Recipe((arrived.values, arrived.scales), functools.partial(_dequantized, rows.dtype, segments))
-        ctx.save_for_backward(*recipe.tensors)
-        ctx.make_rows = recipe.make
+            ctx.save_for_backward(arrived.values, arrived.scales)
         return products.fp8.multiply(fp8_rows, quantized.weight, segments, rows.dtype)
 
     @staticmethod
@@ -123,10 +149,7 @@ class _Fp8GroupedLinear(torch.autograd.Function):
             quantized = quantized or fp8.quantize_rows(grad, segments)
             grad_rows = fp8.multiply(quantized, ctx.transposed, segments, ctx.dtype)
         if need_weight:
-            rows = ctx.make_rows(*ctx.saved_tensors)
-            grad_weight = gradient_or_task(ctx.defer, ctx.parameter, grad, rows, segments, ctx.products.wgrad)
+            rows, *scales = ctx.saved_tensors
+            product = weight_product_of(ctx.products, grad, Fp8Rows(rows, scales[0].t()) if scales else rows, segments)
+            grad_weight = gradient_or_task(ctx.defer, ctx.parameter, product)
         return grad_rows, None, grad_weight, None, None, None, None, None
-
-
-def _dequantized(dtype: torch.dtype, segments: ExpertSegments, values: Tensor, scales: Tensor) -> Tensor:
-    return dequantize_rows(values, scales, dtype, segments.row_count)

@@ -1,0 +1,138 @@
+"""The gradient of weights in FP8, ``csrc/quantize_columns.cu`` and ``csrc/grouped_gemm_wgrad_fp8.cu``: launching them.
+
+Both find out on the GPU where an expert's blocks of tokens lie; the host knows how many there can be.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from ep_moe.comm import ExpertSegments
+from ep_moe.comm.fp8 import BLOCK
+from ep_moe.experts import native_gemm
+from ep_moe.experts.fp8 import Fp8Columns, Fp8Rows
+from ep_moe.native import launch, load_entry_points, pointer
+
+
+class QuantizeColumnsArgs(ctypes.Structure):
+    """``QuantizeColumnsArgs`` of ``quantize_columns.cu``, which says what each field means."""
+
+    _fields_ = (
+        ("rows", c_void_p),
+        ("row_scales", c_void_p),
+        ("values", c_void_p),
+        ("scales", c_void_p),
+        ("ends", c_void_p),
+        ("row_stride", c_int64),
+        ("block_stride", c_int64),
+        ("token_blocks", c_int32),
+        ("experts", c_int32),
+        ("width", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+class GroupedWgradFp8Args(ctypes.Structure):
+    """``GroupedWgradFp8Args`` of ``grouped_gemm_wgrad_fp8.cu``, which says what each field means."""
+
+    _fields_ = (
+        ("grad", c_void_p),
+        ("grad_scales", c_void_p),
+        ("rows", c_void_p),
+        ("row_scales", c_void_p),
+        ("out", c_void_p),
+        ("ends", c_void_p),
+        ("token_blocks", c_int32),
+        ("experts", c_int32),
+        ("out_features", c_int32),
+        ("in_features", c_int32),
+        ("blocks", c_int32),
+        ("accumulate", c_int32),
+    )
+
+
+def quantize_columns(rows: Tensor | Fp8Rows, segments: ExpertSegments) -> Fp8Columns:
+    """See ``Fp8Gemm``; of bf16 or FP8 rows, of which those that are not real are not read."""
+    values, scales = (rows.values, rows.scales) if isinstance(rows, Fp8Rows) else (rows, None)
+    values = native_gemm.plain(values)
+    (num_rows, width), experts = values.shape, segments.ends.shape[0]
+    token_blocks = most_blocks(num_rows, experts)
+    columns = values.new_empty(token_blocks, width, BLOCK, dtype=torch.float8_e4m3fn)
+    out = Fp8Columns(columns, values.new_empty(token_blocks, width, dtype=torch.float32))
+    arguments = QuantizeColumnsArgs(
+        rows=values.data_ptr(),
+        row_scales=pointer(scales),
+        values=out.values.data_ptr(),
+        scales=out.scales.data_ptr(),
+        ends=segments.ends.data_ptr(),
+        row_stride=0 if scales is None else scales.stride(1),
+        block_stride=0 if scales is None else scales.stride(0),
+        token_blocks=token_blocks,
+        experts=experts,
+        width=width,
+    )
+    launch(load_kernels(), "quantize_columns", arguments, values.device)
+    return out
+
+
+def wgrad(
+    grad: Fp8Columns,
+    rows: Fp8Columns,
+    segments: ExpertSegments,
+    dtype: torch.dtype,
+    *,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+    in_turns: bool = False,
+) -> Tensor:
+    """See ``Fp8WeightGradient``; ``native_gemm.into`` says where the result goes."""
+    shape = (segments.ends.shape[0], grad.values.shape[1], rows.values.shape[1])
+    turns = native_gemm.TURNS if in_turns else 1
+
+    def multiply(target: Tensor | None) -> Tensor:
+        target = grad.values.new_empty(shape, dtype=dtype) if target is None else target
+        return _multiply(grad, rows, segments, target, turns)
+
+    return native_gemm.into(out, accumulate, multiply)
+
+
+def most_blocks(num_rows: int, experts: int) -> int:
+    """Blocks of 128 tokens that ``num_rows`` rows of so many experts can need at most, each having its own."""
+    return (num_rows + min(experts, num_rows) * (BLOCK - 1)) // BLOCK
+
+
+@functools.cache
+def load_kernels() -> ctypes.CDLL:
+    """The CUDA library with the signatures of these kernels declared.
+
+    Raises:
+        NativeLibraryError: if there is no library, or it is of another version.
+    """
+    return load_entry_points({"quantize_columns": QuantizeColumnsArgs, "grouped_gemm_wgrad_fp8": GroupedWgradFp8Args})
+
+
+def _multiply(grad: Fp8Columns, rows: Fp8Columns, segments: ExpertSegments, out: Tensor, turns: int) -> Tensor:
+    accumulate, token_blocks = out.dtype == torch.float32, len(rows.values)
+    if token_blocks == 0:
+        return out if accumulate else out.zero_()
+    arguments = GroupedWgradFp8Args(
+        grad=grad.values.data_ptr(),
+        grad_scales=grad.scales.data_ptr(),
+        rows=rows.values.data_ptr(),
+        row_scales=rows.scales.data_ptr(),
+        out=out.data_ptr(),
+        ends=segments.ends.data_ptr(),
+        token_blocks=token_blocks,
+        experts=out.shape[0],
+        out_features=out.shape[1],
+        in_features=out.shape[2],
+        blocks=turns * native_gemm.multiprocessors(out.get_device()),
+        accumulate=accumulate,
+    )
+    launch(load_kernels(), "grouped_gemm_wgrad_fp8", arguments, out.device)
+    return out
