@@ -136,6 +136,7 @@ def passes(case: Case, experts: GroupedExperts) -> Iterator[Pass]:
     yield Pass("activation", lambda: fp8.activate(pre, "swiglu", weights, segments), 5 * rows * ffn)
     yield Pass("fc2 forward", multiply(inner8, fc2.weight), flops=flops2)
     yield Pass("gradient quantised", lambda: fp8.quantize_rows(grad, segments), 3 * rows * hidden)
+    yield Pass("gradient, or rows, quantised both ways", lambda: fp8.quantize_both(grad, segments), 4 * rows * hidden)
     yield Pass("fc2 dgrad", multiply(grad8, fc2.transposed), flops=flops2)
     backward = functools.partial(
         fp8.activation_gradients, inner, pre, "swiglu", weights, segments, need_weights=True, need_activated=True

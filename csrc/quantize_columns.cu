@@ -1,4 +1,5 @@
-// Rows to e4m3 with a scale for each 128 tokens of a channel, transposed: what the gradient of weights multiplies.
+// Rows to e4m3 with a scale for each 128 tokens of a channel, transposed: what the gradient of weights multiplies. Who
+// needs them with a scale for each 128 channels of a token too, as quantize.cu makes them, gets both of one read.
 //
 // Rows come as bf16, or as e4m3 with a scale for each 128 channels, of which no copy in bf16 is made. They leave in
 // blocks of 128 tokens that each belong to one expert (token_blocks.cuh), a channel's tokens side by side. Slots behind
@@ -9,7 +10,7 @@
 // thread has those of eight consecutive tokens, so that it packs words of tokens without exchanging any. It keeps them
 // in registers while the largest of each channel is sought. Through shared memory the block turns into 16 KB that are
 // written as they lie; there, chunks of eight tokens are permuted by the channel, so that the lanes, whose channels are
-// eight apart, write to other banks.
+// eight apart, write to other banks. What is quantised along the channels leaves from the registers.
 #include <cuda_fp16.h>
 
 #include "element.cuh"
@@ -25,8 +26,11 @@ struct QuantizeColumnsArgs {
   void* values;             // e4m3 [token_blocks][width][128]
   float* scales;            // [token_blocks][width]
   const int32_t* ends;      // [experts], where each one's segment of rows ends; the next one's starts there
+  void* row_values;         // e4m3 [rows][width], quantised along the channels, of rows in bf16; or nullptr
+  float* row_value_scales;  // [width / 128][scale_stride], by row
   int64_t row_stride;
   int64_t block_stride;
+  int64_t scale_stride;
   int32_t token_blocks;  // that there is room for; no less than the experts' segments have
   int32_t experts;
   int32_t width;  // a multiple of 128
@@ -56,6 +60,11 @@ struct Bf16Part {
   }
 
   __device__ __forceinline__ void decode() {}
+
+  // Makes the compiler convert again what it would else keep in registers that it does not have.
+  __device__ __forceinline__ void touch() {
+    asm volatile("" : "+r"(bits.bits.x), "+r"(bits.bits.y), "+r"(bits.bits.z), "+r"(bits.bits.w));
+  }
 
   __device__ __forceinline__ float get(int channel) const {
     return static_cast<float>(reinterpret_cast<const __nv_bfloat16*>(&bits)[channel]);
@@ -88,7 +97,35 @@ struct Fp8Part {
 // Place of eight tokens of a channel in shared memory, of a channel's 16.
 __device__ __forceinline__ int staged_chunk(int channel, int chunk) { return chunk ^ channel / 8; }
 
+// Quantises tokens along the channels, of which the thread and its 15 neighbours have 128. The first `count` are real.
 template <typename Part>
+__device__ __forceinline__ void store_rows(const QuantizeColumnsArgs& args, const Part (&parts)[kTokens],
+                                           const float (&part_amax)[kTokens], int64_t row, int column, int lane,
+                                           int count) {
+  float my_amax = 0.0f;  // of a token a lane
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) {
+    float amax = part_amax[i];
+#pragma unroll
+    for (int distance = kLanes / 2; distance > 0; distance /= 2)
+      amax = max_nan(amax, __shfl_xor_sync(~0u, amax, distance));
+    if (lane == i) my_amax = amax;
+  }
+  const BlockScale my_scale = BlockScale::of(my_amax);
+  uint8_t* out = static_cast<uint8_t*>(args.row_values) + row * args.width + column + lane * 8;
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) {
+    float values[8];
+#pragma unroll
+    for (int k = 0; k < 8; ++k) values[k] = parts[i].get(k);
+    const float factor = __shfl_sync(~0u, my_scale.factor, i, kLanes);
+    if (i < count) *reinterpret_cast<uint2*>(out + static_cast<int64_t>(i) * args.width) = pack_e4m3(values, factor);
+  }
+  if (lane < min(count, kTokens))
+    args.row_value_scales[column / kScaleBlock * args.scale_stride + row + lane] = my_scale.scale;
+}
+
+template <typename Part, bool both>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     quantize_columns_kernel(const __grid_constant__ QuantizeColumnsArgs args) {
   __shared__ int32_t padded_ends[kMaxGemmExperts];
@@ -114,12 +151,23 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     for (int i = 0; i < kTokens; ++i) {
       if (i < count) parts[i].load(args, row + i, column + lane * 8);
     }
-    float amax[8] = {};
+    float amax[8] = {}, part_amax[kTokens] = {};  // of channels, of tokens
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
       parts[i].decode();
 #pragma unroll
-      for (int k = 0; k < 8; ++k) amax[k] = max_nan(amax[k], fabsf(parts[i].get(k)));
+      for (int k = 0; k < 8; ++k) {
+        const float magnitude = fabsf(parts[i].get(k));
+        amax[k] = max_nan(amax[k], magnitude);
+        if constexpr (both) part_amax[i] = max_nan(part_amax[i], magnitude);
+      }
+    }
+    if constexpr (both) {
+#pragma unroll
+      for (Part& part : parts) part.touch();
+      store_rows(args, parts, part_amax, row, column, lane, count);
+#pragma unroll
+      for (Part& part : parts) part.touch();
     }
 #pragma unroll
     for (int k = 0; k < 8; ++k) amax[k] = max_nan(amax[k], __shfl_xor_sync(~0u, amax[k], kLanes));
@@ -160,6 +208,14 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   }
 }
 
+using Kernel = void (*)(QuantizeColumnsArgs);
+
+Kernel find_kernel(const QuantizeColumnsArgs& args) {
+  if (args.row_scales != nullptr) return quantize_columns_kernel<Fp8Part, false>;
+  if (args.row_values != nullptr) return quantize_columns_kernel<Bf16Part, true>;
+  return quantize_columns_kernel<Bf16Part, false>;
+}
+
 }  // namespace
 }  // namespace ep_moe
 
@@ -170,13 +226,12 @@ EP_MOE_API const char* ep_moe_quantize_columns(const ep_moe::QuantizeColumnsArgs
   if (args->token_blocks == 0 || args->width == 0) return nullptr;
   const int64_t tiles = static_cast<int64_t>(args->token_blocks) * (args->width / kScaleBlock);
   if (args->experts <= 0 || args->experts > kMaxGemmExperts || args->width % kScaleBlock != 0 || tiles <= 0 ||
-      tiles > INT32_MAX - kMaxBlocks || static_cast<int64_t>(args->token_blocks) * kTokenBlock > INT32_MAX) {
+      tiles > INT32_MAX - kMaxBlocks || (args->row_values != nullptr && args->row_scales != nullptr) ||
+      static_cast<int64_t>(args->token_blocks) * kTokenBlock > INT32_MAX) {
     return error_text(cudaErrorInvalidValue, kWhat);
   }
   const int blocks = static_cast<int>(tiles < kMaxBlocks ? tiles : kMaxBlocks);
-  const auto kernel =
-      args->row_scales == nullptr ? quantize_columns_kernel<Bf16Part> : quantize_columns_kernel<Fp8Part>;
-  return launch(kWhat, kernel, *args, blocks, kThreads, 0, LaunchMode::kPlain, stream);
+  return launch(kWhat, find_kernel(*args), *args, blocks, kThreads, 0, LaunchMode::kPlain, stream);
 }
 
 EP_MOE_API size_t ep_moe_quantize_columns_args_bytes() { return sizeof(ep_moe::QuantizeColumnsArgs); }

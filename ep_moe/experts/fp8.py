@@ -183,6 +183,7 @@ class Fp8Gemm:
         quantize_columns: ``(rows [num_rows, width], segments)``; of rows in FP8, whose scales may have any strides, the
             values that they stand for, in fp32. There may be more blocks than the segments have: those behind are
             unspecified.
+        quantize_both: ``quantize_rows`` and ``quantize_columns`` of the same rows.
         wgrad: see :class:`Fp8WeightGradient`.
     """
 
@@ -192,6 +193,7 @@ class Fp8Gemm:
     activate: Fp8Activate
     activation_gradients: Fp8BackwardOfActivation
     quantize_columns: Callable[[Tensor | Fp8Rows, ExpertSegments], Fp8Columns]
+    quantize_both: Callable[[Tensor, ExpertSegments], tuple[Fp8Rows, Fp8Columns]]
     wgrad: Fp8WeightGradient
 
 

@@ -100,6 +100,11 @@ def quantize_columns(rows: Tensor | Fp8Rows, segments: ExpertSegments) -> Fp8Col
     return Fp8Columns(columns.view(blocks.shape), scales.view(blocks.shape[:2]))
 
 
+def quantize_both(rows: Tensor, segments: ExpertSegments) -> tuple[Fp8Rows, Fp8Columns]:
+    """See :class:`Fp8Gemm`."""
+    return quantize_rows(rows, segments), quantize_columns(rows, segments)
+
+
 def wgrad(
     grad: Fp8Columns,
     rows: Fp8Columns,
@@ -129,6 +134,7 @@ EMULATED = Fp8Gemm(
     activate,
     activation_gradients,
     quantize_columns,
+    quantize_both,
     wgrad,
 )
 

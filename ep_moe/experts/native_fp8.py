@@ -149,6 +149,7 @@ NATIVE = Fp8Gemm(
     native_fp8_activation.activate,
     native_fp8_activation.activation_gradients,
     native_fp8_wgrad.quantize_columns,
+    native_fp8_wgrad.quantize_both,
     native_fp8_wgrad.wgrad,
 )
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from ep_moe.comm import ExpertSegments
 from ep_moe.comm.fp8 import BLOCK
 from ep_moe.experts import native_gemm
-from ep_moe.experts.fp8 import Fp8Columns, Fp8Rows
-from ep_moe.native import launch, load_entry_points, pointer
+from ep_moe.experts.fp8 import Fp8Columns, Fp8Rows, empty_scales
+from ep_moe.native import launch, load_entry_points
 
 
 class QuantizeColumnsArgs(ctypes.Structure):
@@ -28,8 +28,11 @@ class QuantizeColumnsArgs(ctypes.Structure):
         ("values", c_void_p),
         ("scales", c_void_p),
         ("ends", c_void_p),
+        ("row_values", c_void_p),
+        ("row_value_scales", c_void_p),
         ("row_stride", c_int64),
         ("block_stride", c_int64),
+        ("scale_stride", c_int64),
         ("token_blocks", c_int32),
         ("experts", c_int32),
         ("width", c_int32),
@@ -58,26 +61,28 @@ class GroupedWgradFp8Args(ctypes.Structure):
 
 def quantize_columns(rows: Tensor | Fp8Rows, segments: ExpertSegments) -> Fp8Columns:
     """See ``Fp8Gemm``; of bf16 or FP8 rows, of which those that are not real are not read."""
-    values, scales = (rows.values, rows.scales) if isinstance(rows, Fp8Rows) else (rows, None)
-    values = native_gemm.plain(values)
-    (num_rows, width), experts = values.shape, segments.ends.shape[0]
-    token_blocks = most_blocks(num_rows, experts)
-    columns = values.new_empty(token_blocks, width, BLOCK, dtype=torch.float8_e4m3fn)
-    out = Fp8Columns(columns, values.new_empty(token_blocks, width, dtype=torch.float32))
-    arguments = QuantizeColumnsArgs(
-        rows=values.data_ptr(),
-        row_scales=pointer(scales),
-        values=out.values.data_ptr(),
-        scales=out.scales.data_ptr(),
-        ends=segments.ends.data_ptr(),
-        row_stride=0 if scales is None else scales.stride(1),
-        block_stride=0 if scales is None else scales.stride(0),
-        token_blocks=token_blocks,
-        experts=experts,
-        width=width,
-    )
+    if isinstance(rows, Fp8Rows):
+        values = native_gemm.plain(rows.values)
+        out, arguments = _columns(values, segments)
+        arguments.row_scales = rows.scales.data_ptr()
+        arguments.block_stride, arguments.row_stride = rows.scales.stride()
+    else:
+        values = native_gemm.plain(rows)
+        out, arguments = _columns(values, segments)
     launch(load_kernels(), "quantize_columns", arguments, values.device)
     return out
+
+
+def quantize_both(rows: Tensor, segments: ExpertSegments) -> tuple[Fp8Rows, Fp8Columns]:
+    """See ``Fp8Gemm``; in one kernel, of bf16 rows, of which those that are not real are not read."""
+    rows = native_gemm.plain(rows)
+    out, arguments = _columns(rows, segments)
+    values = torch.empty_like(rows, dtype=torch.float8_e4m3fn)
+    by_row = Fp8Rows(values, empty_scales(rows.shape[0], rows.shape[1], rows.device))
+    arguments.row_values, arguments.row_value_scales = by_row.values.data_ptr(), by_row.scales.data_ptr()
+    arguments.scale_stride = by_row.scales.stride(0)
+    launch(load_kernels(), "quantize_columns", arguments, rows.device)
+    return by_row, out
 
 
 def wgrad(
@@ -114,6 +119,24 @@ def load_kernels() -> ctypes.CDLL:
         NativeLibraryError: if there is no library, or it is of another version.
     """
     return load_entry_points({"quantize_columns": QuantizeColumnsArgs, "grouped_gemm_wgrad_fp8": GroupedWgradFp8Args})
+
+
+def _columns(rows: Tensor, segments: ExpertSegments) -> tuple[Fp8Columns, QuantizeColumnsArgs]:
+    """Room for columns of rows, and the arguments that quantise them, of bf16."""
+    (num_rows, width), experts = rows.shape, segments.ends.shape[0]
+    token_blocks = most_blocks(num_rows, experts)
+    values = rows.new_empty(token_blocks, width, BLOCK, dtype=torch.float8_e4m3fn)
+    out = Fp8Columns(values, rows.new_empty(token_blocks, width, dtype=torch.float32))
+    arguments = QuantizeColumnsArgs(
+        rows=rows.data_ptr(),
+        values=out.values.data_ptr(),
+        scales=out.scales.data_ptr(),
+        ends=segments.ends.data_ptr(),
+        token_blocks=token_blocks,
+        experts=experts,
+        width=width,
+    )
+    return out, arguments
 
 
 def _multiply(grad: Fp8Columns, rows: Fp8Columns, segments: ExpertSegments, out: Tensor, turns: int) -> Tensor:
