@@ -2,9 +2,10 @@
 //
 // The reduction runs over tokens, along which the multiply wants its operands: quantize_columns.cu has transposed them,
 // into blocks of 128 tokens of one expert, with a scale for each block of a channel, zeros behind an expert's last
-// token. So no product needs a mask, and a stage of the ring is a block. The products of a block are summed by the
-// multiply, then scaled by the scales of their two channels and added to fp32 registers ("promoted"), as the
-// DeepSeek-V3 report describes (arXiv 2412.19437, section 3.3). An expert without tokens gets zeros.
+// token. So no product needs a mask, and a stage of the ring is a block. Instructions that would see those zeros alone
+// are left out. The products of a block are summed by the multiply, then scaled by the scales of their two channels and
+// added to fp32 registers ("promoted"), as the DeepSeek-V3 report describes (arXiv 2412.19437, section 3.3). An expert
+// without tokens gets zeros.
 //
 // A tile is 256 channels of the gradient by 128 of the rows, in four units of 64 x 128: a warpgroup has the upper or
 // the lower two, side by side, so that its sums lie as those of the product in bf16 and leave in the same ways
@@ -13,6 +14,8 @@
 //
 // Registers of a multiplying thread: 128 sums, 64 products, and the scales of one unit as they are used. Shared memory:
 // three stages of 48 KB, 64 KB through which results leave, 4.5 KB of scales.
+#include <type_traits>
+
 #include "gemm_ring.cuh"
 #include "gemm_tiles.cuh"
 #include "gemm_turns.cuh"
@@ -78,6 +81,10 @@ __device__ __forceinline__ WeightTileSequence tiles_of(const GroupedWgradFp8Args
   return WeightTileSequence(padded_ends, args.experts, args.out_features, args.in_features);
 }
 
+__device__ __forceinline__ int tokens_of(const GroupedWgradFp8Args& args, int expert) {
+  return args.ends[expert] - (expert == 0 ? 0 : args.ends[expert - 1]);
+}
+
 __device__ __forceinline__ void copy_operands(const WeightGemm& gemm, const int32_t* padded_ends, Barriers& barriers,
                                               StageScales* scales, uint32_t ring) {
   const GroupedWgradFp8Args& args = gemm.args;
@@ -120,14 +127,55 @@ __device__ __forceinline__ void promote(float (&sums)[kFp8Columns / 2], const fl
   }
 }
 
+// Adds a block's products to a warpgroup's sums: of 128 tokens, or, where zeros follow, of the first `steps` times 32.
+template <bool whole>
+__device__ __forceinline__ void multiply_block(float (&sums)[kUnits][kFp8Columns / 2], uint32_t stage,
+                                               const StageScales& scales, int steps, int warpgroup) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const int grad_channel = warpgroup * kWarpgroupOut + warp * 16 + lane / 4;      // and the one eight further on
+  const float2* pairs = reinterpret_cast<const float2*>(scales.rows) + lane % 4;  // every fourth is its own
+  const uint64_t b = matrix_descriptor(stage + kGradBytes, 0);
+#pragma unroll
+  for (int unit = 0; unit < kUnits; ++unit) {
+    const uint64_t a = matrix_descriptor(stage + (warpgroup * kUnits + unit) * kUnitBytes, 0);
+    float products[kFp8Columns / 2];
+    take_turn(warpgroup);
+    if constexpr (whole) {
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        wgmma_e4m3(products, a + step * (kFp8MmaK >> 4), b + step * (kFp8MmaK >> 4), step > 0);
+        if (step % (kSteps / 2) == kSteps / 2 - 1) wgmma_commit_group();
+      }
+      wgmma_wait_group<1>();
+    } else {
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {
+        wgmma_fence();
+        wgmma_e4m3(products, a + step * (kFp8MmaK >> 4), b + step * (kFp8MmaK >> 4), step > 0);
+        wgmma_commit_group();
+      }
+    }
+    pass_turn(warpgroup);
+    const float above = scales.grad[grad_channel + unit * kUnit];
+    const float below = scales.grad[grad_channel + unit * kUnit + 8];
+    float2 row_scales[kPairs];
+#pragma unroll
+    for (int pair = 0; pair < kEarlyPairs; ++pair) row_scales[pair] = pairs[pair * 4];
+    wgmma_wait_group<0>();
+    touch(products);
+#pragma unroll
+    for (int pair = kEarlyPairs; pair < kPairs; ++pair) row_scales[pair] = pairs[pair * 4];
+    promote(sums[unit], products, above, below, row_scales);
+  }
+}
+
 template <Result result>
 __device__ __forceinline__ void multiply(const WeightGemm& gemm, const int32_t* padded_ends, Barriers& barriers,
                                          TotalBarriers& totals, const StageScales* scales, uint32_t ring,
                                          uint32_t staging, int warpgroup) {
   const bool signals = threadIdx.x % 32 == 0;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  const int grad_channel = warpgroup * kWarpgroupOut + warp * 16 + lane / 4;  // and the one eight further on
-  if (warpgroup == 1) pass_turn(warpgroup);                                   // the first turn is the other's
+  if (warpgroup == 1) pass_turn(warpgroup);  // the first turn is the other's
   Ring position;
   for (WeightTileSequence tiles = tiles_of(gemm.args, padded_ends); !tiles.done(); tiles.advance()) {
     const WeightTile tile = tiles.tile();
@@ -138,41 +186,20 @@ __device__ __forceinline__ void multiply(const WeightGemm& gemm, const int32_t* 
 #pragma unroll
       for (int i = 0; i < kFp8Columns / 2; ++i) sums[unit][i] = 0.0f;
     }
-#pragma unroll 1
-    for (int token = 0; token < tile.tokens; token += kTokenBlock) {
+    // Of the last block, steps with tokens alone.
+    const int last_steps = (tokens_of(gemm.args, tile.expert) - 1) % kTokenBlock / kFp8MmaK + 1;
+    const int whole_tokens = last_steps == kSteps ? tile.tokens : max(tile.tokens - kTokenBlock, 0);
+    const auto multiply_stage = [&](auto whole) {
       position.wait_full(barriers);
-      const uint32_t stage = ring + position.stage * kStageBytes;
-      const StageScales& stage_scales = scales[position.stage];
-      const float2* pairs = reinterpret_cast<const float2*>(stage_scales.rows) + lane % 4;  // every fourth is its own
-      const uint64_t b = matrix_descriptor(stage + kGradBytes, 0);
-#pragma unroll
-      for (int unit = 0; unit < kUnits; ++unit) {
-        const uint64_t a = matrix_descriptor(stage + (warpgroup * kUnits + unit) * kUnitBytes, 0);
-        float products[kFp8Columns / 2];
-        take_turn(warpgroup);
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < kSteps; ++step) {
-          wgmma_e4m3(products, a + step * (kFp8MmaK >> 4), b + step * (kFp8MmaK >> 4), step > 0);
-          if (step % (kSteps / 2) == kSteps / 2 - 1) wgmma_commit_group();
-        }
-        wgmma_wait_group<1>();
-        pass_turn(warpgroup);
-        const float above = stage_scales.grad[grad_channel + unit * kUnit];
-        const float below = stage_scales.grad[grad_channel + unit * kUnit + 8];
-        float2 row_scales[kPairs];
-#pragma unroll
-        for (int pair = 0; pair < kEarlyPairs; ++pair) row_scales[pair] = pairs[pair * 4];
-        wgmma_wait_group<0>();
-        touch(products);
-#pragma unroll
-        for (int pair = kEarlyPairs; pair < kPairs; ++pair) row_scales[pair] = pairs[pair * 4];
-        promote(sums[unit], products, above, below, row_scales);
-      }
+      multiply_block<whole.value>(sums, ring + position.stage * kStageBytes, scales[position.stage], last_steps,
+                                  warpgroup);
       __syncwarp();  // all lanes have read the scales
       if (signals) mbarrier_arrive(&barriers.empty[position.stage]);
       position.advance();
-    }
+    };
+#pragma unroll 1
+    for (int token = 0; token < whole_tokens; token += kTokenBlock) multiply_stage(std::true_type());
+    if (whole_tokens < tile.tokens) multiply_stage(std::false_type());
     if constexpr (result == Result::kTotal) {
       add_result(staging, totals, sums);
     } else {
