@@ -4,9 +4,10 @@
 
 SwiGLU with routing weights, random counts of a rank's share of 4,096 tokens a rank, no communication. A pass is one
 kernel. Its floor is the larger of its bytes over the rate of a large copy, measured here, and its operations over twice
-the rate of a large bf16 GEMM (once for gradients of weights, which are bf16). The module comes with rows in bf16 and
-with rows that arrived in FP8; ``kept`` passes find the quantised weights of an earlier one, as all but the first
-micro-batch of an optimizer's step do, ``fresh`` ones make them.
+the rate of a large bf16 GEMM (once for gradients of weights in bf16). Gradients of weights come in bf16, and in FP8
+with the passes that quantise their operands along tokens. The module comes with rows in bf16 and rows that arrived in
+FP8, each with either kind of weights' gradients; ``kept`` passes find the quantised weights of an earlier one, as all
+but the first micro-batch of an optimizer's step do, ``fresh`` ones make them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 from ep_moe.comm.fp8 import quantize_e4m3
 from ep_moe.comm.fp8_rows import QuantizedRows, dequantize_rows
 from ep_moe.experts.backends import select_fp8_backend
+from ep_moe.experts.fp8 import Fp8Gemm, Fp8Rows
 from ep_moe.experts.grouped import GroupedExperts
 from experts import SQUARE, Case, make_experts, measure_gemm_rate
 from gemm_cost import random_counts
@@ -79,8 +81,9 @@ def main() -> None:
 
 def measure(case: Case) -> Iterator[Line]:
     """Lines of one shape."""
-    bf16, fp8 = make_experts(case, "native"), make_experts(case, "native")
+    bf16, fp8, both = (make_experts(case, "native") for _ in range(3))
     fp8.config = replace(fp8.config, precision="fp8")
+    both.config = replace(fp8.config, wgrad_precision="fp8")
     for each in passes(case, fp8):
         rate = case.gemm_rate * (2 if each.fp8 else 1)
         floor = max(each.bytes / case.memory_rate, each.flops / rate)
@@ -89,7 +92,14 @@ def measure(case: Case) -> Iterator[Line]:
     rows = torch.randn(sum(case.counts), case.shape.hidden, device=case.machine.device, dtype=torch.bfloat16)
     arrived = QuantizedRows(*quantize_e4m3(rows), rows.new_empty(()).expand(rows.shape).requires_grad_())
     rows.requires_grad_()
-    for name, experts, given in (("bf16", bf16, rows), ("FP8", fp8, rows), ("FP8, rows in FP8", fp8, arrived)):
+    modules = (
+        ("bf16", bf16, rows),
+        ("FP8", fp8, rows),
+        ("FP8, rows in FP8", fp8, arrived),
+        ("FP8 and wgrad", both, rows),
+        ("FP8 and wgrad, rows in FP8", both, arrived),
+    )
+    for name, experts, given in modules:
         for fresh in (False, True) if experts is fp8 else (False,):
             for what, call in steps_of(case, experts, given, fresh):
                 weights = "" if experts is bf16 else ", fresh" if fresh else ", kept"
@@ -126,15 +136,36 @@ def passes(case: Case, experts: GroupedExperts) -> Iterator[Pass]:
     yield Pass("activation", lambda: fp8.activate(pre, "swiglu", weights, segments), 5 * rows * ffn)
     yield Pass("fc2 forward", multiply(inner8, fc2.weight), flops=flops2)
     yield Pass("gradient quantised", lambda: fp8.quantize_rows(grad, segments), 3 * rows * hidden)
+    yield Pass("gradient, or rows, quantised both ways", lambda: fp8.quantize_both(grad, segments), 4 * rows * hidden)
     yield Pass("fc2 dgrad", multiply(grad8, fc2.transposed), flops=flops2)
     backward = functools.partial(
         fp8.activation_gradients, inner, pre, "swiglu", weights, segments, need_weights=True, need_activated=True
     )
     yield Pass("activation backward", backward, 14 * rows * ffn)
     yield Pass("fc2 wgrad, bf16", lambda: wgrad(grad, inner, segments), flops=flops2, fp8=False)
+    yield from wgrad_passes(case, fp8, "fc2", grad, inner, flops2)
     yield Pass("fc1 dgrad", multiply(pre8, fc1.transposed), flops=flops1)
     yield Pass("rows dequantised", lambda: dequantize_rows(x8.values, by_row, torch.bfloat16), 3 * rows * hidden)
     yield Pass("fc1 wgrad, bf16", lambda: wgrad(pre, x, segments), flops=flops1, fp8=False)
+    yield from wgrad_passes(case, fp8, "fc1", pre, x, flops1)
+    arrived = Fp8Rows(x8.values, by_row.contiguous().t())
+    yield Pass("fc1 FP8 rows by tokens", lambda: fp8.quantize_columns(arrived, segments), 2 * rows * hidden)
+    total = torch.zeros(experts.fc1_weight.shape, device=device)
+    added: dict[str, Any] = {"out": total, "accumulate": True}
+    moved = 8 * total.numel()
+    yield Pass("fc1 wgrad, bf16, added to fp32", lambda: wgrad(pre, x, segments, **added), moved, flops1, False)
+    columns = fp8.quantize_columns(pre, segments), fp8.quantize_columns(x, segments)
+    in_fp8 = functools.partial(fp8.wgrad, *columns, segments, torch.bfloat16, **added)
+    yield Pass("fc1 wgrad, FP8, added to fp32", in_fp8, moved, flops1)
+
+
+def wgrad_passes(case: Case, fp8: Fp8Gemm, name: str, grad: Tensor, rows: Tensor, flops: int) -> Iterator[Pass]:
+    """A gradient of weights in FP8, of operands in bf16."""
+    segments = case.segments
+    yield Pass(f"{name} gradient by tokens", lambda: fp8.quantize_columns(grad, segments), 3 * grad.numel())
+    yield Pass(f"{name} rows by tokens", lambda: fp8.quantize_columns(rows, segments), 3 * rows.numel())
+    columns = fp8.quantize_columns(grad, segments), fp8.quantize_columns(rows, segments)
+    yield Pass(f"{name} wgrad, FP8", lambda: fp8.wgrad(*columns, segments, torch.bfloat16), flops=flops)
 
 
 def steps_of(

@@ -156,6 +156,7 @@ def layer_config(
                 activation="swiglu",
                 backend=backend,  # type: ignore[arg-type]
                 precision=arguments.precision,
+                wgrad_precision=arguments.wgrad_precision,
                 recompute_activation=not arguments.keep_activations,
             ),
             shared_experts=SharedExpertsConfig(ffn_hidden_size=arguments.shared_ffn),
@@ -249,6 +250,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="default: whole models")
     parser.add_argument("--backends", nargs="+", default=["native", "grouped_mm"])
     parser.add_argument("--precision", choices=["input", "fp8"], default="input", help="the GEMMs alone stay bf16")
+    parser.add_argument("--wgrad-precision", choices=["input", "fp8"], default="input", help="of weights' gradients")
     parser.add_argument("--dispatch-dtype", choices=["input", "fp8"], default="input", help="of rows on their way")
     parser.add_argument(
         "--overlap",

@@ -6,17 +6,15 @@
 // a step; tokens are the multiply's rows, so that a thread has two token scales a multiply, and are cut into units of
 // 64, which go to the two warpgroups in turn. One thread copies.
 //
-// While one warpgroup promotes, the other multiplies: they take turns, a unit each. Left to themselves they start
-// together on every stage, share the tensor cores, end together and promote together, while nothing multiplies. The
-// turn passes on when half of a unit's multiplies are done: the other half, 128 cycles, covers the way to the next
-// ones, and is not slowed by all of them. Both count the same turns: a warpgroup that has fewer units of a tile than
-// the other passes its turn on.
+// While one warpgroup promotes, the other multiplies (gemm_turns.cuh). Both count the same turns: a warpgroup that has
+// fewer units of a tile than the other passes its turn on.
 //
 // A tile may read rows of the next expert or beyond the last segment: they fall into result rows of their own, which
 // are never stored.
 #include <cuda_bf16.h>
 
 #include "gemm_ring.cuh"
+#include "gemm_turns.cuh"
 #include "gemm_units.cuh"
 #include "launch.cuh"
 #include "tma.cuh"
@@ -57,8 +55,6 @@ constexpr int kSharedBytes = kSwizzleGroupBytes + kRingStages * kStageBytes;
 static_assert(kStageBytes % kSwizzleGroupBytes == 0);
 constexpr int kScalesOfVector = 4;  // row scales are copied from a multiple of 16 bytes on
 constexpr int kStageScales = kMaxTileUnits * kUnit + kScalesOfVector;
-constexpr int kFirstTurnBarrier = 1;  // one a warpgroup
-static_assert(kMultipliers == 2);
 
 struct Fp8Gemm {
   CUtensorMap rows;
@@ -104,16 +100,6 @@ __device__ __forceinline__ void copy_operands(Fp8Block& block) {
       block.position.advance();
     }
   }
-}
-
-// Waits until the other warpgroup is half through its unit. A barrier a warpgroup, for which it waits and at which the
-// other arrives; the next arrival follows the other's next turn, and so this warpgroup's: no phase is overrun.
-__device__ __forceinline__ void take_turn(int warpgroup) {
-  bar_sync(kFirstTurnBarrier + warpgroup, kMultipliers * kWarpgroup);
-}
-
-__device__ __forceinline__ void pass_turn(int warpgroup) {
-  bar_arrive(kFirstTurnBarrier + (warpgroup ^ 1), kMultipliers * kWarpgroup);
 }
 
 // Exchanges a 4 x 4 matrix of words, a column a lane, with its transpose among four neighbouring lanes.

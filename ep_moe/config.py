@@ -121,7 +121,13 @@ class ExpertsConfig(Section):
     precision: Literal["input", "fp8"] = key(
         "input",
         "Of the products of rows with weights, forward and backward: that of the rows, or e4m3 with block scales "
-        "(native on Hopper, emulated on CPUs and by loop). Gradients of weights keep the precision of the rows.",
+        "(native on Hopper, emulated on CPUs and by loop).",
+    )
+    wgrad_precision: Literal["input", "fp8"] = key(
+        "input",
+        "Of the gradients of weights: that of the rows, or, with precision: fp8 alone, e4m3 with a scale for each 128 "
+        "tokens of a channel. Made for many rows an expert: rows and gradients are quantised anew for it, and every "
+        "expert's are filled up to a multiple of 128.",
     )
     recompute_activation: bool = key(
         True,
@@ -130,6 +136,12 @@ class ExpertsConfig(Section):
     )
 
     def _check_rules(self) -> None:
+        require(
+            self.wgrad_precision == "input" or self.precision == "fp8",
+            "moe.experts.wgrad_precision",
+            self.wgrad_precision,
+            f"needs moe.experts.precision fp8, which is {self.precision}",
+        )
         if self.precision == "fp8":
             require(
                 self.backend in ("auto", "native", "loop"),

@@ -25,7 +25,7 @@ from ep_moe.comm.fp8_rows import dequantize_rows
 from ep_moe.dispatcher import NormalDispatcher
 from ep_moe.experts import GroupedExperts
 from ep_moe.experts.activation import activate
-from ep_moe.experts.gemm import row_major, weight_gradient
+from ep_moe.experts.gemm import row_major, weight_gradient, weight_product
 from ep_moe.experts.groups import (
     ExpertGroup,
     ExpertNetwork,
@@ -188,9 +188,11 @@ class _Chunked(torch.autograd.Function):
             if need_fc2:
                 if inner is None:
                     inner = activate(fc1_out, network.activation, row_weights, segments.row_count)
-                grad_fc2 = weight_gradient(ctx.parameters[1], grad_out, inner, segments, network.gemm)
+                product = weight_product(network.gemm, grad_out, inner, segments)
+                grad_fc2 = weight_gradient(ctx.parameters[1], product)
             if need_fc1:
                 assert grads.fc1_out is not None
-                grad_fc1 = weight_gradient(ctx.parameters[0], grads.fc1_out, rows, segments, network.gemm)
+                product = weight_product(network.gemm, grads.fc1_out, rows, segments)
+                grad_fc1 = weight_gradient(ctx.parameters[0], product)
             grad_topk = returning.wait()
         return grad_x, grad_topk, grad_fc1, grad_fc2, None, None

@@ -23,14 +23,16 @@ EXTRA = 5  # rows behind the last segment
 TOLERANCE = {"input": 0.03, "fp8": 0.15}
 
 
-def make_experts(precision: str, activation: str) -> tuple[GroupedExperts, GroupedExperts]:
+def make_experts(
+    precision: str, activation: str, wgrad_precision: str = "input"
+) -> tuple[GroupedExperts, GroupedExperts]:
     """Experts on the kernels, and the same in fp32 on the oracle."""
 
     def init_method(weight: Tensor) -> None:
         nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
     kind = {"init_method": init_method, "output_init_method": init_method}
-    config = ExpertsConfig(FFN, activation=activation, precision=precision)
+    config = ExpertsConfig(FFN, activation=activation, precision=precision, wgrad_precision=wgrad_precision)
     experts = GroupedExperts(HIDDEN, len(COUNTS), config, device="cuda", dtype=torch.bfloat16, **kind)
     config = ExpertsConfig(FFN, activation=activation, backend="loop")
     oracle = GroupedExperts(HIDDEN, len(COUNTS), config, device="cuda", dtype=torch.float32, **kind)
@@ -43,9 +45,9 @@ def far(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
     return not bool((actual.float() - expected).abs().max() <= tolerance * expected.abs().max())
 
 
-def check_training(precision: str, activation: str, into_main_grad: bool) -> list[str]:
+def check_training(precision: str, wgrad_precision: str, activation: str, into_main_grad: bool) -> list[str]:
     """Names of the results of forward and backward that are wrong."""
-    experts, oracle = make_experts(precision, activation)
+    experts, oracle = make_experts(precision, activation, wgrad_precision)
     real = sum(COUNTS)
     counts = torch.tensor(COUNTS, device="cuda")
     ends = counts.cumsum(0).int()
@@ -110,8 +112,10 @@ def check_routing() -> list[str]:
 def main() -> None:
     """All of them; exit status 1 if a result is wrong."""
     wrong = {
-        f"{activation}, precision {precision}, main_grad {main_grad}": check_training(precision, activation, main_grad)
-        for precision in ("input", "fp8")
+        f"{activation}, precision {precision}, of weights' gradients {wgrad}, main_grad {main_grad}": check_training(
+            precision, wgrad, activation, main_grad
+        )
+        for precision, wgrad in (("input", "input"), ("fp8", "input"), ("fp8", "fp8"))
         for activation in ("swiglu", "geglu", "squared_relu")
         for main_grad in (False, True)
     }

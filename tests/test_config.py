@@ -65,12 +65,12 @@ BAD = [
     (
         "moe.experts={3: 1}",
         "moe.experts.3 = 1: unknown key; moe.experts has activation, backend, ffn_hidden_size, precision, "
-        "recompute_activation",
+        "recompute_activation, wgrad_precision",
     ),
     (
         'moe.experts={"a\\nb": 1}',
         "moe.experts.a b = 1: unknown key; moe.experts has activation, backend, ffn_hidden_size, precision, "
-        "recompute_activation",
+        "recompute_activation, wgrad_precision",
     ),
     ("data.zzzz=1", "data.zzzz = 1: unknown key; data has path, pattern, sequence_length, validation_fraction"),
     ("moe.top_k=two", "moe.top_k = two: must be an integer"),

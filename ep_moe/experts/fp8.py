@@ -74,6 +74,22 @@ class Fp8ActivationGradients:
     row_weights: Tensor | None
 
 
+@dataclass(frozen=True)
+class Fp8Columns:
+    """Rows quantised along their columns, a scale for 128 tokens of a channel: operands of the gradient of weights.
+
+    Tokens lie in blocks of 128, which belong to one expert each: every expert's start a block, and what its last block
+    has room for beyond them is zero.
+
+    Attributes:
+        values: e4m3 ``[blocks, width, 128]``, a channel's tokens side by side.
+        scales: fp32 ``[blocks, width]``.
+    """
+
+    values: Tensor
+    scales: Tensor
+
+
 class Fp8Multiply(Protocol):
     """A product; see :class:`Fp8Gemm`."""
 
@@ -121,12 +137,42 @@ class Fp8BackwardOfActivation(Protocol):
         ...
 
 
+class Fp8WeightGradient(Protocol):
+    """The gradient of weights; see :class:`Fp8Gemm`."""
+
+    def __call__(
+        self,
+        grad: Fp8Columns,
+        rows: Fp8Columns,
+        segments: ExpertSegments,
+        dtype: torch.dtype,
+        *,
+        out: Tensor | None = None,
+        accumulate: bool = False,
+        in_turns: bool = False,
+    ) -> Tensor:
+        """Each expert's ``grad`` transposed times its rows.
+
+        Args:
+            grad: of ``[segments.num_rows, out_features]``, gradient of the result.
+            rows: of ``[segments.num_rows, in_features]``, as in ``multiply``.
+            segments: which rows belong to which expert.
+            dtype: of the result, if ``out`` is ``None``.
+            out: as of :class:`~ep_moe.experts.gemm.WeightGradient`, which says the same of ``accumulate`` and the
+                result.
+            accumulate: likewise.
+            in_turns: whether other kernels run beside it; see ``GroupedGemm.in_turns``.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Fp8Gemm:
     """A back end of FP8 products. The functions know nothing of autograd; every tensor they get is dense.
 
-    Packed rows lie flat, ``[local_experts * room, width]``; all but ``activation_gradients`` take them. Rows that are
-    not real, behind the last segment or a packed expert's count, are read into no result, and unspecified in results.
+    Packed rows lie flat, ``[local_experts * room, width]``; all but those that backward alone calls take them. Rows
+    that are not real, behind the last segment or a packed expert's count, are read into no result, and unspecified in
+    results.
 
     Attributes:
         quantize_rows: ``(rows [num_rows, width], segments)``.
@@ -134,6 +180,11 @@ class Fp8Gemm:
         multiply: see :class:`Fp8Multiply`.
         activate: see :class:`Fp8Activate`.
         activation_gradients: see :class:`Fp8BackwardOfActivation`.
+        quantize_columns: ``(rows [num_rows, width], segments)``; of rows in FP8, whose scales may have any strides, the
+            values that they stand for, in fp32. There may be more blocks than the segments have: those behind are
+            unspecified.
+        quantize_both: ``quantize_rows`` and ``quantize_columns`` of the same rows.
+        wgrad: see :class:`Fp8WeightGradient`.
     """
 
     quantize_rows: Callable[[Tensor, Segments], Fp8Rows]
@@ -141,6 +192,9 @@ class Fp8Gemm:
     multiply: Fp8Multiply
     activate: Fp8Activate
     activation_gradients: Fp8BackwardOfActivation
+    quantize_columns: Callable[[Tensor | Fp8Rows, ExpertSegments], Fp8Columns]
+    quantize_both: Callable[[Tensor, ExpertSegments], tuple[Fp8Rows, Fp8Columns]]
+    wgrad: Fp8WeightGradient
 
 
 def empty_scales(num_rows: int, width: int, device: torch.device) -> Tensor:

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from ep_moe.comm import ExpertSegments
 from ep_moe.experts.deferred import WeightGradientTask
 from ep_moe.experts.fp8 import Fp8WeightPair
-from ep_moe.experts.fp8_linear import Fp8Products, QuantizedGradient
+from ep_moe.experts.fp8_linear import Fp8Products, QuantizedGradient, quantize_gradient, weight_product_of
 from ep_moe.experts.gemm import gradient_or_task, row_major
 
 
@@ -81,7 +81,9 @@ class _Fp8ActivatedLinear(torch.autograd.Function):
         pre_activation, row_weights = ctx.saved_tensors
         grad, fp8, segments = row_major(grad), ctx.products.fp8, ctx.segments
         _, need_weights, need_weight, *_ = ctx.needs_input_grad
-        grad_inner = fp8.multiply(fp8.quantize_rows(grad, segments), ctx.transposed, segments, pre_activation.dtype)
+        dtype = pre_activation.dtype
+        quantized, operand = quantize_gradient(ctx.products, grad, segments, need_weight)
+        grad_inner = fp8.multiply(quantized, ctx.transposed, segments, dtype)
         gradients = fp8.activation_gradients(
             grad_inner,
             pre_activation,
@@ -95,7 +97,7 @@ class _Fp8ActivatedLinear(torch.autograd.Function):
         ctx.gradient.put(gradients.x, gradients.quantized)
         grad_weight = None
         if need_weight:
-            grad_weight = gradient_or_task(
-                ctx.defer, ctx.parameter, grad, gradients.activated, segments, ctx.products.wgrad
-            )
+            assert gradients.activated is not None
+            product = weight_product_of(ctx.products, operand, gradients.activated, segments, dtype)
+            grad_weight = gradient_or_task(ctx.defer, ctx.parameter, product)
         return gradients.x, gradients.row_weights, grad_weight, None, None, None, None, None, None

@@ -5,12 +5,22 @@ from __future__ import annotations
 import itertools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ep_moe.comm import ExpertSegments, PackedSegments
-from ep_moe.comm.fp8 import BLOCK, E4M3_MAX, MIN_AMAX, quantize_e4m3
+from ep_moe.comm.fp8 import BLOCK, E4M3_MAX, MIN_AMAX, dequantize_e4m3, quantize_e4m3
 from ep_moe.experts.activation import activation_backward, apply_activation
-from ep_moe.experts.fp8 import Fp8ActivationGradients, Fp8Gemm, Fp8Rows, Fp8Weight, Fp8WeightPair, Segments
+from ep_moe.experts.fp8 import (
+    Fp8ActivationGradients,
+    Fp8Columns,
+    Fp8Gemm,
+    Fp8Rows,
+    Fp8Weight,
+    Fp8WeightPair,
+    Segments,
+)
+from ep_moe.experts.gemm import store_result
 
 
 def quantize_rows(rows: Tensor, segments: Segments) -> Fp8Rows:
@@ -79,12 +89,53 @@ def activation_gradients(
         return Fp8ActivationGradients(grad_x, quantize_rows(grad_x, segments), activated, grad_weights)
 
 
+def quantize_columns(rows: Tensor | Fp8Rows, segments: ExpertSegments) -> Fp8Columns:
+    """See :class:`Fp8Gemm`."""
+    x = rows if isinstance(rows, Tensor) else dequantize_e4m3(rows.values, rows.scales.t(), torch.float32)
+    # Rows of zeros up to the next block behind every expert's.
+    padded = [F.pad(x[start:end], (0, 0, 0, (start - end) % BLOCK)) for start, end in _places(segments)]
+    slots = torch.cat(padded)
+    blocks = slots.view(len(slots) // BLOCK, BLOCK, slots.shape[1]).transpose(1, 2)
+    columns, scales = quantize_e4m3(blocks.flatten(0, 1))
+    return Fp8Columns(columns.view(blocks.shape), scales.view(blocks.shape[:2]))
+
+
+def quantize_both(rows: Tensor, segments: ExpertSegments) -> tuple[Fp8Rows, Fp8Columns]:
+    """See :class:`Fp8Gemm`."""
+    return quantize_rows(rows, segments), quantize_columns(rows, segments)
+
+
+def wgrad(
+    grad: Fp8Columns,
+    rows: Fp8Columns,
+    segments: ExpertSegments,
+    dtype: torch.dtype,
+    *,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+    in_turns: bool = False,
+) -> Tensor:
+    """See :class:`Fp8WeightGradient`; a loop over experts and blocks, which needs the segments' sizes on the host."""
+    shape = (len(segments.ends), grad.values.shape[1], rows.values.shape[1])
+    totals = torch.zeros(shape, device=grad.values.device)
+    block = 0
+    for total, (start, end) in zip(totals, _places(segments), strict=True):
+        for _ in range(start, end, BLOCK):
+            product = grad.values[block].float() @ rows.values[block].float().t()
+            total += product * (grad.scales[block].unsqueeze(1) * rows.scales[block])
+            block += 1
+    return store_result(totals.to(dtype if out is None else out.dtype), out, accumulate)
+
+
 EMULATED = Fp8Gemm(
     quantize_rows,
     quantize_weight,
     multiply,
     activate,
     activation_gradients,
+    quantize_columns,
+    quantize_both,
+    wgrad,
 )
 
 

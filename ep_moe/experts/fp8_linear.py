@@ -1,12 +1,13 @@
 """Linear layers of the experts in FP8, with autograd.
 
 Forward and the gradient of the rows multiply in FP8: rows, and gradients of results, are quantised along the reduction
-of the product that reads them. The gradient of the weights is a product in the dtype of the rows.
+of the product that reads them. The gradient of the weights is a product in the dtype of the rows, or in FP8 too, of
+rows and gradients that are quantised along the tokens for it: together with their other form where both are made of the
+same tensor, so that forward keeps the rows in FP8 alone.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,9 @@ from torch.autograd.function import once_differentiable
 from ep_moe.comm import ExpertSegments
 from ep_moe.comm.fp8_rows import QuantizedRows, dequantize_rows
 from ep_moe.experts.deferred import WeightGradientTask
-from ep_moe.experts.fp8 import Fp8Gemm, Fp8Rows, Fp8WeightPair, by_blocks
-from ep_moe.experts.gemm import GroupedGemm, gradient_or_task, row_major
-from ep_moe.experts.recompute import Recipe, kept
+from ep_moe.experts.fp8 import Fp8Columns, Fp8Gemm, Fp8Rows, Fp8WeightPair, by_blocks
+from ep_moe.experts.gemm import GroupedGemm, WeightProduct, gradient_or_task, row_major, weight_product
+from ep_moe.experts.recompute import kept
 
 
 class QuantizedGradient:
@@ -46,10 +47,13 @@ class QuantizedGradient:
 
 @dataclass(frozen=True)
 class Fp8Products:
-    """The back ends of the three products of a linear layer: ``fp8`` of the first two, ``wgrad`` of the third."""
+    """The back ends of the three products of a linear layer: ``fp8`` of the first two, ``wgrad`` of the third.
+
+    Without ``wgrad``, ``fp8`` of all three.
+    """
 
     fp8: Fp8Gemm
-    wgrad: GroupedGemm
+    wgrad: GroupedGemm | None
 
 
 def fp8_grouped_linear(
@@ -79,8 +83,53 @@ def fp8_grouped_linear(
         ``[segments.num_rows, out_features]`` in the dtype of ``rows``.
     """
     arrived, x = (rows, rows.stand_in) if isinstance(rows, QuantizedRows) else (None, rows)
-    result: Tensor = _Fp8GroupedLinear.apply(x, arrived, weight, quantized, segments, products, defer, gradient)
+    keeps_columns = products.wgrad is None and weight.requires_grad and torch.is_grad_enabled()
+    result: Tensor = _Fp8GroupedLinear.apply(
+        x, arrived, weight, quantized, segments, products, defer, gradient, keeps_columns
+    )
     return result
+
+
+def weight_product_of(
+    products: Fp8Products,
+    grad: Tensor | Fp8Columns,
+    rows: Tensor | Fp8Rows | Fp8Columns,
+    segments: ExpertSegments,
+    dtype: torch.dtype,
+) -> WeightProduct:
+    """The gradient of the weights.
+
+    Operands that are not quantised along the tokens yet are when it is computed, not before.
+
+    Args:
+        products: the back ends; quantised along the tokens operands may be without ``wgrad`` alone.
+        grad: ``[segments.num_rows, out_features]``, gradient of the result.
+        rows: ``[segments.num_rows, in_features]``; the scales of FP8 ones may have any strides.
+        segments: which rows belong to which expert.
+        dtype: of the rows, and of the result.
+    """
+    if products.wgrad is not None:
+        if isinstance(rows, Fp8Rows):
+            rows = dequantize_rows(rows.values, rows.scales.t(), dtype, segments.row_count)
+        assert isinstance(grad, Tensor) and isinstance(rows, Tensor)
+        return weight_product(products.wgrad, grad, rows, segments)
+    fp8 = products.fp8
+
+    def multiply(*, out: Tensor | None = None, accumulate: bool = False, in_turns: bool = False) -> Tensor:
+        grad_columns = grad if isinstance(grad, Fp8Columns) else fp8.quantize_columns(grad, segments)
+        row_columns = rows if isinstance(rows, Fp8Columns) else fp8.quantize_columns(rows, segments)
+        return fp8.wgrad(grad_columns, row_columns, segments, dtype, out=out, accumulate=accumulate, in_turns=in_turns)
+
+    return multiply
+
+
+def quantize_gradient(
+    products: Fp8Products, grad: Tensor, segments: ExpertSegments, need_weight: bool
+) -> tuple[Fp8Rows, Tensor | Fp8Columns]:
+    """The gradient of the result as the gradient of the rows reads it, and as that of the weights does, if needed."""
+    if need_weight and products.wgrad is None:
+        return products.fp8.quantize_both(grad, segments)
+    return products.fp8.quantize_rows(grad, segments), grad
 
 
 class _Fp8GroupedLinear(torch.autograd.Function):
@@ -95,20 +144,26 @@ class _Fp8GroupedLinear(torch.autograd.Function):
         products: Fp8Products,
         defer: Callable[[WeightGradientTask], None] | None,
         gradient: QuantizedGradient | None,
+        keeps_columns: bool,
     ) -> Tensor:
         ctx.parameter = weight  # as in grouped_linear
         ctx.segments, ctx.products, ctx.defer = segments, products, defer
         ctx.transposed, ctx.gradient = quantized.transposed, gradient
         ctx.dtype = rows.dtype
-        if arrived is None:
+        if arrived is not None:
+            fp8_rows = Fp8Rows(arrived.values, by_blocks(arrived.scales))
+            ctx.save_for_backward(arrived.values, arrived.scales.t())
+            ctx.make_rows = Fp8Rows
+        elif keeps_columns:
+            fp8_rows, columns = products.fp8.quantize_both(row_major(rows), segments)
+            ctx.save_for_backward(columns.values, columns.scales)
+            ctx.make_rows = Fp8Columns
+        else:
             rows = row_major(rows)
             fp8_rows = products.fp8.quantize_rows(rows, segments)
             recipe = kept(rows)
-        else:
-            fp8_rows = Fp8Rows(arrived.values, by_blocks(arrived.scales))
-            recipe = Recipe((arrived.values, arrived.scales), functools.partial(_dequantized, rows.dtype, segments))
-        ctx.save_for_backward(*recipe.tensors)
-        ctx.make_rows = recipe.make
+            ctx.save_for_backward(*recipe.tensors)
+            ctx.make_rows = recipe.make
         return products.fp8.multiply(fp8_rows, quantized.weight, segments, rows.dtype)
 
     @staticmethod
@@ -117,16 +172,14 @@ class _Fp8GroupedLinear(torch.autograd.Function):
         quantized = None if ctx.gradient is None else ctx.gradient.take(grad)
         grad = row_major(grad)
         need_rows, _, need_weight, *_ = ctx.needs_input_grad
-        fp8, segments = ctx.products.fp8, ctx.segments
+        products, segments = ctx.products, ctx.segments
+        operand: Tensor | Fp8Columns = grad
         grad_rows = grad_weight = None
         if need_rows:
-            quantized = quantized or fp8.quantize_rows(grad, segments)
-            grad_rows = fp8.multiply(quantized, ctx.transposed, segments, ctx.dtype)
+            if quantized is None:
+                quantized, operand = quantize_gradient(products, grad, segments, need_weight)
+            grad_rows = products.fp8.multiply(quantized, ctx.transposed, segments, ctx.dtype)
         if need_weight:
-            rows = ctx.make_rows(*ctx.saved_tensors)
-            grad_weight = gradient_or_task(ctx.defer, ctx.parameter, grad, rows, segments, ctx.products.wgrad)
-        return grad_rows, None, grad_weight, None, None, None, None, None
-
-
-def _dequantized(dtype: torch.dtype, segments: ExpertSegments, values: Tensor, scales: Tensor) -> Tensor:
-    return dequantize_rows(values, scales, dtype, segments.row_count)
+            product = weight_product_of(products, operand, ctx.make_rows(*ctx.saved_tensors), segments, ctx.dtype)
+            grad_weight = gradient_or_task(ctx.defer, ctx.parameter, product)
+        return grad_rows, None, grad_weight, None, None, None, None, None, None

@@ -68,6 +68,23 @@ class WeightGradient(Protocol):
         ...
 
 
+class WeightProduct(Protocol):
+    """The weight gradient of operands that it knows."""
+
+    def __call__(self, *, out: Tensor | None = None, accumulate: bool = False, in_turns: bool = False) -> Tensor:
+        """Compute it.
+
+        Args:
+            out: as of :class:`WeightGradient`.
+            accumulate: likewise.
+            in_turns: whether other kernels run beside it; see ``GroupedGemm.in_turns``.
+
+        Returns:
+            As :class:`WeightGradient`.
+        """
+        ...
+
+
 class PackedForward(Protocol):
     """The product for rows that lie packed, with gaps between the experts; see :class:`GroupedGemm`."""
 
@@ -200,27 +217,32 @@ class _GroupedLinear(torch.autograd.Function):
         grad_rows = ctx.gemm.dgrad(grad, weight, ctx.segments) if need_rows else None
         grad_weight = None
         if need_weight:
-            rows = ctx.make_rows(*ingredients)
-            grad_weight = gradient_or_task(ctx.defer, ctx.parameter, grad, rows, ctx.segments, ctx.gemm)
+            product = weight_product(ctx.gemm, grad, ctx.make_rows(*ingredients), ctx.segments)
+            grad_weight = gradient_or_task(ctx.defer, ctx.parameter, product)
         return grad_rows, grad_weight, None, None, None, None
 
 
+def weight_product(gemm: GroupedGemm, grad: Tensor, rows: Tensor, segments: ExpertSegments) -> WeightProduct:
+    """``gemm.wgrad`` of these operands."""
+
+    def multiply(*, out: Tensor | None = None, accumulate: bool = False, in_turns: bool = False) -> Tensor:
+        chosen = gemm.in_turns or gemm if in_turns else gemm
+        return chosen.wgrad(grad, rows, segments, out=out, accumulate=accumulate)
+
+    return multiply
+
+
 def gradient_or_task(
-    defer: Callable[[WeightGradientTask], None] | None,
-    weight: Tensor,
-    grad: Tensor,
-    rows: Tensor,
-    segments: ExpertSegments,
-    gemm: GroupedGemm,
+    defer: Callable[[WeightGradientTask], None] | None, weight: Tensor, product: WeightProduct
 ) -> Tensor | None:
     """:func:`weight_gradient` now, or left to ``defer``, to be computed while rows travel."""
     if defer is None:
-        return weight_gradient(weight, grad, rows, segments, gemm)
-    defer(functools.partial(weight_gradient, weight, grad, rows, segments, gemm.in_turns or gemm))
+        return weight_gradient(weight, product)
+    defer(functools.partial(weight_gradient, weight, functools.partial(product, in_turns=True)))
     return None
 
 
-def weight_gradient(weight: Tensor, grad: Tensor, rows: Tensor, segments: ExpertSegments, gemm: GroupedGemm) -> Tensor:
+def weight_gradient(weight: Tensor, product: WeightProduct) -> Tensor:
     """The gradient of ``weight``, or, if it was added to Megatron's ``main_grad``, a tensor without meaning.
 
     Megatron's ``DistributedDataParallel`` (checked with 0.16 and 0.19) gives its parameters ``main_grad``, a view of
@@ -229,8 +251,8 @@ def weight_gradient(weight: Tensor, grad: Tensor, rows: Tensor, segments: Expert
     """
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None or not hasattr(weight, "grad_added_to_main_grad"):
-        return gemm.wgrad(grad, rows, segments)
-    gemm.wgrad(grad, rows, segments, out=main_grad, accumulate=True)
+        return product()
+    product(out=main_grad, accumulate=True)
     weight.grad_added_to_main_grad = True
     return torch.empty_like(weight)
 

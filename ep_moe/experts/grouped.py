@@ -248,7 +248,8 @@ class GroupedExperts(nn.Module):
         """The network with its products in FP8; ``weights`` take the gradients."""
         kind = rows.stand_in if isinstance(rows, QuantizedRows) else rows
         fp8, fc1, fc2 = self._fp8_weights(kind)
-        products = Fp8Products(fp8, self._backend(kind.dtype, kind.device))
+        in_fp8 = self.config.wgrad_precision == "fp8"
+        products = Fp8Products(fp8, None if in_fp8 else self._backend(kind.dtype, kind.device))
         activation, gradient = self.config.activation, QuantizedGradient()
         fc1_out = fp8_grouped_linear(rows, weights[0], fc1, segments, products, defer[0], gradient=gradient)
         differentiated = torch.is_grad_enabled() and any(

@@ -15,7 +15,7 @@ from torch import Tensor
 from ep_moe.comm import PackedSegments
 from ep_moe.comm.fp8 import BLOCK
 from ep_moe.comm.nvlink_wire import ELEMENTS
-from ep_moe.experts import native_fp8_activation, native_gemm
+from ep_moe.experts import native_fp8_activation, native_fp8_wgrad, native_gemm
 from ep_moe.experts.fp8 import Fp8Gemm, Fp8Rows, Fp8Weight, Fp8WeightPair, Segments, empty_scales
 from ep_moe.experts.native_real_rows import RealRows, real_rows
 from ep_moe.native import launch, load_entry_points
@@ -148,6 +148,9 @@ NATIVE = Fp8Gemm(
     multiply,
     native_fp8_activation.activate,
     native_fp8_activation.activation_gradients,
+    native_fp8_wgrad.quantize_columns,
+    native_fp8_wgrad.quantize_both,
+    native_fp8_wgrad.wgrad,
 )
 
 

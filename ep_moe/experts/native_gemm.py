@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from ctypes import c_int32, c_int64, c_void_p
 
 import torch
@@ -22,7 +22,7 @@ WIDTH_MULTIPLE = 64
 MAX_EXPERTS = 1024
 _CAPABILITY = (9, 0)  # exactly: the instructions exist on no other
 _ALIGNMENT_BYTES = 16  # of the tensors' first elements
-_TURNS = 4  # of blocks on an SM, beside other kernels: each costs some microseconds to start
+TURNS = 4  # of blocks on an SM, beside other kernels: each costs some microseconds to start
 
 
 class GroupedGemmArgs(ctypes.Structure):
@@ -137,14 +137,30 @@ def wgrad(
     accumulate: bool = False,
     turns: int = 1,
 ) -> Tensor:
-    """Written in bf16 or added to fp32 by the kernel itself; any other ``out`` takes a pass of its own."""
-    if out is not None and out.dtype == torch.float32 and _is_plain(out):
-        target = out if accumulate else out.zero_()
-        return _multiply_weights(grad, rows, segments, target, turns)
+    """See ``GroupedGemm``; :func:`into` says where the result goes."""
     shape = (segments.ends.shape[0], grad.shape[1], rows.shape[1])
-    if out is not None and not accumulate and _is_plain(out):
-        return _multiply_weights(grad, rows, segments, out, turns)
-    return store_result(_multiply_weights(grad, rows, segments, rows.new_empty(shape), turns), out, accumulate)
+
+    def multiply(target: Tensor | None) -> Tensor:
+        target = rows.new_empty(shape) if target is None else target
+        return _multiply_weights(grad, rows, segments, target, turns)
+
+    return into(out, accumulate, multiply)
+
+
+def into(out: Tensor | None, accumulate: bool, multiply: Callable[[Tensor | None], Tensor]) -> Tensor:
+    """A gradient of weights, from a kernel that writes bf16 or adds to fp32; any other ``out`` takes a pass of its own.
+
+    Args:
+        out: as of ``WeightGradient``.
+        accumulate: likewise.
+        multiply: writes a dense bf16 tensor, adds to a dense fp32 one, or makes a new one for ``None``; returns it.
+    """
+    if out is not None and _is_plain(out):
+        if out.dtype == torch.float32:
+            return multiply(out if accumulate else out.zero_())
+        if not accumulate:
+            return multiply(out)
+    return store_result(multiply(None), out, accumulate)
 
 
 def swiglu(
@@ -178,10 +194,10 @@ def swiglu(
 
 
 _IN_TURNS = GroupedGemm(
-    functools.partial(forward, turns=_TURNS),
-    functools.partial(dgrad, turns=_TURNS),
-    functools.partial(wgrad, turns=_TURNS),
-    swiglu=functools.partial(swiglu, turns=_TURNS),
+    functools.partial(forward, turns=TURNS),
+    functools.partial(dgrad, turns=TURNS),
+    functools.partial(wgrad, turns=TURNS),
+    swiglu=functools.partial(swiglu, turns=TURNS),
     reads_start=True,
 )
 NATIVE = GroupedGemm(forward, dgrad, wgrad, forward_packed, swiglu, reads_start=True, in_turns=_IN_TURNS)

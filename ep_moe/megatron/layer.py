@@ -60,6 +60,7 @@ class MegatronEPMoELayer(MoELayer):
         comm: Comm = "auto",
         backend: Backend = "auto",
         precision: Precision = "input",
+        wgrad_precision: Precision = "input",
         ranks_per_node: int | None = None,
         between_nodes: BetweenNodes = "portable",
         **ignored: Any,
@@ -78,6 +79,7 @@ class MegatronEPMoELayer(MoELayer):
             comm: communicator (key ``moe.comm``).
             backend: grouped GEMM (key ``moe.experts.backend``).
             precision: of its products (key ``moe.experts.precision``).
+            wgrad_precision: of the gradients of weights (key ``moe.experts.wgrad_precision``).
             ranks_per_node: key ``moe.comm_ranks_per_node``.
             between_nodes: key ``moe.comm_between_nodes``.
             ignored: keyword arguments that newer versions of Megatron add.
@@ -85,7 +87,7 @@ class MegatronEPMoELayer(MoELayer):
         Raises:
             ConfigError: for a setting of ``config`` that the layer would not honour.
         """
-        moe = moe_config(config, comm=comm, backend=backend, precision=precision)
+        moe = moe_config(config, comm=comm, backend=backend, precision=precision, wgrad_precision=wgrad_precision)
         if is_mtp_layer is None and getattr(config, "mtp_use_repeated_layer", False):
             raise ConfigError(
                 "TransformerConfig.mtp_use_repeated_layer = True: this release of Megatron does not tell the layer "

@@ -18,6 +18,7 @@ def use_ep_moe(
     comm: Comm = "auto",
     backend: Backend = "auto",
     precision: Precision = "input",
+    wgrad_precision: Precision = "input",
     ranks_per_node: int | None = None,
     between_nodes: BetweenNodes = "portable",
 ) -> Any:
@@ -31,6 +32,7 @@ def use_ep_moe(
         comm: communicator (key ``moe.comm``).
         backend: grouped GEMM (key ``moe.experts.backend``).
         precision: of its products (key ``moe.experts.precision``).
+        wgrad_precision: of the gradients of weights (key ``moe.experts.wgrad_precision``).
         ranks_per_node: key ``moe.comm_ranks_per_node``.
         between_nodes: key ``moe.comm_between_nodes``.
 
@@ -45,6 +47,7 @@ def use_ep_moe(
         "comm": comm,
         "backend": backend,
         "precision": precision,
+        "wgrad_precision": wgrad_precision,
         "ranks_per_node": ranks_per_node,
         "between_nodes": between_nodes,
     }

@@ -49,7 +49,14 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 _LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 
 
-def moe_config(config: TransformerConfig, *, comm: Comm, backend: Backend, precision: Precision = "input") -> MoEConfig:
+def moe_config(
+    config: TransformerConfig,
+    *,
+    comm: Comm,
+    backend: Backend,
+    precision: Precision = "input",
+    wgrad_precision: Precision = "input",
+) -> MoEConfig:
     """Translate the MoE part of a Megatron configuration.
 
     Shared experts are not part of it: the adapter keeps Megatron's own module for them.
@@ -59,6 +66,7 @@ def moe_config(config: TransformerConfig, *, comm: Comm, backend: Backend, preci
         comm: communicator, as key ``moe.comm``.
         backend: grouped GEMM, as key ``moe.experts.backend``.
         precision: of its products, as key ``moe.experts.precision``.
+        wgrad_precision: of the gradients of weights, as key ``moe.experts.wgrad_precision``.
 
     Raises:
         ConfigError: naming the setting that cannot be honoured.
@@ -74,6 +82,7 @@ def moe_config(config: TransformerConfig, *, comm: Comm, backend: Backend, preci
             activation=_activation(config),
             backend=backend,
             precision=precision,
+            wgrad_precision=wgrad_precision,
             recompute_activation=config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules,
         ),
     )

@@ -74,6 +74,7 @@ def build_model(config: Config, device: torch.device) -> GPTModel:
         comm=config.moe.comm,
         backend=config.moe.experts.backend,
         precision=config.moe.experts.precision,
+        wgrad_precision=config.moe.experts.wgrad_precision,
         ranks_per_node=config.moe.comm_ranks_per_node,
         between_nodes=config.moe.comm_between_nodes,
     )
