@@ -34,6 +34,7 @@ from ep_moe.comm.communicator import (
 from ep_moe.comm.fp8 import quantize_e4m3
 from ep_moe.comm.hops import Counts, Hops, Place
 from ep_moe.comm.layout import SendLayout, send_layout, sum_by_token
+from ep_moe.comm.node_sum import places_of_tokens, sum_over_nodes
 from ep_moe.comm.nvlink import NvlinkCommunicator
 from ep_moe.comm.pipelined_hops import PipelinedHops
 from ep_moe.comm.sequential_hops import SequentialHops
@@ -51,6 +52,7 @@ class TwoHopHandle:
         shape: ``(tokens, top_k)`` at this rank.
         routes: of this rank's tokens to the nodes.
         tokens: int64 ``[sent]``, the token of each row that returns, by node.
+        places: int32 ``[nodes, tokens]``, where among a node's rows that of a token returns, or -1.
         hops: handle of the exchange.
         segments: of the expert-major rows.
     """
@@ -58,6 +60,7 @@ class TwoHopHandle:
     shape: tuple[int, int]
     routes: NodeRoutes
     tokens: Tensor
+    places: Tensor
     hops: Any
     segments: ExpertSegments
 
@@ -139,7 +142,8 @@ class TwoHopCommunicator(UndividedExchanges):
         if routing is not None:
             routing = replace(routing, rows_per_rank=row_counts.flatten().to(x.device))
         shape = (topk_idx.shape[0], topk_idx.shape[1])
-        handle = TwoHopHandle(shape, routes, to_nodes.tokens, here.handle, segments)
+        places = places_of_tokens(to_nodes.tokens, routes.send_counts, shape[0])
+        handle = TwoHopHandle(shape, routes, to_nodes.tokens, places, here.handle, segments)
         return replace(here, segments=segments, handle=handle, routing=routing)
 
     def dispatch_cached(self, x: Tensor, handle: TwoHopHandle, layout: RowLayout = "expert_major") -> Tensor:
@@ -161,8 +165,7 @@ class TwoHopCommunicator(UndividedExchanges):
                 f"rows: expected [{handle.num_rows(layout)}, hidden] as dispatched, got {list(rows.shape)}"
             )
         returned = self._hops.combine(rows, handle.hops, layout)
-        accumulate = torch.promote_types(rows.dtype, torch.float32)
-        return sum_by_token(returned, handle.tokens, handle.shape[0], accumulate).to(rows.dtype)
+        return sum_over_nodes(returned, handle.tokens, handle.places)
 
     def combine_weights(self, row_weights: Tensor, handle: TwoHopHandle) -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.combine_weights`."""
