@@ -7,7 +7,6 @@ launches on the current stream.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,27 +21,13 @@ from ep_moe.comm.nvlink_core import NvlinkCore
 from ep_moe.comm.nvlink_handle import NvlinkHandle
 from ep_moe.comm.nvlink_layout import HostCounts, lay_out
 from ep_moe.comm.nvlink_rows import LocalRows, RowSource
+from ep_moe.comm.nvlink_sums import SumFlags, Summed
 from ep_moe.comm.nvlink_wire import ELEMENTS, SHARED_BYTES, wire_format
 from ep_moe.comm.sm_budget import combine_sms, dispatch_sms
 from ep_moe.native import pointer
 
 _MAX_WARPS, _MAX_STAGES = 8, 3
 _WEIGHTS_SMS = 64  # one value a thread at usual sizes: they wait more than they move
-
-
-@dataclass(frozen=True)
-class Summed:
-    """Sums that a running combine makes.
-
-    Attributes:
-        out: ``[tokens, hidden]``.
-        flags: int32 ``[tokens / 8]``, rounded up: ``epoch`` once the sums of so many tokens are in ``out``.
-        epoch: of this combine.
-    """
-
-    out: Tensor
-    flags: Tensor
-    epoch: int
 
 
 class NvlinkCommunicator:
@@ -80,8 +65,7 @@ class NvlinkCommunicator:
         self.size = self._core.size
         self.device = device
         self._host_counts = HostCounts(self._core)
-        self._summed: Tensor | None = None
-        self._epoch = 0
+        self._sum_flags = SumFlags()
 
     @property
     def symmetric_bytes(self) -> int:
@@ -266,15 +250,12 @@ class NvlinkCommunicator:
         assert handle.nodes is not None
         core = self._core
         with core:
-            if self._summed is None or self._summed.shape[0] * native.COMBINE_GROUP != core.max_tokens:
-                flags = core.max_tokens // native.COMBINE_GROUP
-                self._summed = torch.zeros(flags, dtype=torch.int32, device=self.device)
-            self._epoch = self._epoch % 0x7FFFFFFF + 1
+            summed = self._sum_flags.next(core, out)
             arguments.comm.blocks = max(min(arguments.comm.blocks, core.multiprocessors - leave_sms), 1)
             arguments.nodes = handle.nodes.arguments()
-            arguments.summed, arguments.epoch = self._summed.data_ptr(), self._epoch
+            arguments.summed, arguments.epoch = summed.flags.data_ptr(), summed.epoch
             core.launch("combine", arguments)
-            send(Summed(out, self._summed, self._epoch))
+            send(summed)
         return out
 
     def _combine(

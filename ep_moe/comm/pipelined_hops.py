@@ -17,9 +17,10 @@ from torch import Tensor
 from ep_moe.comm.communicator import Dispatched, RowLayout
 from ep_moe.comm.hops import Counts, Place
 from ep_moe.comm.node_chunks import node_chunks
-from ep_moe.comm.nvlink import NvlinkCommunicator, Summed
+from ep_moe.comm.nvlink import NvlinkCommunicator
 from ep_moe.comm.nvlink_core import NvlinkCore
 from ep_moe.comm.nvlink_handle import NvlinkHandle
+from ep_moe.comm.nvlink_sums import Summed
 from ep_moe.comm.nvlink_wire import MOVED, WireFormat, wire_format
 from ep_moe.comm.symmetric_transport import Spans, SymmetricTransport
 from ep_moe.comm.transport import NodeRoutes

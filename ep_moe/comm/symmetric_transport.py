@@ -17,15 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_moe.comm.nvlink import Summed
 from ep_moe.comm.nvlink_args import CommunicatorArgs
 from ep_moe.comm.nvlink_faults import FaultMonitor
+from ep_moe.comm.nvlink_sums import Summed
 from ep_moe.comm.symmetric import SymmetricBuffer, allocate_symmetric
 from ep_moe.comm.transport import NodeRoutes
 from ep_moe.native import launch, load_entry_points, pointer
 
 MAX_NODES, _PARTS, _SLOTS, _CHUNK_ROWS = 32, 4, 2, 32
-_MOST_CHANNELS, _MOST_BLOCKS = 8, 64  # more keep no network card busier
+_MOST_CHANNELS, _MOST_BLOCKS = 8, 64  # which leaves SMs to the kernels beside
 _OWN_BLOCKS = 16
 
 
