@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def communicators(machine: Machine, topology: Topology, tokens: int) -> Iterator[tuple[str, Communicator]]:
-    """One hop, then two by each transport; NVSHMEM where it is."""
+    """One hop, then two by each transport; NVSHMEM where it is. One is gone when the next comes."""
     group, device, rank = machine.group, machine.device, dist.get_rank()
     ranks, node = topology.counterparts(rank), topology.node_of(rank)
     yield "one hop", NvlinkCommunicator(group, device, max_tokens=tokens)
@@ -75,6 +75,10 @@ def communicators(machine: Machine, topology: Topology, tokens: int) -> Iterator
         for overlap in (False, True):
             label = name if overlap else f"{name} seq"
             yield label, two_hop_communicator(group, topology, here, transport, overlap=overlap)
+    if "nvshmem" in transports:
+        from ep_moe.comm.nvshmem import shutdown
+
+        shutdown()
 
 
 def draw(lines: list[Line], pyplot: Any) -> Any:
