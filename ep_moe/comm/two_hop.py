@@ -114,7 +114,7 @@ class TwoHopCommunicator(UndividedExchanges):
                 "dispatch: over several nodes it cannot be captured in a CUDA graph, for the host learns sizes"
             )
         check_expert_range(topk_idx, num_experts)
-        payload = [*quantize_e4m3(x)] if fp8 else [x.contiguous()] if scales is None else [x.contiguous(), scales]
+        payload = [*quantize_e4m3(x)] if fp8 else [x] if scales is None else [x, scales]
         to_nodes = send_layout(topk_idx, num_experts, self.topology.nodes)
         to_ranks = send_layout(topk_idx, num_experts, self.size)
         counts = self._exchange_counts(to_nodes, to_ranks, exchange_signature(x, topk_idx, topk_weights, fp8))
