@@ -17,7 +17,15 @@ from typing import Any
 
 COLORS = {"GEMM": "tab:blue", "communication": "tab:orange", "other": "tab:gray"}
 _GEMMS = ("gemm", "nvjet", "cutlass", "xmma")
-_EXCHANGES = ("layout_kernel", "copy_kernel", "quantize_kernel", "dispatch_kernel", "combine_kernel", "weights_kernel")
+_EXCHANGES = (
+    "layout_kernel",
+    "copy_kernel",
+    "quantize_kernel",
+    "dispatch_kernel",
+    "combine_kernel",
+    "weights_kernel",
+    "node_exchange_kernel",
+)
 _ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 
 

@@ -12,6 +12,8 @@
 //   landing (peer's pushers)      finishers                  landing flag of 8 tokens: bar.sync of the pushers, then
 //                                                            st.release / ld.acquire
 //   (reuse of landing)            finishers, rounds before   rule (2) of communicator.cuh: no push before wait_entered
+//   out (finishers)               exchange between nodes     `summed` of 8 tokens: bar.sync of the finishers, then
+//                                                            st.release / ld.acquire
 //   stage (copy engine, load)     the ring's summing warps   `full` mbarrier
 //   stage (reused by a load)      the ring's summing warps   `empty` mbarrier
 //
@@ -28,6 +30,7 @@
 #include "element.cuh"
 #include "expert_range.cuh"
 #include "launch.cuh"
+#include "node_chunks.cuh"
 
 namespace ep_moe {
 
@@ -45,6 +48,9 @@ struct CombineArgs {
   int32_t slot_tokens;
   int32_t width;
   ExpertRange range;  // with which tokens leave
+  NodeChunks nodes;   // that tokens came from, if the exchange between nodes takes their sums back
+  uint32_t* summed;   // out [tokens / kCombineGroup], `epoch` once the group's sums are in `out`; nullptr without nodes
+  uint32_t epoch;     // another number at each call
 };
 
 namespace {
@@ -56,6 +62,7 @@ constexpr int kVectorsPerThread = 4;
 constexpr int kPieceBytes = kSummingThreads * kVectorsPerThread * 16;  // rows are summed in pieces of this size
 constexpr int kStages = 14;                                            // of both rings
 constexpr int kPushBarrier = 1;                                        // named barrier of the pushing warps
+constexpr int kFinishBarrier = 2;                                      // and of the finishing ones
 
 // A crew's stages: row pieces on their way to its summing warps.
 struct Ring {
@@ -89,18 +96,34 @@ __device__ GroupRange my_groups(const CombineArgs& args) {
   return {first, min(first + each, groups)};
 }
 
-// Calls visit(source, group) for the block's groups of peers' tokens, in the order in which they are pushed.
+// Sums that travel on to other nodes are made in turn by all blocks, in the order in which they leave: a chunk of
+// several groups is complete as early as can be.
 template <typename Visit>
+__device__ void for_each_group_in_turn(const CombineArgs& args, int first_peer, int end_peer, Visit visit) {
+  const int ranks = args.comm.shape.ranks, places = args.nodes.places();
+#pragma unroll 1
+  for (int place = blockIdx.x * kCombineGroup; place < places; place += gridDim.x * kCombineGroup)
+#pragma unroll 1
+    for (int i = first_peer; i < end_peer; ++i) {
+      const int source = (args.comm.rank + i) % ranks, token = args.nodes.token(source, place);
+      if (token >= 0) visit(source, token / kCombineGroup);
+    }
+}
+
+// Calls visit(source, group) for the block's groups of peers' tokens, in the order in which they are pushed.
+template <bool kOnward, typename Visit>
 __device__ void for_each_pushed_group(const CombineArgs& args, Visit visit) {
   const Communicator& comm = args.comm;
+  if constexpr (kOnward) return for_each_group_in_turn(args, 1, comm.shape.ranks, visit);
   const GroupRange range = my_groups(args);
   for (int group = range.first; group < range.end; ++group)
     for (int i = 1; i < comm.shape.ranks; ++i) visit((comm.rank + i) % comm.shape.ranks, group);
 }
 
 // The same for this rank's tokens.
-template <typename Visit>
+template <bool kOnward, typename Visit>
 __device__ void for_each_own_group(const CombineArgs& args, Visit visit) {
+  if constexpr (kOnward) return for_each_group_in_turn(args, 0, 1, visit);
   const GroupRange range = my_groups(args);
   for (int group = range.first; group < range.end; ++group) visit(args.comm.rank, group);
 }
@@ -236,12 +259,12 @@ __device__ __forceinline__ Part<T> sum_pieces(Ring& ring, uint32_t wanted, int c
 }
 
 // Pushers: this rank's sum of every peer's token to that peer.
-template <typename T>
+template <typename T, bool kOnward>
 __device__ void push_sums(const CombineArgs& args, Ring ring, int thread, uint32_t round) {
   const Communicator& comm = args.comm;
   const int lane = thread % 32;
   uint32_t entered = 0;
-  for_each_pushed_group(args, [&](int source, int group) {
+  for_each_pushed_group<kOnward>(args, [&](int source, int group) {
     if (lane == 0 && (entered >> source & 1) == 0) wait_entered(comm, Step::kCombine, source, round);
     entered |= 1u << source;
     __syncwarp();
@@ -261,11 +284,11 @@ __device__ void push_sums(const CombineArgs& args, Ring ring, int thread, uint32
 }
 
 // Finishers: what all ranks have of this rank's tokens, added over the ranks in ascending order.
-template <typename T>
+template <typename T, bool kOnward>
 __device__ void finish_sums(const CombineArgs& args, Ring ring, int thread, uint32_t round) {
   const Communicator& comm = args.comm;
   const int lane = thread % 32;
-  for_each_own_group(args, [&](int source, int group) {
+  for_each_own_group<kOnward>(args, [&](int source, int group) {
     if (lane == 0) wait_landed(comm, group, round);
     __syncwarp();
     for (uint32_t tokens = tokens_to_sum(args, source, group, lane); tokens != 0; tokens &= tokens - 1) {
@@ -286,14 +309,20 @@ __device__ void finish_sums(const CombineArgs& args, Ring ring, int thread, uint
         total.rounded().store(args.out + static_cast<int64_t>(token) * args.row_bytes + start, count, thread);
       }
     }
+    if constexpr (kOnward) {
+      bar_sync(kFinishBarrier, kSummingThreads);  // all sums of the group are stored before its flag is released
+      if (thread == 0) st_release_gpu(args.summed + group, args.epoch);  // pairs with wait_summed of node_exchange.cuh
+    }
   });
 }
 
-template <typename T>
+// `kOnward`: the exchange between nodes starts once all blocks are here, and takes sums on as they become final.
+template <typename T, bool kOnward>
 __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_constant__ CombineArgs args) {
   const Communicator& comm = args.comm;
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ __align__(8) uint64_t full[kStages], empty[kStages];
+  if constexpr (kOnward) griddepcontrol_launch_dependents();
   const uint32_t round = begin_round(comm);
   announce_round(comm, round);
   if (threadIdx.x < kStages) {
@@ -307,36 +336,40 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_const
   Ring own = {shared + push_stages * kPieceBytes, full + push_stages, empty + push_stages, kStages - push_stages};
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (warp == 0) {
-    for_each_pushed_group(args, [&](int source, int group) { feed_group(args, pushed, source, group, lane); });
+    for_each_pushed_group<kOnward>(args, [&](int source, int group) { feed_group(args, pushed, source, group, lane); });
   } else if (warp == 1) {
-    for_each_own_group(args, [&](int source, int group) { feed_group(args, own, source, group, lane); });
+    for_each_own_group<kOnward>(args, [&](int source, int group) { feed_group(args, own, source, group, lane); });
   } else if (warp < 2 + kSummingWarps) {
-    push_sums<T>(args, pushed, threadIdx.x - 64, round);
+    push_sums<T, kOnward>(args, pushed, threadIdx.x - 64, round);
   } else {
-    finish_sums<T>(args, own, threadIdx.x - 64 - kSummingThreads, round);
+    finish_sums<T, kOnward>(args, own, threadIdx.x - 64 - kSummingThreads, round);
   }
   if (blockIdx.x == 0 && threadIdx.x < comm.shape.ranks)
     wait_entered(comm, Step::kCombine, threadIdx.x, round);  // rule (1)
   end_round(comm, round);
 }
 
+template <bool kOnward>
+void (*kernel_of(Element element))(CombineArgs) {
+  switch (element) {
+    case Element::kBFloat16:
+      return combine_kernel<__nv_bfloat16, kOnward>;
+    case Element::kFloat16:
+      return combine_kernel<__half, kOnward>;
+    default:
+      return combine_kernel<float, kOnward>;
+  }
+}
+
 }  // namespace
 }  // namespace ep_moe
 
-// Runs the kernel above; requires 1 <= blocks <= multiprocessors.
+// Runs the kernel above; requires 1 <= blocks <= multiprocessors. Sums of tokens from several nodes are made by one
+// launch, for all experts.
 EP_MOE_API const char* ep_moe_combine(const ep_moe::CombineArgs* args, cudaStream_t stream) {
   using namespace ep_moe;
-  void (*kernel)(CombineArgs) = combine_kernel<float>;
-  switch (static_cast<Element>(args->element)) {
-    case Element::kFloat32:
-      break;
-    case Element::kBFloat16:
-      kernel = combine_kernel<__nv_bfloat16>;
-      break;
-    case Element::kFloat16:
-      kernel = combine_kernel<__half>;
-      break;
-  }
+  const auto element = static_cast<Element>(args->element);
+  const auto kernel = args->summed != nullptr ? kernel_of<true>(element) : kernel_of<false>(element);
   return launch("combine kernel", kernel, *args, args->comm.blocks, kThreads, kStages * kPieceBytes,
                 LaunchMode::kCooperative, stream);
 }

@@ -11,6 +11,8 @@
 //   writer                        reader                      ordered by
 //   rows[d % 2] (staging, peer)   this kernel                 flag of the chunk: st.release of staging / ld.acquire
 //                                                             here, then fence.proxy.async, as the copy engine reads
+//   rows[d % 2] (exchange         this kernel                 `arrivals` of the chunk, likewise
+//   between nodes, peer)
 //   stage (copy engine, load)     the warp                    mbarrier of the stage
 //   stage (reused by a load)      bulk stores of the row      wait_group.read, then __syncwarp
 //   slots, counts (layout)        this kernel                 `placed`: st.release of the layout / ld.acquire here
@@ -23,9 +25,13 @@
 // round of its own, and all read the same staged rows: these are given up with the last one, which counts the dispatch.
 // What the ranges of a peer are is no matter here, for this rank pulls, but all ranks make as many launches, or rounds
 // would not match. No other dispatch may come between them.
+//
+// Over several nodes the exchange between them (node_exchange.cuh) takes the place of staging: what it stores are the
+// tokens of this dispatch. Their chunks arrive from all nodes at once, each with a flag of its own.
 #include "communicator.cuh"
 #include "expert_range.cuh"
 #include "launch.cuh"
+#include "node_chunks.cuh"
 
 namespace ep_moe {
 
@@ -49,6 +55,7 @@ struct DispatchArgs {
   int32_t behind_staging;  // the kernel ahead is staging, which need not have ended; 0 for later launches of a dispatch
   int32_t early;           // nor need the layout ahead of that
   int32_t reserved;
+  NodeChunks nodes;  // whose tokens they are, if they arrive from nodes
 };
 
 namespace {
@@ -111,6 +118,12 @@ struct Rows {
   uint32_t dispatch;
   uint32_t staged;  // chunks of the rank that is this lane's number
 
+  static __device__ Rows begin(const DispatchArgs& args, int warp, int lane, uint32_t round) {
+    const int tokens = (args.slot_tokens - blockIdx.x + gridDim.x - 1) / gridDim.x;
+    return {args,  rows_of(args.range, args.ends), lane, warp, tokens * args.comm.shape.ranks,
+            round, staging_dispatch(args.comm),    0};
+  }
+
   __device__ bool take(Item& item) {
     const Communicator& comm = args.comm;
     const int ranks = comm.shape.ranks, chunk_tokens = comm.shape.max_tokens / kStagedChunks;
@@ -135,6 +148,88 @@ struct Rows {
   }
 };
 
+// The same where rows arrive from other nodes. A warp looks at the chunks of its next 32 rows at once, a lane at each.
+struct ArrivingRows {
+  const DispatchArgs& args;
+  int lane;
+  int count;
+  uint32_t round;
+  uint32_t dispatch;
+  int window;  // the first of the 32 rows
+  int next;    // of them
+  int source;  // of this lane's row
+  int token;   // likewise; -1 if there is none
+  uint32_t here;
+
+  static __device__ ArrivingRows begin(const DispatchArgs& args, int warp, int lane, uint32_t round) {
+    const int places = (args.nodes.places() - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x;
+    ArrivingRows rows = {args, lane, places * args.comm.shape.ranks, round, staging_dispatch(args.comm), warp};
+    rows.look();
+    return rows;
+  }
+
+  __device__ bool take(Item& item) {
+#pragma unroll 1
+    while (window < count) {
+#pragma unroll 1
+      for (; next < 32; ++next) {
+        item.source = __shfl_sync(~0u, source, next);
+        item.token = __shfl_sync(~0u, token, next);
+        if (item.token < 0) continue;
+        const int64_t entry = static_cast<int64_t>(item.source) * args.slot_tokens + item.token;
+        item.slot = lane < args.width ? args.slots[entry * args.width + lane] : -1;
+        if (!__any_sync(~0u, item.slot >= 0)) continue;
+        if ((here >> next & 1) == 0) wait_arrived(item);
+        if ((here >> next & 1) == 0) continue;
+        next += 1;
+        return true;
+      }
+      window += 32 * args.warps;
+      look();
+    }
+    return false;
+  }
+
+  // The 32 rows of the window.
+  __device__ void look() {
+    const Communicator& comm = args.comm;
+    const int ranks = comm.shape.ranks, row = window + lane * args.warps;
+    source = (comm.rank + 1 + row % ranks) % ranks;
+    token = row < count ? args.nodes.token(source, blockIdx.x + row / ranks * gridDim.x) : -1;
+    next = 0;
+    look_again();
+  }
+
+  __device__ void look_again() {
+    here = __ballot_sync(~0u, token >= 0 && arrived(source, token));
+    __syncwarp();  // what the lanes acquired, lane 0 has
+    if (lane == 0) fence_proxy_async();
+  }
+
+  // Pairs with the release in Received::finish of node_exchange.cuh. A chunk that arrived for the next dispatch has
+  // for this one.
+  __device__ bool arrived(int source, int token) const {
+    const Communicator& comm = args.comm;
+    const uint32_t* flag = part<uint32_t>(comm, comm.rank, comm.layout.arrivals) +
+                           source * (comm.shape.max_tokens / kChunkTokens) + token / kChunkTokens;
+    return static_cast<int32_t>(ld_acquire_sys(flag) - dispatch) >= 0;
+  }
+
+  // For this rank's own exchange, which ends its waits itself and then says `failed`, there is no limit: its report
+  // names the rank on the other node that it waited for.
+  __device__ void wait_arrived(const Item& item) {
+    const Communicator& comm = args.comm;
+    if (lane == 0 && item.source != comm.rank)
+      wait_bounded(comm, Step::kRows, item.source, round, [&] { return arrived(item.source, item.token); });
+    if (lane == 0 && item.source == comm.rank)
+      while (!arrived(item.source, item.token))
+        if (*reinterpret_cast<volatile uint32_t*>(&comm.workspace->failed) != 0) break;
+    __syncwarp();
+    look_again();
+  }
+};
+
+template <typename RowsOfWarp>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __grid_constant__ DispatchArgs args) {
   const Communicator& comm = args.comm;
   extern __shared__ __align__(128) uint8_t shared[];
@@ -148,10 +243,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
   fence_proxy_async();  // the copy engine completes on the barriers initialised above
   __syncwarp();
 
-  const int tokens = (args.slot_tokens - blockIdx.x + gridDim.x - 1) / gridDim.x;
   const int64_t staged = staged_rows(comm);
-  Rows rows = {args,  rows_of(args.range, args.ends), lane, warp, tokens * comm.shape.ranks,
-               round, staging_dispatch(comm),         0};
+  RowsOfWarp rows = RowsOfWarp::begin(args, warp, lane, round);
   uint8_t* ring = shared + static_cast<int64_t>(warp) * args.stages * args.stage_bytes;
 
   // Starts the load of the warp's next row into stage `place`.
@@ -201,11 +294,12 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
 }  // namespace
 }  // namespace ep_moe
 
-// Runs the kernel above; ring (warps * stages * stage_bytes) must fit the shared
-// memory of a block.
+// Runs the kernel above; ring (warps * stages * stage_bytes) must fit the shared memory of a block. Rows from several
+// nodes are moved by one launch, for all experts.
 EP_MOE_API const char* ep_moe_dispatch(const ep_moe::DispatchArgs* args, cudaStream_t stream) {
   using namespace ep_moe;
-  return launch("dispatch kernel", dispatch_kernel, *args, args->comm.blocks, args->warps * 32,
+  const auto kernel = args->nodes.nodes > 0 ? dispatch_kernel<ArrivingRows> : dispatch_kernel<Rows>;
+  return launch("dispatch kernel", kernel, *args, args->comm.blocks, args->warps * 32,
                 args->warps * args->stages * args->stage_bytes,
                 args->behind_staging ? LaunchMode::kProgrammatic : LaunchMode::kPlain, stream);
 }

@@ -16,6 +16,9 @@
 // bin) tells a token its place: no slot is handed out by an atomic counter, so the layout is the same in every run. The
 // masks count the histogram too, before the barrier, and stay in shared memory where those of all chunks fit.
 //
+// Where other nodes sent a rank its tokens, these lie node by node (node_chunks.cuh). A table of shifts, from counts
+// that the host knows, then makes the order expert, node, rank, token, which is that of the ranks the tokens came from.
+//
 // Loops are not unrolled here: the kernel runs once a dispatch, and the code of unrolled ones, which comes from a cold
 // cache, took longer to fetch than it saved.
 //
@@ -181,6 +184,7 @@ __device__ __forceinline__ void place_received(const LayoutArgs& args, int row, 
 }
 
 // The places of all entries of a batch.
+template <bool kFromNodes>
 __device__ void place_batch(const LayoutArgs& args, const Tables& tables, Batch batch, bool repeated) {
   const int top_k = args.top_k, bins = tables.bins, row_bin = bins - 1;
   const int rank_entries = batch.chunks * kChunkTokens * top_k;
@@ -206,6 +210,13 @@ __device__ void place_batch(const LayoutArgs& args, const Tables& tables, Batch 
 #pragma unroll 1
       for (int j = entry.source * rank_entries; j < i; ++j) slot += tables.experts[j] == expert;
     }
+    if (kFromNodes && row >= 0) {
+      const int token = static_cast<int>(entry.token - entry.source * args.comm.shape.max_tokens);
+      const int node = args.nodes.node_of(entry.source, token);
+      const int32_t* shifts = args.shifts + (entry.source * args.nodes.nodes + node) * bins;
+      row += shifts[row_bin];
+      if (slot >= 0) slot += shifts[expert];
+    }
     if (row >= args.max_received) row = -1;
     if (slot >= args.max_rows) slot = -1;
     args.slots[static_cast<int64_t>(entry.token) * top_k + entry.k] = slot;
@@ -220,6 +231,7 @@ __device__ void place_batch(const LayoutArgs& args, const Tables& tables, Batch 
 }
 
 // Two could be resident, that is, it takes half of the registers: the rest is for staging.
+template <bool kFromNodes>
 __global__ void __launch_bounds__(kThreads, 2) layout_kernel(const __grid_constant__ LayoutArgs args) {
   const Communicator& comm = args.comm;
   const int ranks = comm.shape.ranks, local_experts = args.num_experts / ranks, tid = threadIdx.x;
@@ -269,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, 2) layout_kernel(const __grid_consta
       const Batch batch = {static_cast<uint32_t>(share.first_chunk + chunk) * kChunkTokens,
                            static_cast<uint32_t>(min(batch_chunks, share_chunks - chunk))};
       if (placing == 0 || !once) repeated = read_batch(args, routing, tables, weights, batch);
-      if (placing == 1) place_batch(args, tables, batch, repeated);
+      if (placing == 1) place_batch<kFromNodes>(args, tables, batch, repeated);
       if (placing == 0 || !once) count_batch(args, tables, batch, repeated);
     }
     if (placing == 1) break;
@@ -305,8 +317,9 @@ EP_MOE_API const char* ep_moe_layout(const ep_moe::LayoutArgs* args, cudaStream_
   const int chunks = args->comm.shape.max_tokens / kChunkTokens, blocks = args->comm.blocks;
   const int batch_chunks = Tables::batch_chunks(ranks, local_experts, args->top_k, (chunks + blocks - 1) / blocks);
   const int shared_bytes = Tables::bytes(ranks, local_experts, args->top_k, batch_chunks);
-  return launch("layout kernel", layout_kernel, *args, args->comm.blocks, kThreads, shared_bytes,
-                LaunchMode::kCooperative, stream);
+  const auto kernel = args->shifts != nullptr ? layout_kernel<true> : layout_kernel<false>;
+  return launch("layout kernel", kernel, *args, args->comm.blocks, kThreads, shared_bytes, LaunchMode::kCooperative,
+                stream);
 }
 
 EP_MOE_API size_t ep_moe_layout_args_bytes() { return sizeof(ep_moe::LayoutArgs); }

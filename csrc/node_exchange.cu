@@ -7,9 +7,9 @@ namespace {
 struct Loopback {
   static __device__ void put(const NodeExchangeArgs& args, int node, int64_t from, int64_t to, int bytes, int64_t flag,
                              uint64_t value) {
-    const uint4* source = node_memory<const uint4>(args, args.node, from);
-    uint4* target = node_memory<uint4>(args, node, to);
-    for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x) target[i] = source[i];
+    const uint8_t* source = node_memory<const uint8_t>(args, args.node, from);
+    uint8_t* target = node_memory<uint8_t>(args, node, to);
+    copy_bytes<uint4, kNodeThreads>(source, target, bytes, threadIdx.x);
     __syncthreads();
     if (threadIdx.x == 0) signal(args, node, flag, value);
   }

@@ -14,6 +14,9 @@ KERNELS = {
     "nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT": "GEMM",
     "ep_moe::(anonymous namespace)::dispatch_kernel(ep_moe::DispatchArgs)": "communication",
     "void ep_moe::(anonymous namespace)::combine_kernel<__nv_bfloat16>(ep_moe::CombineArgs)": "communication",
+    "void ep_moe::node_exchange_kernel<ep_moe::(anonymous namespace)::Loopback>(ep_moe::NodeExchangeArgs)": (
+        "communication"
+    ),
     "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "communication",
     "void at::native::elementwise_kernel<128, 4>": "other",
     "Memset (Device)": "other",

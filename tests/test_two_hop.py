@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import random
 from typing import Literal
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from communicators import make_communicator
+from node_doubles import NodeDouble, TransportDouble
 from ranks import run_ranks
 from routing_cases import PATTERNS, Case, make_inputs
 
 from ep_moe import EPMoELayer
-from ep_moe.comm import Communicator, Dispatched, PeerTimeoutError, PortableCommunicator, communicator_factory
+from ep_moe.comm import (
+    Communicator,
+    Dispatched,
+    PeerTimeoutError,
+    PortableCommunicator,
+    communicator_factory,
+    pipelined_hops,
+)
+from ep_moe.comm.hops import Place
+from ep_moe.comm.nvlink_wire import WireFormat
+from ep_moe.comm.pipelined_hops import PipelinedHops
 from ep_moe.comm.topology import Topology, topology_of_group, topology_of_hosts
 from ep_moe.comm.transport import PortableTransport
 from ep_moe.comm.two_hop import TwoHopCommunicator, two_hop_communicator
@@ -49,13 +61,39 @@ def everything(
     ]
 
 
+def overlapping(rank: int, world: int, per_node: int) -> Communicator:
+    """Two hops that overlap, over stand-ins for their kernels."""
+    topology = Topology(world, per_node)
+    here, counterparts = (
+        dist.new_group(members, use_local_synchronization=True)
+        for members in (topology.ranks_of_node(topology.node_of(rank)), topology.counterparts(rank))
+    )
+    transport = TransportDouble(counterparts)
+    hops = PipelinedHops(Place(rank, topology), NodeDouble(here, transport), transport)  # type: ignore[arg-type]
+    assert dist.group.WORLD is not None
+    return TwoHopCommunicator(dist.group.WORLD, topology, hops)
+
+
 def _compare(rank: int, world: int, kind: str, first_seed: int, count: int) -> list[str]:
+    ours = make_communicator(kind, dist.group.WORLD)  # type: ignore[arg-type]
+    return _differences(ours, rank, world, first_seed, count)
+
+
+def _compare_overlapping(rank: int, world: int, per_node: int, first_seed: int, count: int) -> list[str]:
+    def any_device(x: torch.Tensor, dtypes: object, *, scaled: bool) -> WireFormat:
+        return WireFormat(x.shape[1] * x.element_size(), x.shape[1] // 128 if scaled else 0)
+
+    with mock.patch.object(pipelined_hops, "wire_format", any_device):
+        return _differences(overlapping(rank, world, per_node), rank, world, first_seed, count)
+
+
+def _differences(ours: Communicator, rank: int, world: int, first_seed: int, count: int) -> list[str]:
     problems = []
     for seed in range(first_seed, first_seed + count):
         choose = random.Random(seed)
         fp8 = choose.random() < 0.3
         case = Case(
-            tokens=tuple(choose.choice([0, 1, choose.randint(0, 20)]) for _ in range(world)),
+            tokens=tuple(choose.choice([0, 1, choose.randint(0, 20), choose.randint(30, 70)]) for _ in range(world)),
             num_experts=world * choose.randint(1, 5),
             top_k=choose.randint(1, 6),
             hidden=128 if fp8 else choose.randint(1, 40),
@@ -69,9 +107,8 @@ def _compare(rank: int, world: int, kind: str, first_seed: int, count: int) -> l
             "max_rows": choose.choice([None, 2000]),
             "fp8": fp8,
         }
-        got, want = (
-            everything(make_communicator(name, dist.group.WORLD), case, rank, **settings) for name in (kind, "portable")
-        )
+        oracle = make_communicator("portable", dist.group.WORLD)  # type: ignore[arg-type]
+        got, want = (everything(communicator, case, rank, **settings) for communicator in (ours, oracle))
         problems += [
             f"{case}, {settings}: result {n}" for n, (a, b) in enumerate(zip(got, want, strict=True)) if not same(a, b)
         ]
@@ -81,6 +118,12 @@ def _compare(rank: int, world: int, kind: str, first_seed: int, count: int) -> l
 @pytest.mark.parametrize(("ranks", "kind"), [(2, "two_hop_1"), (4, "two_hop"), (4, "two_hop_1"), (4, "two_hop_4")])
 def test_two_hops_equal_one_bit_by_bit(ranks: int, kind: str) -> None:
     for problems in run_ranks(ranks, _compare, kind, 100 * ranks, 40):
+        assert not problems, "\n".join(problems[:5])
+
+
+@pytest.mark.parametrize(("ranks", "per_node"), [(2, 1), (4, 2), (4, 1)])
+def test_what_overlapping_hops_move_equals_one_hop_bit_by_bit(ranks: int, per_node: int) -> None:
+    for problems in run_ranks(ranks, _compare_overlapping, per_node, 300 * ranks, 25):
         assert not problems, "\n".join(problems[:5])
 
 

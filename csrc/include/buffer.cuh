@@ -29,6 +29,7 @@ struct BufferLayout {
   int64_t entered;        // uint32 [ranks]: the round each peer has entered
   int64_t chunk_flags;    // uint64 [2][ranks][chunks]: round << 32 | tokens in the chunk
   int64_t staged;         // uint32 [ranks][kStagedChunks]: the last dispatch that the chunk was staged for
+  int64_t arrivals;       // uint32 [ranks][chunks]: the last dispatch that the chunk arrived for from a node
   int64_t landing_flags;  // uint32 [ranks][max_tokens / kCombineGroup]: round
   int64_t weight_flags;   // uint32 [ranks]: round
   int64_t routing;        // uint16 [2][ranks][max_tokens][top_k rounded up to 8]: expert or kNotRouted
@@ -52,6 +53,7 @@ inline BufferLayout buffer_layout(const BufferShape& shape) {
   layout.entered = place(ranks * 4);
   layout.chunk_flags = place(2 * ranks * (tokens / kChunkTokens) * 8);
   layout.staged = place(ranks * kStagedChunks * 4);
+  layout.arrivals = place(ranks * (tokens / kChunkTokens) * 4);
   layout.landing_flags = place(ranks * (tokens / kCombineGroup) * 4);
   layout.weight_flags = place(ranks * 4);
   layout.routing = place(2 * ranks * tokens * routing_stride(shape.max_top_k) * 2);

@@ -2,6 +2,7 @@
 // tokens, a batch of chunks at a time, as bit masks of tokens, and what they count.
 #pragma once
 
+#include "node_chunks.cuh"
 #include "routing_exchange.cuh"
 
 namespace ep_moe {
@@ -26,9 +27,12 @@ struct LayoutArgs {
   int32_t tokens;
   int32_t top_k;
   int32_t num_experts;
-  int32_t alignment;     // of segments
-  int32_t max_rows;      // slots there is room for; what lies beyond gets none
-  int32_t max_received;  // rows there is room for; what lies beyond has no place
+  int32_t alignment;      // of segments
+  int32_t max_rows;       // slots there is room for; what lies beyond gets none
+  int32_t max_received;   // rows there is room for; what lies beyond has no place
+  NodeChunks nodes;       // that tokens came from, if `shifts`
+  const int32_t* shifts;  // [ranks][nodes][bins]: by how much places move so that slots are ordered by expert, node,
+                          // rank and token, rows by node, rank and token; nullptr leaves nodes behind ranks
 };
 
 namespace {

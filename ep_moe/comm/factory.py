@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ep_moe.comm.communicator import Communicator
 from ep_moe.comm.low_latency import LowLatencyCommunicator
 from ep_moe.comm.nvlink import NvlinkCommunicator
-from ep_moe.comm.nvlink_args import MAX_RANKS
+from ep_moe.comm.nvlink_args import CHUNK_TOKENS, MAX_RANKS
 from ep_moe.comm.nvlink_low_latency import NvlinkLowLatencyCommunicator
 from ep_moe.comm.portable import PortableCommunicator
 from ep_moe.comm.portable_low_latency import PortableLowLatencyCommunicator
@@ -94,7 +94,9 @@ class CommunicatorFactory:
         def of_node(group: dist.ProcessGroup) -> Communicator:
             if portable:
                 return PortableCommunicator(group)
-            most = None if self.max_tokens is None else self.max_tokens * topology.nodes
+            most = self.max_tokens
+            if most is not None and topology.nodes > 1:  # those of a node start at a multiple of a chunk
+                most = -(-most // CHUNK_TOKENS) * CHUNK_TOKENS * topology.nodes
             return NvlinkCommunicator(group, device, max_tokens=most, timeout_s=self.timeout_s)
 
         if topology.nodes == 1:

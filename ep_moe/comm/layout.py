@@ -100,20 +100,17 @@ def expert_layout(local_experts: Tensor, counts: list[int], alignment: int) -> E
     )
 
 
-def sum_by_token(
-    returned: Tensor, counts: Sequence[int], tokens: Tensor, num_tokens: int, accumulate: torch.dtype
-) -> Tensor:
+def sum_by_token(returned: Sequence[Tensor], tokens: Tensor, num_tokens: int, accumulate: torch.dtype) -> Tensor:
     """Add returned rows to their tokens, source by source in ascending order.
 
     Args:
-        returned: ``[sent, width]``.
-        counts: rows from each source.
-        tokens: int64 ``[sent]``, the token of each row; a source returns a token once.
+        returned: from each source ``[rows, width]``.
+        tokens: int64 ``[all rows]``, the token of each row; a source returns a token once.
         num_tokens: rows of the result.
         accumulate: dtype of the sum and of the result, ``[num_tokens, width]``.
     """
-    out = returned.new_zeros((num_tokens, returned.shape[1]), dtype=accumulate)
-    for values, of in zip(returned.split(list(counts)), tokens.split(list(counts)), strict=True):
+    out = returned[0].new_zeros((num_tokens, returned[0].shape[1]), dtype=accumulate)
+    for values, of in zip(returned, tokens.split([len(values) for values in returned]), strict=True):
         # A source returns a token once, so no two additions of one call meet: the result is reproducible.
         out.index_add_(0, of, values.to(accumulate))
     return out

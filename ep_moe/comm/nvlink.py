@@ -6,7 +6,7 @@ launches on the current stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,10 +16,13 @@ from torch import Tensor
 from ep_moe.comm import nvlink_args as native
 from ep_moe.comm.communicator import Dispatched, ExpertSegments, RowLayout, check_dispatch_shapes
 from ep_moe.comm.expert_groups import expert_groups
+from ep_moe.comm.node_chunks import NodeChunks
 from ep_moe.comm.nvlink_core import NvlinkCore
 from ep_moe.comm.nvlink_handle import NvlinkHandle
 from ep_moe.comm.nvlink_layout import HostCounts, lay_out
-from ep_moe.comm.nvlink_wire import ELEMENTS, MOVED, SHARED_BYTES, WireFormat, wire_format
+from ep_moe.comm.nvlink_rows import LocalRows, RowSource
+from ep_moe.comm.nvlink_sums import SumFlags, Summed
+from ep_moe.comm.nvlink_wire import ELEMENTS, SHARED_BYTES, wire_format
 from ep_moe.comm.sm_budget import combine_sms, dispatch_sms
 from ep_moe.native import pointer
 
@@ -62,6 +65,7 @@ class NvlinkCommunicator:
         self.size = self._core.size
         self.device = device
         self._host_counts = HostCounts(self._core)
+        self._sum_flags = SumFlags()
 
     @property
     def symmetric_bytes(self) -> int:
@@ -78,15 +82,9 @@ class NvlinkCommunicator:
         The range of ``topk_idx`` is checked on the GPU: its error comes with the sizes, before rows are sent, or, with
         ``max_rows``, by a later call.
         """
-        return self._dispatch(x, topk_idx, topk_weights, groups=1, **options)[0]
+        return self.dispatch_in_groups(x, topk_idx, topk_weights, groups=1, **options)[0]
 
     def dispatch_in_groups(
-        self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor | None, *, groups: int, **options: Any
-    ) -> tuple[Dispatched, Iterator[None]]:
-        """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_in_groups`; a launch a group."""
-        return self._dispatch(x, topk_idx, topk_weights, groups=groups, **options)
-
-    def _dispatch(
         self,
         x: Tensor,
         topk_idx: Tensor,
@@ -96,20 +94,51 @@ class NvlinkCommunicator:
         num_experts: int,
         scales: Tensor | None = None,
         fp8: bool = False,
+        **options: Any,
+    ) -> tuple[Dispatched, Iterator[None]]:
+        """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_in_groups`; a launch a group."""
+        check_dispatch_shapes(x, topk_idx, topk_weights, num_experts, self.size, scales=scales, fp8=fp8)
+        rows = LocalRows(x, scales, fp8=fp8)
+        return self._dispatch(rows, topk_idx, topk_weights, groups=groups, num_experts=num_experts, **options)
+
+    def dispatch_from_nodes(
+        self, rows: RowSource, topk_idx: Tensor, topk_weights: Tensor | None, nodes: NodeChunks, **options: Any
+    ) -> Dispatched:
+        """:meth:`dispatch` of tokens that come from nodes, while they come; rows are ordered by their source ranks.
+
+        Args:
+            rows: of the tokens, with a place for each of ``nodes.tokens``.
+            topk_idx: int64 ``[nodes.tokens, top_k]``, expert of this node or -1; all are in range.
+            topk_weights: ``[nodes.tokens, top_k]`` or ``None``.
+            nodes: that tokens come from; the same on all ranks but for this rank's part.
+            **options: as of :meth:`dispatch`, without ``scales`` and ``fp8``.
+        """
+        core = self._core
+        core.reserve(nodes.most_tokens, topk_idx.shape[1], rows.wire.bytes)
+        if nodes.most_tokens > core.max_tokens:
+            core.grow(nodes.most_tokens)
+        return self._dispatch(rows, topk_idx, topk_weights, groups=1, nodes=nodes, **options)[0]
+
+    def _dispatch(
+        self,
+        source: RowSource,
+        topk_idx: Tensor,
+        topk_weights: Tensor | None,
+        *,
+        groups: int,
+        num_experts: int,
+        nodes: NodeChunks | None = None,
         layout: RowLayout = "expert_major",
         alignment: int = 1,
         max_rows: int | None = None,
         num_sms: int | None = None,
     ) -> tuple[Dispatched, Iterator[None]]:
-        check_dispatch_shapes(x, topk_idx, topk_weights, num_experts, self.size, scales=scales, fp8=fp8)
-        wire = wire_format(x, MOVED, scaled=fp8 or scales is not None)
-        self._check_limits(topk_idx, num_experts, max_rows)
+        self.check_limits(topk_idx, num_experts, max_rows)
         tokens, top_k = topk_idx.shape
         core, local_experts = self._core, num_experts // self.size
         expert_groups(local_experts, groups)
-        core.reserve(tokens, top_k, wire.bytes)
-        x, topk_idx = x.contiguous(), topk_idx.contiguous()
-        scales = None if scales is None else scales.contiguous()
+        core.reserve(tokens, top_k, source.wire.bytes)
+        topk_idx = topk_idx.contiguous()
         with core:
             while True:
                 places = lay_out(
@@ -122,9 +151,10 @@ class NvlinkCommunicator:
                     max_rows=max_rows,
                     num_sms=num_sms,
                     host_counts=self._host_counts,
+                    nodes=nodes,
                 )
                 # Staging needs no sizes: it runs beside the layout and while the host waits for them.
-                self._stage(x, scales, wire, early=True)
+                source.stage(core, early=True)
                 if max_rows is not None:
                     segments = ExpertSegments(places.counts, places.ends, None, places.row_of_slot.shape[0])
                     received = places.max_received
@@ -142,9 +172,9 @@ class NvlinkCommunicator:
                     break
                 core.grow(most_tokens)  # all ranks have learnt the same number
             routes = NvlinkHandle(
-                local_experts, num_sms, topk_idx, places.slots, places.rows, places.owners, segments, received
+                local_experts, num_sms, topk_idx, places.slots, places.rows, places.owners, segments, received, nodes
             )
-            rows, row_scales, steps = self._pull(x, wire, routes, layout, groups, early=True)
+            rows, row_scales, steps = self._pull(source, routes, layout, groups, early=True)
         weights = None
         if topk_weights is not None and places.slot_weights is not None:
             weights = places.slot_weights[: segments.num_rows].to(topk_weights.dtype)
@@ -154,22 +184,30 @@ class NvlinkCommunicator:
 
     def dispatch_cached(self, x: Tensor, handle: NvlinkHandle, layout: RowLayout = "expert_major") -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_cached`; rows of e4m3 may travel too."""
-        return self._dispatch_cached(x, handle, layout, 1)[0]
+        return self._dispatch_cached(self._rows_of(x, handle), handle, layout, 1)[0]
+
+    def dispatch_cached_from_nodes(
+        self, rows: RowSource, handle: NvlinkHandle, layout: RowLayout = "expert_major"
+    ) -> Tensor:
+        """:meth:`dispatch_cached` along the routes of :meth:`dispatch_from_nodes`, of ``rows`` likewise."""
+        return self._dispatch_cached(rows, handle, layout, 1)[0]
 
     def dispatch_cached_in_groups(self, x: Tensor, handle: NvlinkHandle, groups: int) -> tuple[Tensor, Iterator[None]]:
         """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_cached_in_groups`."""
-        return self._dispatch_cached(x, handle, "expert_major", groups)
+        return self._dispatch_cached(self._rows_of(x, handle), handle, "expert_major", groups)
 
-    def _dispatch_cached(
-        self, x: Tensor, handle: NvlinkHandle, layout: RowLayout, groups: int
-    ) -> tuple[Tensor, Iterator[None]]:
+    def _rows_of(self, x: Tensor, handle: NvlinkHandle) -> LocalRows:
         if x.dim() != 2 or x.shape[0] != handle.tokens:
             raise ValueError(f"x: expected [{handle.tokens}, hidden] as in the dispatch, got {list(x.shape)}")
-        wire = wire_format(x, MOVED, scaled=False)
-        self._core.reserve(handle.tokens, handle.top_k, wire.bytes)
+        return LocalRows(x)
+
+    def _dispatch_cached(
+        self, source: RowSource, handle: NvlinkHandle, layout: RowLayout, groups: int
+    ) -> tuple[Tensor, Iterator[None]]:
+        self._core.reserve(handle.tokens, handle.top_k, source.wire.bytes)
         with self._core:
-            self._stage(x.contiguous(), None, wire, early=False)
-            rows, _, steps = self._pull(x, wire, handle, layout, groups, early=False)
+            source.stage(self._core, early=False)
+            rows, _, steps = self._pull(source, handle, layout, groups, early=False)
         return rows, steps
 
     def dispatch_weights(self, topk_weights: Tensor, handle: NvlinkHandle) -> Tensor:
@@ -190,14 +228,51 @@ class NvlinkCommunicator:
         """See :meth:`ep_moe.comm.communicator.Communicator.combine_in_groups`; a launch a group."""
         return self._combine(rows, handle, "expert_major", groups)
 
+    def combine_to_nodes(
+        self,
+        rows: Tensor,
+        handle: NvlinkHandle,
+        layout: RowLayout,
+        send: Callable[[Summed], None],
+        *,
+        leave_sms: int,
+    ) -> Tensor:
+        """:meth:`combine` of tokens that came from nodes; ``send`` launches the kernel that takes sums on.
+
+        Args:
+            rows: as of :meth:`combine`.
+            handle: of :meth:`dispatch_from_nodes`.
+            layout: of ``rows``.
+            send: to launch beside this, as the next work of the stream.
+            leave_sms: SMs for that; a block of combine takes the whole of one.
+        """
+        out, arguments = self._combine_arguments(rows, handle, layout)
+        assert handle.nodes is not None
+        core = self._core
+        with core:
+            summed = self._sum_flags.next(core, out)
+            arguments.comm.blocks = max(min(arguments.comm.blocks, core.multiprocessors - leave_sms), 1)
+            arguments.nodes = handle.nodes.arguments()
+            arguments.summed, arguments.epoch = summed.flags.data_ptr(), summed.epoch
+            core.launch("combine", arguments)
+            send(summed)
+        return out
+
     def _combine(
         self, rows: Tensor, handle: NvlinkHandle, layout: RowLayout, groups: int
     ) -> tuple[Tensor, Iterator[None]]:
+        rows = rows.contiguous()
+        out, arguments = self._combine_arguments(rows, handle, layout)
+        return out, self._steps("combine", arguments, handle.ranges(layout, groups), (rows, out, handle))
+
+    def _combine_arguments(
+        self, rows: Tensor, handle: NvlinkHandle, layout: RowLayout
+    ) -> tuple[Tensor, native.CombineArgs]:
+        """The result, and the arguments that fill it; of contiguous ``rows``."""
         expected = handle.num_rows(layout)
         if rows.dim() != 2 or rows.shape[0] != expected:
             raise ValueError(f"rows: expected [{expected}, hidden] as dispatched, got {list(rows.shape)}")
         wire = wire_format(rows, ELEMENTS, scaled=False)
-        rows = rows.contiguous()
         num_sms = handle.num_sms or combine_sms(self.size, handle.experts_per_rank, handle.top_k, layout)
         self._core.reserve(handle.tokens, handle.top_k, wire.bytes)
         out = torch.empty(handle.tokens, rows.shape[1], dtype=rows.dtype, device=self.device)
@@ -216,7 +291,7 @@ class NvlinkCommunicator:
             slot_tokens=places.shape[1],
             width=places.shape[2],
         )
-        return out, self._steps("combine", arguments, handle.ranges(layout, groups), (rows, out, handle))
+        return out, arguments
 
     def combine_weights(self, row_weights: Tensor, handle: NvlinkHandle) -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.combine_weights`."""
@@ -235,7 +310,8 @@ class NvlinkCommunicator:
         self._exchange_weights(out, values.contiguous(), handle, native.SUMS)
         return out
 
-    def _check_limits(self, topk_idx: Tensor, num_experts: int, max_rows: int | None) -> None:
+    def check_limits(self, topk_idx: Tensor, num_experts: int, max_rows: int | None) -> None:
+        """Raise ``ValueError`` unless kernels take so many experts, and a dispatch without ``max_rows`` now."""
         if topk_idx.shape[1] > native.MAX_TOP_K:
             raise ValueError(f"topk_idx: expected top_k of at most {native.MAX_TOP_K}, got {topk_idx.shape[1]}")
         if num_experts > native.MAX_EXPERTS:
@@ -243,47 +319,22 @@ class NvlinkCommunicator:
         if max_rows is None and torch.cuda.is_current_stream_capturing():
             raise ValueError("max_rows: must be given while a CUDA graph is captured, for the host cannot learn sizes")
 
-    def _stage(self, x: Tensor, scales: Tensor | None, wire: WireFormat, *, early: bool) -> None:
-        """Put this rank's tokens where peers pull them in the next dispatch.
-
-        Args:
-            x: contiguous, as ``scales``.
-            scales: of rows that are e4m3 already.
-            wire: how rows travel.
-            early: beside the layout kernel, which must be the last work of the stream.
-        """
-        arguments = native.StageArgs(
-            comm=self._core.arguments(1),
-            x=x.data_ptr(),
-            scales=pointer(scales),
-            wire_bytes=wire.bytes,
-            row_bytes=wire.row_bytes,
-            row_scales=0 if scales is None else wire.scales,
-            tokens=min(x.shape[0], self._core.max_tokens),  # more are found out by the layout kernel
-            hidden=x.shape[1],
-            element=ELEMENTS.get(x.dtype, 0),
-            quantize=int(wire.scales > 0 and scales is None),
-            early=int(early),
-        )
-        self._core.launch("stage", arguments)
-
     def _pull(
-        self, x: Tensor, wire: WireFormat, handle: NvlinkHandle, layout: RowLayout, groups: int, *, early: bool
+        self, source: RowSource, handle: NvlinkHandle, layout: RowLayout, groups: int, *, early: bool
     ) -> tuple[Tensor, Tensor | None, Iterator[None]]:
         """Bring the rows routed here to their places, as they are staged: those of the first group, and steps for more.
 
         Args:
-            x: what was staged, by the last work of the stream.
-            wire: how rows travel.
+            source: whose rows are staged, by the last work of the stream.
             handle: where they go.
             layout: of the result.
             groups: of experts.
             early: beside the layout kernel ahead of staging.
         """
+        wire = source.wire
         segments, num_rows, places = handle.segments, handle.num_rows(layout), handle.places(layout)
         num_sms = handle.num_sms or dispatch_sms(self.size, handle.experts_per_rank, handle.top_k, layout)
-        rows_dtype = torch.float8_e4m3fn if wire.scales else x.dtype
-        rows = torch.empty(num_rows, x.shape[1], dtype=rows_dtype, device=self.device)
+        rows = torch.empty(num_rows, source.hidden, dtype=source.dtype, device=self.device)
         scales = None
         if wire.scales:
             scales = torch.empty(num_rows, wire.scales, dtype=torch.float32, device=self.device)
@@ -308,6 +359,8 @@ class NvlinkCommunicator:
             behind_staging=1,
             early=int(early),
         )
+        if handle.nodes is not None:
+            arguments.nodes = handle.nodes.arguments()
         arguments.range, *later = handle.ranges(layout, groups)
         self._core.launch("dispatch", arguments)
         arguments.behind_staging = arguments.early = 0

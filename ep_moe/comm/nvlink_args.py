@@ -14,6 +14,7 @@ MAX_RANKS = 8
 MAX_TOP_K = 32
 MAX_EXPERTS = 1024
 CHUNK_TOKENS = 32
+COMBINE_GROUP = 8
 WORKSPACE_WORDS = 9 + 32
 REPORTED, DISPATCHES = 5, 6  # of these
 
@@ -52,6 +53,7 @@ class BufferLayout(ctypes.Structure):
             "entered",
             "chunk_flags",
             "staged",
+            "arrivals",
             "landing_flags",
             "weight_flags",
             "routing",
@@ -91,6 +93,12 @@ class CommunicatorArgs(ctypes.Structure):
     )
 
 
+class NodeChunks(ctypes.Structure):
+    """``NodeChunks`` of ``node_chunks.cuh``."""
+
+    _fields_ = (("first", c_void_p), ("nodes", c_int32), ("most", c_int32))
+
+
 class LayoutArgs(ctypes.Structure):
     """``LayoutArgs`` of ``layout.cu``."""
 
@@ -116,6 +124,8 @@ class LayoutArgs(ctypes.Structure):
         ("alignment", c_int32),
         ("max_rows", c_int32),
         ("max_received", c_int32),
+        ("nodes", NodeChunks),
+        ("shifts", c_void_p),
     )
 
 
@@ -165,6 +175,8 @@ class DispatchArgs(ctypes.Structure):
         ("stage_bytes", c_int32),
         ("behind_staging", c_int32),
         ("early", c_int32),
+        ("reserved", c_int32),
+        ("nodes", NodeChunks),
     )
 
 
@@ -185,6 +197,9 @@ class CombineArgs(ctypes.Structure):
         ("slot_tokens", c_int32),
         ("width", c_int32),
         ("range", ExpertRange),
+        ("nodes", NodeChunks),
+        ("summed", c_void_p),
+        ("epoch", c_uint32),
     )
 
 
@@ -231,6 +246,7 @@ def load_entry_points() -> ctypes.CDLL:
 __all__ = [
     "BFLOAT16",
     "CHUNK_TOKENS",
+    "COMBINE_GROUP",
     "DISPATCHES",
     "ENTRY_POINTS",
     "FAULT_EXPERT_RANGE",
@@ -256,6 +272,7 @@ __all__ = [
     "ExpertRange",
     "FaultReport",
     "LayoutArgs",
+    "NodeChunks",
     "StageArgs",
     "WeightsArgs",
     "load_entry_points",

@@ -38,7 +38,7 @@ class NvlinkCore:
             raise ValueError(f"group: expected at most {native.MAX_RANKS} ranks, got {self.size}")
         self.device = device
         self.timeout_s = timeout_s
-        self._multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        self.multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
         self._wanted_tokens = max_tokens
         self._comm = native.CommunicatorArgs()
         self._buffer: SymmetricBuffer | None = None
@@ -89,7 +89,7 @@ class NvlinkCore:
     def arguments(self, num_sms: int) -> native.CommunicatorArgs:
         """The arguments common to all kernels."""
         comm = native.CommunicatorArgs.from_buffer_copy(self._comm)
-        comm.blocks = min(num_sms, self._multiprocessors)
+        comm.blocks = min(num_sms, self.multiprocessors)
         return comm
 
     def launch(self, name: str, arguments: ctypes.Structure) -> None:

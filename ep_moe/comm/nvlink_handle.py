@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ep_moe.comm.communicator import ExpertSegments, RowLayout
 from ep_moe.comm.expert_groups import expert_groups
+from ep_moe.comm.node_chunks import NodeChunks
 from ep_moe.comm.nvlink_args import ExpertRange
 
 
@@ -24,6 +25,7 @@ class NvlinkHandle:
         owners: uint8 ``[tokens]``, bit ``r`` for every rank that has an expert of the token.
         segments: of the expert-major rows.
         num_received: rows of a tensor in the layout ``rows``.
+        nodes: that tokens came from; ``None`` if they are this rank's own.
     """
 
     experts_per_rank: int
@@ -34,6 +36,7 @@ class NvlinkHandle:
     owners: Tensor
     segments: ExpertSegments
     num_received: int
+    nodes: NodeChunks | None = None
 
     @property
     def tokens(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ep_moe.comm import nvlink_args as native
 from ep_moe.comm.communicator import ReceivedRouting, RowLayout
+from ep_moe.comm.node_chunks import NodeChunks
 from ep_moe.comm.nvlink_core import NvlinkCore
 from ep_moe.comm.nvlink_faults import PeerTimeoutError
 from ep_moe.native import pointer
@@ -110,11 +111,12 @@ def lay_out(
     max_rows: int | None,
     num_sms: int | None,
     host_counts: HostCounts,
+    nodes: NodeChunks | None = None,
 ) -> RowPlaces:
     """Launch the exchange of routing: where every arriving row goes, and the weight of each slot.
 
     Without ``max_rows`` the kernel tells ``host_counts`` how many rows there are, and places have room for as many as
-    can arrive.
+    can arrive. Tokens that came from ``nodes`` get places by the ranks they came from.
     """
     local_experts, max_tokens = num_experts // core.size, core.max_tokens
     tokens, top_k = topk_idx.shape
@@ -174,5 +176,7 @@ def lay_out(
         max_rows=most_rows,
         max_received=most_received,
     )
+    if nodes is not None:
+        arguments.nodes, arguments.shifts = nodes.arguments(), nodes.shifts
     core.launch("layout", arguments)
     return places

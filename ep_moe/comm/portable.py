@@ -148,9 +148,7 @@ class PortableCommunicator(UndividedExchanges):
         accumulate = torch.promote_types(rows.dtype, torch.float32)
         partial = rows[: sum(handle.recv_counts)] if layout == "rows" else self._sum_slots(rows, handle, accumulate)
         returned = self._exchange(partial, handle.recv_counts, handle.send_counts)
-        return sum_by_token(returned, handle.send_counts, handle.send.tokens, handle.shape[0], accumulate).to(
-            rows.dtype
-        )
+        return _sum(returned, handle, accumulate).to(rows.dtype)
 
     def _by_slot(self, arrived_weights: Tensor, handle: PortableHandle) -> Tensor:
         """Weights ``[received, top_k]`` as ``[num_rows]``, 0 for padding."""
@@ -176,7 +174,7 @@ class PortableCommunicator(UndividedExchanges):
         by_entry = row_weights.new_zeros(experts.slot_of.shape)
         by_entry.view(-1)[experts.entries] = row_weights[experts.slots]
         returned = self._exchange(by_entry, handle.recv_counts, handle.send_counts)
-        return sum_by_token(returned, handle.send_counts, handle.send.tokens, handle.shape[0], row_weights.dtype)
+        return _sum(returned, handle, row_weights.dtype)
 
     def _exchange_counts(self, send: SendLayout, signature: list[int]) -> tuple[list[int], list[int], list[int]]:
         """Tell every rank how many rows it will get, in all and per expert; the only wait of the host."""
@@ -208,6 +206,11 @@ class PortableCommunicator(UndividedExchanges):
 
     def _exchange(self, rows: Tensor, send_counts: list[int], recv_counts: list[int]) -> Tensor:
         return all_to_all_rows(rows, send_counts, recv_counts, self.group)
+
+
+def _sum(returned: Tensor, handle: PortableHandle, accumulate: torch.dtype) -> Tensor:
+    """What came back for each token, added over the ranks: ``[tokens, width]``."""
+    return sum_by_token(returned.split(handle.send_counts), handle.send.tokens, handle.shape[0], accumulate)
 
 
 def _with_room(rows: Tensor, num_rows: int, fill: int = 0) -> Tensor:

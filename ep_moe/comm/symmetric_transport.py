@@ -1,33 +1,45 @@
 """The hop between nodes by our own kernel over symmetric memory: put-and-signal, chunk by chunk.
 
 The kernel and its protocol are in ``csrc/include/node_exchange.cuh``. What a put is, the library decides: a store
-between GPUs of one host (*loopback*, for which nodes are a fiction), or NVSHMEM's put over the network.
+between GPUs of one host (*loopback*, for which nodes are a fiction), or NVSHMEM's put over the network. The kernel runs
+alone, or beside those of a node's communicator.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from ctypes import c_int32, c_int64, c_uint64, c_void_p
+from ctypes import c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ep_moe.comm.nvlink_args import CommunicatorArgs
 from ep_moe.comm.nvlink_faults import FaultMonitor
+from ep_moe.comm.nvlink_sums import Summed
 from ep_moe.comm.symmetric import SymmetricBuffer, allocate_symmetric
 from ep_moe.comm.transport import NodeRoutes
-from ep_moe.native import launch, load_entry_points
+from ep_moe.native import launch, load_entry_points, pointer
 
 MAX_NODES, _PARTS, _SLOTS, _CHUNK_ROWS = 32, 4, 2, 32
-_MOST_CHANNELS, _MOST_BLOCKS = 8, 128
+_MOST_CHANNELS, _MOST_BLOCKS = 8, 64  # which leaves SMs to the kernels beside
+_OWN_BLOCKS = 16
 
 
 class NodePart(ctypes.Structure):
     """``NodePart`` of ``node_exchange.cuh``."""
 
-    _fields_ = (("rows", c_void_p), ("received", c_void_p), ("width", c_int32), ("offset", c_int32))
+    _fields_ = (
+        ("rows", c_void_p),
+        ("received", c_void_p),
+        ("width", c_int32),
+        ("column", c_int32),
+        ("offset", c_int32),
+        ("reserved", c_int32),
+    )
 
 
 class NodeExchangeArgs(ctypes.Structure):
@@ -44,22 +56,53 @@ class NodeExchangeArgs(ctypes.Structure):
         ("tokens", c_void_p),
         ("workspace", c_void_p),
         ("report", c_void_p),
+        ("summed", c_void_p),
+        ("comm", CommunicatorArgs),
+        ("staged_bytes", c_int64),
         ("slot_bytes", c_int64),
         ("timeout_ns", c_uint64),
+        ("epoch", c_uint32),
         ("node", c_int32),
         ("nodes", c_int32),
         ("num_parts", c_int32),
         ("channels", c_int32),
+        ("own_blocks", c_int32),
+        ("beside", c_int32),
+        ("reserved", c_int32),
     )
 
 
 ENTRY_POINTS: dict[str, type[ctypes.Structure]] = {"node_exchange": NodeExchangeArgs}
 
 
+@dataclass(frozen=True)
+class Spans:
+    """Rows of a tensor by node: ``counts[n]`` rows from ``first[n]`` on."""
+
+    first: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def packed(cls, counts: Sequence[int]) -> Spans:
+        """One behind the other."""
+        return cls(tuple(accumulate(counts, initial=0))[:-1], tuple(counts))
+
+    @property
+    def end(self) -> int:
+        """Behind the last row."""
+        return self.first[-1] + self.counts[-1]
+
+    def of(self, tensor: Tensor, node: int) -> Tensor:
+        """The rows of a node."""
+        return tensor[self.first[node] : self.first[node] + self.counts[node]]
+
+
 class SymmetricTransport:
     """A :class:`~ep_moe.comm.transport.NodeTransport` for CUDA tensors.
 
-    Exchanges are ordered: each waits on its stream for the one before, and all ranks must issue them in the same order.
+    Operations are ordered: each waits on its stream for the one before, and all ranks must issue them in the same
+    order. :meth:`exchange` is one; others are what is launched within ``with transport:``, together with kernels of a
+    node's communicator.
     """
 
     def __init__(
@@ -111,6 +154,11 @@ class SymmetricTransport:
         )
 
     @property
+    def blocks(self) -> int:
+        """Of the kernel's grid, without those that copy rows to this rank's own node."""
+        return 2 * (self._nodes - 1) * self._channels
+
+    @property
     def symmetric_bytes(self) -> int:
         """Size of this rank's symmetric memory; 0 before the first exchange."""
         return 0 if self._buffer is None else self._buffer.local.numel()
@@ -119,52 +167,100 @@ class SymmetricTransport:
         """Raise what kernels have reported so far, without waiting for running ones."""
         self._faults.check()
 
+    def __enter__(self) -> None:
+        """Begin an operation: behind the one before, or with the error of an earlier one."""
+        self.check()
+        torch.cuda.current_stream(self._device).wait_event(self._last)
+
+    def __exit__(self, *exception: object) -> None:
+        """End it."""
+        self._last.record(torch.cuda.current_stream(self._device))
+
     def exchange(self, tensors: Sequence[Tensor], routes: NodeRoutes) -> list[Tensor]:
         """See :meth:`ep_moe.comm.transport.NodeTransport.exchange`; at most four tensors.
 
         Raises:
             PeerTimeoutError: if an earlier exchange waited in vain.
         """
-        self.check()
-        sent = [tensor.contiguous().view(torch.uint8) if tensor.numel() else tensor for tensor in tensors]
-        widths = [tensor.shape[1] * tensor.element_size() for tensor in tensors]
-        received = sum(routes.recv_counts)
-        out = [t.new_empty((received, t.shape[1])) for t in tensors]
-        if self._nodes > 1:
-            self._launch(sent, out, widths, routes)
-        self._copy_own(sent, out, routes)
+        send, recv = Spans.packed(routes.send_counts), Spans.packed(routes.recv_counts)
+        sent = [tensor.contiguous() for tensor in tensors]
+        with self:
+            self.reserve(sent)
+            out = [tensor.new_empty((recv.end, tensor.shape[1])) for tensor in sent]
+            self.move(sent, out, routes.tokens, send, recv)
         return out
 
-    def _copy_own(self, sent: Sequence[Tensor], out: Sequence[Tensor], routes: NodeRoutes) -> None:
-        """Rows to this rank's own node do not travel."""
-        count = routes.send_counts[self._node]
-        if count == 0:
-            return
-        begin, to = sum(routes.send_counts[: self._node]), sum(routes.recv_counts[: self._node])
-        for rows, received in zip(sent, out, strict=True):
-            own = rows[begin : begin + count] if routes.tokens is None else rows[routes.tokens[begin : begin + count]]
-            received.view(torch.uint8)[to : to + count] = own
+    def move(
+        self, tensors: Sequence[Tensor], out: Sequence[Tensor], tokens: Tensor | None, send: Spans, recv: Spans
+    ) -> None:
+        """Launch the exchange of whole tensors, those of this rank's own node included; within an operation.
 
-    def _launch(self, sent: Sequence[Tensor], out: Sequence[Tensor], widths: Sequence[int], routes: NodeRoutes) -> None:
-        offsets = list(accumulate((-(-_CHUNK_ROWS * width // 16) * 16 for width in widths), initial=0))
-        self._reserve(offsets[-1])
-        arguments = NodeExchangeArgs.from_buffer_copy(self._arguments)
-        for p, (rows, received, width) in enumerate(zip(sent, out, widths, strict=True)):
-            arguments.parts[p] = NodePart(rows.data_ptr(), received.data_ptr(), width, offsets[p])
-        arguments.num_parts = len(widths)
-        tokens = routes.tokens
-        arguments.tokens = None if tokens is None else tokens.data_ptr()
-        for name, counts in (("send", routes.send_counts), ("recv", routes.recv_counts)):
-            first = list(accumulate(counts, initial=0))[:-1]
-            setattr(arguments, f"{name}_first", (c_int32 * MAX_NODES)(*first))
-            setattr(arguments, f"{name}_counts", (c_int32 * MAX_NODES)(*counts))
-        stream = torch.cuda.current_stream(self._device)
-        stream.wait_event(self._last)
-        launch(self._library, "node_exchange", arguments, self._device)
-        self._last.record(stream)
+        Args:
+            tensors: ``[rows, width]`` each, contiguous, for which there is room (:meth:`reserve`).
+            out: where rows arrive, likewise.
+            tokens: int64, the row of a tensor for every row to send; ``None`` for the rows in their order.
+            send: of the rows to send.
+            recv: of the rows that arrive.
+        """
+        arguments = self._exchange_arguments(tensors, tokens, send, recv)
+        arguments.own_blocks = _OWN_BLOCKS
+        for p, received in enumerate(out):
+            arguments.parts[p].received = received.data_ptr()
+        self._launch(arguments)
 
-    def _reserve(self, slot_bytes: int) -> None:
-        """Make slots at least so large; all ranks ask for the same."""
+    def stage(
+        self,
+        tensors: Sequence[Tensor],
+        columns: Sequence[int],
+        tokens: Tensor | None,
+        send: Spans,
+        recv: Spans,
+        *,
+        comm: CommunicatorArgs,
+        row_bytes: int,
+        early: bool,
+    ) -> None:
+        """Launch the exchange that takes the place of staging for the next dispatch of a node's communicator.
+
+        Args:
+            tensors: as of :meth:`move`, as for the others.
+            columns: where each tensor's part of a staged row begins, in bytes.
+            tokens: likewise.
+            send: likewise.
+            recv: likewise; rows of a node arrive from a multiple of 32 on.
+            comm: of the communicator.
+            row_bytes: from row to row where they are staged.
+            early: beside the kernel ahead, which must be the last work of the stream.
+        """
+        arguments = self._exchange_arguments(tensors, tokens, send, recv)
+        arguments.own_blocks = _OWN_BLOCKS
+        for p, column in enumerate(columns):
+            arguments.parts[p].column = column
+        arguments.comm, arguments.staged_bytes, arguments.beside = comm, row_bytes, int(early)
+        self._launch(arguments)
+
+    def send_summed(self, summed: Summed, out: Tensor, send: Spans, recv: Spans) -> None:
+        """Launch the exchange of sums beside the combine that makes them, the last work of the stream.
+
+        Rows to this rank's own node stay where they are.
+
+        Args:
+            summed: the sums.
+            out: where rows arrive; there is room for such (:meth:`reserve`).
+            send: of the rows to send; those to a node start at a multiple of 32.
+            recv: of the rows that arrive.
+        """
+        arguments = self._exchange_arguments([summed.out], None, send, recv)
+        arguments.parts[0].received = out.data_ptr()
+        arguments.summed, arguments.epoch, arguments.beside = summed.flags.data_ptr(), summed.epoch, 1
+        self._launch(arguments)
+
+    def reserve(self, tensors: Sequence[Tensor]) -> None:
+        """Make room for rows of these widths to travel together, before anything of an operation is launched.
+
+        Collective where there has not been so much before; all ranks ask for the same.
+        """
+        slot_bytes = _offsets(tensors)[-1]
         if slot_bytes <= self._arguments.slot_bytes:
             return
         torch.cuda.synchronize(self._device)  # the old memory may be in use
@@ -173,6 +269,32 @@ class SymmetricTransport:
         self._buffer = self._allocate(-(-slots * 8 // 16) * 16 + slots * slot_bytes)
         self._arguments.memory = (c_void_p * MAX_NODES)(*self._buffer.pointers)
         self._arguments.slot_bytes = slot_bytes
+
+    def _exchange_arguments(
+        self, tensors: Sequence[Tensor], tokens: Tensor | None, send: Spans, recv: Spans
+    ) -> NodeExchangeArgs:
+        arguments = NodeExchangeArgs.from_buffer_copy(self._arguments)
+        for p, (tensor, offset) in enumerate(zip(tensors, _offsets(tensors), strict=False)):
+            arguments.parts[p] = NodePart(rows=tensor.data_ptr(), width=_width(tensor), offset=offset)
+        arguments.num_parts = len(tensors)
+        arguments.tokens = pointer(tokens)
+        for name, spans in (("send", send), ("recv", recv)):
+            setattr(arguments, f"{name}_first", (c_int32 * MAX_NODES)(*spans.first))
+            setattr(arguments, f"{name}_counts", (c_int32 * MAX_NODES)(*spans.counts))
+        return arguments
+
+    def _launch(self, arguments: NodeExchangeArgs) -> None:
+        launch(self._library, "node_exchange", arguments, self._device)
+
+
+def _width(tensor: Tensor) -> int:
+    """Bytes of a row."""
+    return tensor.shape[1] * tensor.element_size()
+
+
+def _offsets(tensors: Sequence[Tensor]) -> list[int]:
+    """Where the rows of each tensor begin in a slot, and the end."""
+    return list(accumulate((-(-_CHUNK_ROWS * _width(tensor) // 16) * 16 for tensor in tensors), initial=0))
 
 
 def loopback_transport(
