@@ -42,7 +42,7 @@ struct DispatchArgs {
   const int32_t* ends;    // [local_experts]: ends of the segments, padding included
   uint8_t* rows;          // out [num_rows][row_bytes]; padding rows become zero
   float* scales;          // out [num_rows][row_scales]; nullptr unless the rows are e4m3
-  int64_t wire_bytes;     // from row to row in the symmetric buffers
+  int32_t wire_bytes;     // of a row as it travels, and from row to row in the symmetric buffers; a multiple of 128
   int32_t row_bytes;      // without scales; a multiple of 16
   int32_t row_scales;     // scales behind the row
   int32_t slot_tokens;
@@ -51,11 +51,9 @@ struct DispatchArgs {
   int32_t num_rows;        // rows there is room for
   int32_t warps;           // of a block
   int32_t stages;          // of a warp, at least 2
-  int32_t stage_bytes;     // wire_bytes rounded up to 128
   int32_t behind_staging;  // the kernel ahead is staging, which need not have ended; 0 for later launches of a dispatch
   int32_t early;           // nor need the layout ahead of that
-  int32_t reserved;
-  NodeChunks nodes;  // whose tokens they are, if they arrive from nodes
+  NodeChunks nodes;        // whose tokens they are, if they arrive from nodes
 };
 
 namespace {
@@ -245,7 +243,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
 
   const int64_t staged = staged_rows(comm);
   RowsOfWarp rows = RowsOfWarp::begin(args, warp, lane, round);
-  uint8_t* ring = shared + static_cast<int64_t>(warp) * args.stages * args.stage_bytes;
+  uint8_t* ring = shared + static_cast<int64_t>(warp) * args.stages * args.wire_bytes;
 
   // Starts the load of the warp's next row into stage `place`.
   auto load = [&](int place) {
@@ -253,10 +251,10 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
     if (!rows.take(item)) return false;
     slots[warp][place][lane] = item.slot;
     if (lane == 0) {
-      const uint8_t* source = part<uint8_t>(comm, item.source, staged) + item.token * args.wire_bytes;
-      mbarrier_arrive_expect_tx(&arrived[warp][place], static_cast<uint32_t>(args.wire_bytes));
-      cp_async_bulk_load(ring + place * args.stage_bytes, source, static_cast<uint32_t>(args.wire_bytes),
-                         &arrived[warp][place]);
+      const uint8_t* source =
+          part<uint8_t>(comm, item.source, staged) + static_cast<int64_t>(item.token) * args.wire_bytes;
+      mbarrier_arrive_expect_tx(&arrived[warp][place], args.wire_bytes);
+      cp_async_bulk_load(ring + place * args.wire_bytes, source, args.wire_bytes, &arrived[warp][place]);
     }
     __syncwarp();
     return true;
@@ -267,7 +265,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
   fill_padding(args, warp, lane);
   for (; stored < loaded; ++stored) {
     const int place = stored % args.stages;
-    const uint8_t* row = ring + place * args.stage_bytes;
+    const uint8_t* row = ring + place * args.wire_bytes;
     const int slot = slots[warp][place][lane];
     mbarrier_wait_parity(&arrived[warp][place], stored / args.stages % 2);
     if (slot >= 0) cp_async_bulk_store(args.rows + static_cast<int64_t>(slot) * args.row_bytes, row, args.row_bytes);
@@ -294,13 +292,13 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
 }  // namespace
 }  // namespace ep_moe
 
-// Runs the kernel above; ring (warps * stages * stage_bytes) must fit the shared memory of a block. Rows from several
+// Runs the kernel above; ring (warps * stages * wire_bytes) must fit the shared memory of a block. Rows from several
 // nodes are moved by one launch, for all experts.
 EP_MOE_API const char* ep_moe_dispatch(const ep_moe::DispatchArgs* args, cudaStream_t stream) {
   using namespace ep_moe;
   const auto kernel = args->nodes.nodes > 0 ? dispatch_kernel<ArrivingRows> : dispatch_kernel<Rows>;
   return launch("dispatch kernel", kernel, *args, args->comm.blocks, args->warps * 32,
-                args->warps * args->stages * args->stage_bytes,
+                args->warps * args->stages * args->wire_bytes,
                 args->behind_staging ? LaunchMode::kProgrammatic : LaunchMode::kPlain, stream);
 }
 

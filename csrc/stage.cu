@@ -26,7 +26,7 @@ struct StageArgs {
   Communicator comm;
   const void* x;        // [tokens][hidden], or [tokens][row_bytes] where rows travel as they are
   const float* scales;  // [tokens][row_scales], of rows that are quantised already; or nullptr
-  int64_t wire_bytes;   // from row to row in the symmetric buffer; a multiple of 16
+  int64_t wire_bytes;   // from row to row in the symmetric buffer; a multiple of 128
   int32_t row_bytes;    // of a row as it travels, without scales; a multiple of 16
   int32_t row_scales;
   int32_t tokens;

@@ -289,7 +289,7 @@ class PhaseConfig(Section):
         "input", "Rows travel as they are, or as e4m3 with one fp32 scale per 128 channels."
     )
     num_sms: int | None = key(
-        None, "SMs that communication kernels may occupy; null: as many as keep links or memory busy.", low=1
+        None, "SMs that kernels that move rows may occupy; null: as many as keep links or memory busy.", low=1
     )
     overlap: tuple[Literal["shared_experts", "wgrad"], ...] = key(
         (),

@@ -149,7 +149,6 @@ class NvlinkCommunicator:
                     layout=layout,
                     alignment=alignment,
                     max_rows=max_rows,
-                    num_sms=num_sms,
                     host_counts=self._host_counts,
                     nodes=nodes,
                 )
@@ -285,7 +284,7 @@ class NvlinkCommunicator:
             out=out.data_ptr(),
             topk_idx=handle.topk_idx.data_ptr(),
             ends=handle.segments.ends.data_ptr(),
-            row_bytes=wire.bytes,
+            row_bytes=wire.row_bytes,
             element=ELEMENTS[rows.dtype],
             tokens=handle.tokens,
             slot_tokens=places.shape[1],
@@ -338,8 +337,7 @@ class NvlinkCommunicator:
         scales = None
         if wire.scales:
             scales = torch.empty(num_rows, wire.scales, dtype=torch.float32, device=self.device)
-        stage_bytes = -(-wire.bytes // 128) * 128
-        warps = max(min(SHARED_BYTES // (2 * stage_bytes), _MAX_WARPS), 1)
+        warps = max(min(SHARED_BYTES // (2 * wire.bytes), _MAX_WARPS), 1)
         arguments = native.DispatchArgs(
             comm=self._core.arguments(num_sms),
             slots=places.data_ptr(),
@@ -354,8 +352,7 @@ class NvlinkCommunicator:
             width=places.shape[2],
             num_rows=num_rows,
             warps=warps,
-            stages=min(SHARED_BYTES // (warps * stage_bytes), _MAX_STAGES),
-            stage_bytes=stage_bytes,
+            stages=min(SHARED_BYTES // (warps * wire.bytes), _MAX_STAGES),
             behind_staging=1,
             early=int(early),
         )

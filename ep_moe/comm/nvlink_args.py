@@ -163,7 +163,7 @@ class DispatchArgs(ctypes.Structure):
         ("ends", c_void_p),
         ("rows", c_void_p),
         ("scales", c_void_p),
-        ("wire_bytes", c_int64),
+        ("wire_bytes", c_int32),
         ("row_bytes", c_int32),
         ("row_scales", c_int32),
         ("slot_tokens", c_int32),
@@ -172,10 +172,8 @@ class DispatchArgs(ctypes.Structure):
         ("num_rows", c_int32),
         ("warps", c_int32),
         ("stages", c_int32),
-        ("stage_bytes", c_int32),
         ("behind_staging", c_int32),
         ("early", c_int32),
-        ("reserved", c_int32),
         ("nodes", NodeChunks),
     )
 
