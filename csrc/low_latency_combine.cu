@@ -1,9 +1,9 @@
 // Low-latency combine: the experts' rows of each token are weighted and summed where they are, and the sum goes to the
 // token's rank, which adds what its peers sent. low_latency.cuh says why this is safe.
 //
-// What moves: in S, the routing weights of this rank's tokens to the ranks of their experts, then a sum a (rank,
-// token), by 16-byte stores to that rank. In R, the sums from the landing buffer to the output. Sums run in fp32: over
-// a rank's rows in top-k order, rounded to bf16, then over the ranks in ascending order.
+// What moves: in S, the routing weights of this rank's tokens to the ranks of their experts, unless they came with the
+// dispatch, then a sum a (rank, token), by 16-byte stores to that rank. In R, the sums from the landing buffer to the
+// output. Sums run in fp32: over a rank's rows in top-k order, rounded to bf16, then over the ranks in ascending order.
 #include "element.cuh"
 #include "launch.cuh"
 #include "low_latency.cuh"
@@ -12,10 +12,11 @@ namespace ep_moe {
 
 struct LowLatencyCombineArgs {
   LowLatency ll;
-  const uint8_t* rows;        // bf16 [local_experts * ranks * max_tokens][hidden]
-  const int32_t* slots;       // [ranks * max_tokens][top_k], of the handle: slot of each arrived entry, or -1
-  const int64_t* topk_idx;    // [tokens][top_k], as dispatched
-  const float* topk_weights;  // [tokens][top_k]
+  const uint8_t* rows;      // bf16 [local_experts * ranks * max_tokens][hidden]
+  const int32_t* slots;     // [ranks * max_tokens][top_k], of the handle: slot of each arrived entry, or -1
+  const float* weights;     // [ranks * max_tokens][top_k], of the handle: those that came with the dispatch; or nullptr
+  const int64_t* topk_idx;  // [tokens][top_k], as dispatched
+  const float* topk_weights;  // [tokens][top_k]; nullptr if there are `weights`
   uint8_t* out;               // bf16 [tokens][hidden]
   uint32_t* round;            // of this combine: written by S, read by R
   uint64_t* wait_ns;          // [ranks]: time until each rank had begun is added; or nullptr
@@ -50,7 +51,7 @@ struct Entry {
 // That of the thread's number, if the token has so many.
 __device__ __forceinline__ Entry load_entry(const LowLatencyCombineArgs& args, int token) {
   Entry entry = {-1, 0.0f};
-  if (token < args.tokens && threadIdx.x < args.top_k) {
+  if (args.weights == nullptr && token < args.tokens && threadIdx.x < args.top_k) {
     const int64_t place = static_cast<int64_t>(token) * args.top_k + threadIdx.x;
     entry.expert = args.topk_idx[place];
     entry.weight = args.topk_weights[place];
@@ -83,6 +84,18 @@ __device__ __forceinline__ void load_rows(const LowLatencyCombineArgs& args, int
   }
 }
 
+// The routing weight of the lane's entry of a token of `owner`, which sends it in this round.
+__device__ __forceinline__ float take_weight(const LowLatency& ll, int owner, int token, uint32_t round) {
+  uint32_t* place = reinterpret_cast<uint32_t*>(weight_place(ll, ll.rank, round, owner, token)) + threadIdx.x % 32;
+  uint32_t weight = 0;
+  const bool here = wait_for(ll, Step::kWeights, owner, round, [&] {
+    weight = ld_volatile(place);
+    return weight != kEmptyWeight;
+  });
+  if (here) st_volatile(place, kEmptyWeight);
+  return __uint_as_float(weight);
+}
+
 // The sum of a token's rows here, to its rank. `slot` is that of the lane's entry, or -1; `weights` is rewritten by the
 // call after next only.
 __device__ void send_sum(const LowLatencyCombineArgs& args, float (&weights)[kMaxTopK], int owner, int token, int slot,
@@ -94,14 +107,9 @@ __device__ void send_sum(const LowLatencyCombineArgs& args, float (&weights)[kMa
   Row batch[kBatch];
   load_rows(args, slot, wanted, 0, threadIdx.x, batch);  // before the weights are waited for
   if (threadIdx.x < 32 && slot >= 0) {
-    uint32_t* place = reinterpret_cast<uint32_t*>(weight_place(ll, ll.rank, round, owner, token)) + lane;
-    uint32_t weight = 0;
-    const bool here = wait_for(ll, Step::kWeights, owner, round, [&] {
-      weight = ld_volatile(place);
-      return weight != kEmptyWeight;
-    });
-    if (here) st_volatile(place, kEmptyWeight);
-    weights[__popc(wanted & ((1u << lane) - 1))] = __uint_as_float(weight);
+    const int64_t place = static_cast<int64_t>(owner) * ll.shape.max_tokens + token;
+    weights[__popc(wanted & ((1u << lane) - 1))] =
+        args.weights != nullptr ? args.weights[place * args.top_k + lane] : take_weight(ll, owner, token, round);
   }
   __syncthreads();
   uint4* target = sum_place(ll, owner, round, ll.rank, token);
@@ -170,7 +178,7 @@ __device__ Round send(const LowLatencyCombineArgs& args) {
     st_volatile(entered + round % kLandingBuffers * ranks + ll.rank, round);
   }
   if (blockIdx.x < places && (present >> first.owner & 1)) send_weight(ll, entry, first.owner, first.token, round);
-  for (int i = blockIdx.x + gridDim.x; i < places; i += gridDim.x) {
+  for (int i = blockIdx.x + gridDim.x; args.weights == nullptr && i < places; i += gridDim.x) {
     const Owned reader(ll, i);
     if (present >> reader.owner & 1) send_weight(ll, load_entry(args, reader.token), reader.owner, reader.token, round);
   }

@@ -2,8 +2,9 @@
 // these experts. low_latency.cuh says why this is safe, low_latency_routing.cuh which slots these are.
 //
 // What moves: in S, the routing of all tokens (2 bytes an entry) to all ranks, and rows, as they are or quantised to
-// e4m3 with one fp32 scale per 128 channels behind the values, by 16-byte stores to peers. In R, rows from the landing
-// buffer to their slots. A block sends, then receives, one (rank, token) at a time.
+// e4m3 with one fp32 scale per 128 channels behind the values, by 16-byte stores to peers. Behind a row travel the
+// routing weights of its token, if they are given. In R, rows from the landing buffer to their slots, and weights to
+// the handle. A block sends, then receives, one (rank, token) at a time.
 #include <cuda_fp8.h>
 
 #include "element.cuh"
@@ -81,8 +82,30 @@ __device__ __forceinline__ void load_piece(const LowLatencyDispatchArgs& args, i
   }
 }
 
-// A token's row to the ranks of the mask, this one last: its peers have the longer way. `piece` is the thread's first.
-__device__ void send_row(const LowLatencyDispatchArgs& args, int token, Piece& piece, uint32_t round, uint32_t owners) {
+// Bytes of a row that routing weights follow: values, and scales.
+__device__ __forceinline__ int payload_bytes(const LowLatencyDispatchArgs& args) {
+  const int hidden = args.ll.shape.hidden;
+  return static_cast<ScaleFormat>(args.scale_format) == ScaleFormat::kNone ? 2 * hidden : hidden + hidden / 128 * 4;
+}
+
+// Whether the thread sends and receives a routing weight, that of its lane's number: in the last warp, for the first
+// ones have scales.
+__device__ __forceinline__ bool has_weight(const LowLatencyDispatchArgs& args) {
+  return args.topk_weights != nullptr && threadIdx.x / 32 == blockDim.x / 32 - 1 && threadIdx.x % 32 < args.top_k;
+}
+
+// The thread's, in bits. One that looks empty, -4.6e-41, travels as its neighbour.
+__device__ __forceinline__ uint32_t load_weight(const LowLatencyDispatchArgs& args, int token) {
+  if (token >= args.tokens || !has_weight(args)) return 0;
+  const float weight = args.topk_weights[static_cast<int64_t>(token) * args.top_k + threadIdx.x % 32];
+  const uint32_t bits = __float_as_uint(weight);
+  return bits == kEmptyWord ? bits - 1 : bits;
+}
+
+// A token's row to the ranks of the mask, this one last: its peers have the longer way. `piece` and `weight` are the
+// thread's first.
+__device__ void send_row(const LowLatencyDispatchArgs& args, int token, Piece& piece, uint32_t weight, uint32_t round,
+                         uint32_t owners) {
   const LowLatency& ll = args.ll;
   const auto format = static_cast<ScaleFormat>(args.scale_format);
   const int ranks = ll.shape.ranks, hidden = ll.shape.hidden, vectors = hidden / Vector<__nv_bfloat16>::kCount;
@@ -116,6 +139,8 @@ __device__ void send_row(const LowLatencyDispatchArgs& args, int token, Piece& p
         if (block % 8 == 0)
           st_volatile(reinterpret_cast<uint32_t*>(place + hidden) + block / 8, __float_as_uint(scale));
       }
+      if (number == 0 && has_weight(args))
+        st_volatile(reinterpret_cast<uint32_t*>(place + payload_bytes(args)) + threadIdx.x % 32, weight);
     }
   }
 }
@@ -126,10 +151,11 @@ __device__ __forceinline__ uint8_t* landed_row(const LowLatency& ll, int source,
                                 static_cast<int>(ll.shape.row_bytes));
 }
 
-// What a thread sees of a row at a glance: kLooks vectors, a block's width apart, and a scale.
+// What a thread sees of a row at a glance: kLooks vectors, a block's width apart, and a scale or a routing weight.
 struct Glance {
   uint4 vectors[kLooks];
   uint32_t scale;
+  uint32_t weight;
 };
 
 __device__ __forceinline__ int row_bytes_of(const LowLatencyDispatchArgs& args) {
@@ -153,6 +179,24 @@ __device__ __forceinline__ void glance_at(const LowLatencyDispatchArgs& args, in
   glance_at(reinterpret_cast<const uint4*>(landed), 0, row_bytes_of(args) / 16, glance);
   if (static_cast<ScaleFormat>(args.scale_format) != ScaleFormat::kNone && threadIdx.x < args.ll.shape.hidden / 128)
     glance.scale = ld_volatile(reinterpret_cast<const uint32_t*>(landed + args.ll.shape.hidden) + threadIdx.x);
+  if (has_weight(args))
+    glance.weight = ld_volatile(reinterpret_cast<const uint32_t*>(landed + payload_bytes(args)) + threadIdx.x % 32);
+}
+
+// The routing weights of one (rank, token) to the handle, wanted or not: what a rank has sent must be taken.
+__device__ __forceinline__ void keep_weights(const LowLatencyDispatchArgs& args, int source, int token, uint32_t round,
+                                             uint32_t weight) {
+  if (!has_weight(args)) return;
+  const LowLatency& ll = args.ll;
+  const int lane = threadIdx.x % 32, place = source * ll.shape.max_tokens + token;
+  uint32_t* landed = reinterpret_cast<uint32_t*>(landed_row(ll, source, token, round) + payload_bytes(args)) + lane;
+  const bool here = weight != kEmptyWord || wait_for(ll, Step::kWeights, source, round, [&] {
+                      weight = ld_volatile(landed);
+                      return weight != kEmptyWord;
+                    });
+  if (!here) return;
+  args.weights[static_cast<int64_t>(place) * args.top_k + lane] = __uint_as_float(weight);
+  st_volatile(landed, kEmptyWord);
 }
 
 // The row of one (rank, token) into `slot` of every lane that has one. `glance` is the first look at it.
@@ -218,14 +262,16 @@ __device__ Round send(const LowLatencyDispatchArgs& args) {
   Piece piece;
   load_piece(args, blockIdx.x, 0, piece);
   int64_t given = load_expert(args, blockIdx.x);
+  uint32_t weight = load_weight(args, blockIdx.x);
   const uint32_t present = present_ranks(ll), round = ld_volatile(&ll.workspace->dispatches[blockIdx.x]) + 1;
   for (int token = blockIdx.x; token < ll.shape.max_tokens; token += gridDim.x) {
     if (token != blockIdx.x) {
       load_piece(args, token, 0, piece);
       given = load_expert(args, token);
+      weight = load_weight(args, token);
     }
     const uint32_t owners = send_routing(args, token, given, round, present);
-    if (owners != 0) send_row(args, token, piece, round, owners);
+    if (owners != 0) send_row(args, token, piece, weight, round, owners);
   }
   __syncthreads();  // all threads have read the counter
   if (threadIdx.x == 0) {
@@ -278,7 +324,10 @@ __device__ void receive(const LowLatencyDispatchArgs& args, uint32_t round, uint
       if (now.expert >= 0) slot = now.expert * places + before;
     }
     next = arrival(args, table, now.place + gridDim.x, round);  // looked at before this one is stored
-    if (now.any) place_row(args, now.token.rank, now.token.rest, slot, round, now.glance);
+    if (now.any) {
+      keep_weights(args, now.token.rank, now.token.rest, round, now.glance.weight);
+      place_row(args, now.token.rank, now.token.rest, slot, round, now.glance);
+    }
     if (threadIdx.x < args.top_k) {
       args.slots[static_cast<int64_t>(now.place) * args.top_k + lane] = slot;
       if (slot >= 0) args.source_token[slot] = now.token.rest;

@@ -21,7 +21,10 @@ TIMEOUT_S = 120.0
 
 
 def check(rank: int, world: int, scale_format: str, split: bool) -> int:
-    """The number of wrong tensors of this rank in several rounds, sending and receiving apart if ``split``."""
+    """The number of wrong tensors of this rank in several rounds, sending and receiving apart if ``split``.
+
+    Weights travel with the rows then, and else with the sums.
+    """
     device, wrong = rank_device("cuda", rank), 0
     sizes = {"max_tokens": 5, "hidden": 256}
     communicator = NvlinkLowLatencyCommunicator(
@@ -35,9 +38,9 @@ def check(rank: int, world: int, scale_format: str, split: bool) -> int:
             t.to(device) for t in (mine.x, mine.topk_idx, mine.topk_weights, mine.experts_out)
         )
         if split:
-            packed, receive = communicator.dispatch_send(x, idx, scale_format=scale_format)
+            packed, receive = communicator.dispatch_send(x, idx, weights, scale_format=scale_format)
             receive()
-            out, receive = communicator.combine_send(experts_out, idx, weights, packed.handle)
+            out, receive = communicator.combine_send(experts_out, idx, None, packed.handle)
             receive()
         else:
             packed = communicator.dispatch(x, idx, scale_format=scale_format)

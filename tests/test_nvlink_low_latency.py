@@ -39,10 +39,15 @@ def inputs(rank: int, world: int, seed: int = 0, pattern: str = "some_unrouted")
     return [t.to(rank_device("cuda", rank)) for t in make_inputs(case, rank)]
 
 
-def round_trip(communicator: NvlinkLowLatencyCommunicator, x: Tensor, idx: Tensor, weights: Tensor) -> Tensor:
-    """The identity for experts, but for FP8: x times the sum of the weights of its routed entries."""
-    packed = communicator.dispatch(x, idx)
-    return communicator.combine(packed.rows, idx, weights, packed.handle)
+def round_trip(
+    communicator: NvlinkLowLatencyCommunicator, x: Tensor, idx: Tensor, weights: Tensor, early: bool = False
+) -> Tensor:
+    """The identity for experts, but for FP8: x times the sum of the weights of its routed entries.
+
+    Weights travel with the sums, or, if ``early``, with the rows.
+    """
+    packed = communicator.dispatch(x, idx, weights if early else None)
+    return communicator.combine(packed.rows, idx, None if early else weights, packed.handle)
 
 
 def weighted_sum(x: Tensor, idx: Tensor, weights: Tensor, ranks: list[int]) -> Tensor:
@@ -71,6 +76,7 @@ def _replays(rank: int, world: int, replays: int) -> int:
     with torch.cuda.graph(graph):
         packed = communicator.dispatch(x, idx)
         out = communicator.combine(packed.rows, idx, weights, packed.handle)
+        early = round_trip(communicator, x, idx, weights, early=True)
         quantised = communicator.dispatch(x, idx, scale_format="fp32")
     # Drawn once, and judged on the GPU: otherwise ten thousand replays would spend their time with that.
     sets = [inputs(rank, world, seed) for seed in range(50)]
@@ -81,6 +87,7 @@ def _replays(rank: int, world: int, replays: int) -> int:
             tensor.copy_(value)
         graph.replay()
         wrong += ~close(out, expected[replay % len(sets)])
+        wrong += ~close(early, expected[replay % len(sets)])
         wrong += (quantised.counts != packed.counts).any()
     return int(wrong)
 
@@ -100,14 +107,14 @@ def _streams_and_threads(rank: int, world: int) -> list[bool]:
     right = []
     for _ in range(20):
         sent, outs = [], []
-        for stream, (x, idx, _) in zip(streams, batches, strict=True):
+        for stream, (x, idx, weights) in zip(streams, batches, strict=True):
             with torch.cuda.stream(stream):
-                sent.append(communicator.dispatch_send(x, idx))
+                sent.append(communicator.dispatch_send(x, idx, weights))
         for stream, (_, hook) in zip(streams, sent, strict=True):
             call_in_thread(stream, hook)
-        for stream, (_, idx, weights), (packed, _) in zip(streams, batches, sent, strict=True):
+        for stream, (_, idx, _), (packed, _) in zip(streams, batches, sent, strict=True):
             with torch.cuda.stream(stream):
-                outs.append(communicator.combine_send(packed.rows, idx, weights, packed.handle))
+                outs.append(communicator.combine_send(packed.rows, idx, None, packed.handle))
         for stream, (_, hook) in reversed(list(zip(streams, outs, strict=True))):
             call_in_thread(stream, hook)
         torch.cuda.synchronize()
@@ -176,18 +183,18 @@ def test_misuse_is_named_and_harmless() -> None:
     assert works == "True"
 
 
-def _absent_rank(rank: int, world: int) -> tuple[str, int, float, list[bool]]:
+def _absent_rank(rank: int, world: int, early: bool) -> tuple[str, int, float, list[bool]]:
     """The last rank stops after one exchange; the others mask it and go on."""
     communicator = build(rank, world, timeout_s=1.0)
     x, idx, weights = inputs(rank, world)
-    round_trip(communicator, x, idx, weights)
+    round_trip(communicator, x, idx, weights, early)
     torch.cuda.synchronize()
     dist.barrier()
     message, named, right, start = "", -1, [], time.monotonic()
     if rank < world - 1:
         try:
             for _ in range(2):  # the first launches, the second finds out
-                round_trip(communicator, x, idx, weights)
+                round_trip(communicator, x, idx, weights, early)
                 torch.cuda.synchronize()
         except PeerTimeoutError as error:
             message, named = str(error), error.rank
@@ -196,7 +203,7 @@ def _absent_rank(rank: int, world: int) -> tuple[str, int, float, list[bool]]:
         right.append(communicator.masked.tolist() == [False] * (world - 1) + [True])
         for seed in range(12):
             x, idx, weights = inputs(rank, world, seed)
-            out = round_trip(communicator, x, idx, weights)
+            out = round_trip(communicator, x, idx, weights, early)
             right.append(is_weighted_sum(out, x, idx, weights, list(range(world - 1))))
         torch.cuda.synchronize()
         communicator.check()
@@ -206,9 +213,10 @@ def _absent_rank(rank: int, world: int) -> tuple[str, int, float, list[bool]]:
     return message, named, waited, right
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("ranks", gpu_ranks(2, 3))
-def test_a_rank_that_stops_is_named_and_can_be_masked(ranks: int) -> None:
-    *others, _ = run_ranks(ranks, _absent_rank)
+def test_a_rank_that_stops_is_named_and_can_be_masked(ranks: int, early: bool) -> None:
+    *others, _ = run_ranks(ranks, _absent_rank, early)
     for rank, (message, named, waited, right) in enumerate(others):
         assert named == ranks - 1 and waited < 10
         assert f"rank {rank} waited 1 s for rank {ranks - 1}" in message and "mask_rank" in message

@@ -85,7 +85,7 @@ def test_buffers_are_those_of_the_library(ranks: int, tokens: int) -> None:
 
     hidden, top_k, topology = 7168, 8, Topology(ranks, ranks)
     for fp8 in (False, True):
-        size = row_bytes(hidden, fp8)
+        size = row_bytes(hidden, fp8) + 4 * top_k
         shape = nvlink_low_latency_args.LowLatencyShape(ranks, tokens, top_k, 256, hidden, 256 // ranks, size)
         layout = nvlink_low_latency_args.LowLatencyLayout()
         library = nvlink_low_latency_args.load_entry_points()

@@ -13,8 +13,9 @@
 //   written by a peer in S(n)          read in R(n) by               emptied
 //   routing[n % 4], all tokens         all blocks                    never: tagged with the round
 //   rows[n % 4], tokens for this rank  the thread that copies them   by that thread, once stored
+//     and their routing weights
 //   sums[n % 4], tokens of this rank   the thread that adds them     by that thread, at once
-//   weights[n % 4]                     the thread that needs them, in S(n), then emptied by it
+//   weights[n % 4], if not dispatched  the thread that needs them, in S(n), then emptied by it
 //   entered[n % 4]                     one thread                    never: holds the round
 //
 // Why a word is empty, and nobody reads it any more, when it is written again. At most two rounds are under way: S(n)
@@ -30,6 +31,10 @@
 // A kernel that waits never keeps what it waits for from being sent: R(n) waits for S(n) of peers, which wait for
 // nothing but S(n) of their peers (weights, in combine), and every block sends before it waits. All ranks call in the
 // same order.
+//
+// Routing weights travel once: behind the rows of a dispatch, as words of them, and R(n) keeps them in local memory, so
+// that the handle may be combined at any later time, often or never; or in each combine. Each round is one or the other
+// on all ranks; what a round does not use stays empty.
 //
 // Rounds are counted by each block for itself, so that no block waits for another one; grids have the same size in
 // every call. A receive learns its round from the handle, where the send has put it.
@@ -49,7 +54,7 @@ constexpr int kInFlight = 2;  // rounds under way
 constexpr int kLandingBuffers = 2 * kInFlight;
 constexpr int kMaxBlocks = 512;
 
-// Two bf16 of -0 and of +-0 in e4m3; senders write +0 instead. No scale looks like this.
+// Two bf16 of -0 and of +-0 in e4m3; senders write +0 instead. No scale looks like this; a routing weight may.
 constexpr uint32_t kEmptyWord = 0x80008000;
 // A NaN; senders write another one instead.
 constexpr uint32_t kEmptyWeight = 0xffffffff;
@@ -68,14 +73,14 @@ struct LowLatencyShape {
   int32_t num_experts;
   int32_t hidden;  // a multiple of 128
   int32_t experts_per_rank;
-  int64_t row_bytes;  // of a dispatched row as it travels; a multiple of 16
+  int64_t row_bytes;  // of a dispatched row as it travels, with routing weights; a multiple of 16
 };
 
 // Offsets in the symmetric buffer; parts written by peers are indexed by the writer's rank.
 struct LowLatencyLayout {
   int64_t routing;  // uint16 [4][ranks][max_tokens][top_k rounded up to 8]
   int64_t entered;  // uint32 [4][ranks]
-  int64_t rows;     // [4][ranks][max_tokens] dispatched rows: values, then scales
+  int64_t rows;     // [4][ranks][max_tokens] dispatched rows: values, then scales, then routing weights
   int64_t sums;     // bf16 [4][ranks][max_tokens][hidden]
   int64_t weights;  // float [4][ranks][max_tokens][max_top_k]
   int64_t total;    // bytes

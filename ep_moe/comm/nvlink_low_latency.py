@@ -44,12 +44,14 @@ class NvlinkLowLatencyHandle:
         source_token: int32 ``[local_experts, ranks * max_tokens]``, the token of each row at its rank.
         ranges: int64 ``[local_experts, ranks]``, begin << 32 | count of each rank's rows.
         slots: int32 ``[ranks * max_tokens, top_k]``, the row of each arrived entry, or -1.
+        weights: fp32 ``[ranks * max_tokens, top_k]``, of tokens that arrived, if they travelled with the rows.
         tokens: dispatched at this rank.
     """
 
     source_token: Tensor
     ranges: Tensor
     slots: Tensor
+    weights: Tensor | None
     tokens: int
 
     @property
@@ -141,31 +143,33 @@ class NvlinkLowLatencyCommunicator:
         self,
         x: Tensor,
         topk_idx: Tensor,
+        topk_weights: Tensor | None = None,
         *,
         scale_format: ScaleFormat = "none",
         received: Tensor | None = None,
         wait_ns: Tensor | None = None,
     ) -> PackedRows:
         """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.dispatch`."""
-        return self._dispatch(x, topk_idx, scale_format, received, wait_ns, split=False)[0]
+        return self._dispatch(x, topk_idx, topk_weights, scale_format, received, wait_ns, split=False)[0]
 
     def dispatch_send(
         self,
         x: Tensor,
         topk_idx: Tensor,
+        topk_weights: Tensor | None = None,
         *,
         scale_format: ScaleFormat = "none",
         received: Tensor | None = None,
         wait_ns: Tensor | None = None,
     ) -> tuple[PackedRows, Hook]:
         """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.dispatch_send`."""
-        return self._dispatch(x, topk_idx, scale_format, received, wait_ns, split=True)
+        return self._dispatch(x, topk_idx, topk_weights, scale_format, received, wait_ns, split=True)
 
     def combine(
         self,
         rows: Tensor,
         topk_idx: Tensor,
-        topk_weights: Tensor,
+        topk_weights: Tensor | None,
         handle: NvlinkLowLatencyHandle,
         *,
         out: Tensor | None = None,
@@ -178,7 +182,7 @@ class NvlinkLowLatencyCommunicator:
         self,
         rows: Tensor,
         topk_idx: Tensor,
-        topk_weights: Tensor,
+        topk_weights: Tensor | None,
         handle: NvlinkLowLatencyHandle,
         *,
         out: Tensor | None = None,
@@ -199,17 +203,21 @@ class NvlinkLowLatencyCommunicator:
         self,
         x: Tensor,
         topk_idx: Tensor,
+        topk_weights: Tensor | None,
         scale_format: ScaleFormat,
         received: Tensor | None,
         wait_ns: Tensor | None,
         split: bool,
     ) -> tuple[PackedRows, Hook]:
-        check_dispatch(self, x, topk_idx, scale_format, received, wait_ns)
+        check_dispatch(self, x, topk_idx, topk_weights, scale_format, received, wait_ns)
         self._check_device(x)
         x, topk_idx = x.contiguous(), topk_idx.contiguous()
+        topk_weights = None if topk_weights is None else topk_weights.contiguous()
         local_experts, places, blocks = self.num_experts // self.size, self.size * self.max_tokens, self.hidden // BLOCK
-        row_bytes = 2 * self.hidden if scale_format == "none" else -(-(self.hidden + 4 * blocks) // 16) * 16
         top_k = topk_idx.shape[1]
+        # Weights have room whether or not they travel: so the first of them does not make the buffer grow.
+        row_bytes = (2 * self.hidden if scale_format == "none" else self.hidden + 4 * blocks) + 4 * top_k
+        row_bytes = -(-row_bytes // 16) * 16
 
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=self.device)
@@ -226,6 +234,7 @@ class NvlinkLowLatencyCommunicator:
             source_token=empty(local_experts, places),
             ranges=empty(local_experts, self.size, dtype=torch.int64),
             slots=empty(places, top_k),
+            weights=None if topk_weights is None else empty(places, top_k, dtype=torch.float32),
             tokens=x.shape[0],
         )
         with self._lock:
@@ -235,12 +244,14 @@ class NvlinkLowLatencyCommunicator:
                 ll=self._common,
                 x=x.data_ptr(),
                 topk_idx=topk_idx.data_ptr(),
+                topk_weights=pointer(topk_weights),
                 rows=rows.data_ptr(),
                 scales=pointer(scales),
                 counts=counts.data_ptr(),
                 ranges=handle.ranges.data_ptr(),
                 source_token=handle.source_token.data_ptr(),
                 slots=handle.slots.data_ptr(),
+                weights=pointer(handle.weights),
                 round=number.data_ptr(),
                 received=pointer(received),
                 wait_ns=pointer(wait_ns),
@@ -250,7 +261,7 @@ class NvlinkLowLatencyCommunicator:
                 table_bytes=table_bytes if table_bytes <= _TABLE_BYTES else 0,
             )
             results = [rows, counts, handle.ranges, handle.source_token, handle.slots, number]
-            results += [t for t in (scales, received, wait_ns) if t is not None]
+            results += [t for t in (scales, handle.weights, received, wait_ns) if t is not None]
             hook = self._start("dispatch", arguments, self._dispatches, split, results)
         return PackedRows(rows, scales, counts, handle), hook
 
@@ -258,7 +269,7 @@ class NvlinkLowLatencyCommunicator:
         self,
         rows: Tensor,
         topk_idx: Tensor,
-        topk_weights: Tensor,
+        topk_weights: Tensor | None,
         handle: NvlinkLowLatencyHandle,
         out: Tensor | None,
         wait_ns: Tensor | None,
@@ -266,7 +277,8 @@ class NvlinkLowLatencyCommunicator:
     ) -> tuple[Tensor, Hook]:
         check_combine(self, rows, topk_idx, topk_weights, handle, out, wait_ns)
         self._check_device(rows)
-        rows, topk_idx, topk_weights = rows.contiguous(), topk_idx.contiguous(), topk_weights.contiguous()
+        rows, topk_idx = rows.contiguous(), topk_idx.contiguous()
+        topk_weights = None if topk_weights is None else topk_weights.contiguous()
         tokens, top_k = topk_idx.shape
         if out is None:
             out = torch.empty(tokens, self.hidden, dtype=torch.bfloat16, device=self.device)
@@ -276,8 +288,9 @@ class NvlinkLowLatencyCommunicator:
                 ll=self._common,
                 rows=rows.data_ptr(),
                 slots=handle.slots.data_ptr(),
+                weights=pointer(handle.weights),
                 topk_idx=topk_idx.data_ptr(),
-                topk_weights=topk_weights.data_ptr(),
+                topk_weights=pointer(topk_weights),
                 out=out.data_ptr(),
                 round=number.data_ptr(),
                 wait_ns=pointer(wait_ns),

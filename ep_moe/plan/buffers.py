@@ -28,7 +28,7 @@ def low_latency_buffer(topology: Topology, max_tokens: int, hidden: int, top_k: 
     sums that they pass back.
     """
     routing = -(-top_k // 8) * 8 * 2
-    rows = row_bytes(hidden, fp8)
+    rows = row_bytes(hidden, fp8) + 4 * top_k  # routing weights behind them
     sums = row_bytes(hidden, fp8=False)
     direct = topology.ranks * (routing + rows + sums + 4 * top_k)
     forwarded = (topology.nodes - 1) * (rows + sums)

@@ -30,7 +30,8 @@ receive after that clears table n: T = 2k + 2. If the next send clears it, T = 2
 *Combine with weights.* There S(n) of a rank also asks its peers: it writes them the routing weights of its tokens, and
 they wait for these before they write rows (the sums) in their S(n). A row is then written only after its reader has
 started S(n), so after R(n - k) of the reader has ended: k row buffers do. The weights themselves are free once the rows
-that they asked for have come, so such a combine needs no packets either.
+that they asked for have come, so such a combine needs no packets either. Weights that travel with the rows of a
+dispatch are words of them, and the combine asks for nothing: it needs the packets, and 2k row buffers.
 
 *Why nobody waits for ever.* R(n) waits only for S(n) of its peers, which waits for nothing, or for weights that peers
 write at the start of their S(n). If a rank dies, all others end up in a receive that waits for it, and those in the
