@@ -137,7 +137,7 @@ def test_any_number_of_tokens(kind: str, device: str, tokens: tuple[int, int]) -
         assert not wrong, "\n".join(wrong[:5])
 
 
-def _orders(rank: int, world: int, kind: str, device: str) -> list[str]:
+def use_every_order(rank: int, world: int, kind: str, device: str) -> list[str]:
     """Dispatches and combines of two micro-batches, halves in every order in which they are legal.
 
     The weights of one travel with its rows, those of the other with its sums.
@@ -170,7 +170,7 @@ def _is_legal(order: tuple[tuple[int, int], ...]) -> bool:
     return all([step for b, step in order if b == batch] == [0, 1, 2, 3] for batch in range(2))
 
 
-def _weights_now_and_then(rank: int, world: int, kind: str, device: str) -> list[int]:
+def send_weights_now_and_then(rank: int, world: int, kind: str, device: str) -> list[int]:
     """Dispatches with and without weights, some never combined and some twice, later ones first; which sums are wrong.
 
     More rounds than landing buffers, so that each is used after rounds of either kind.
@@ -196,12 +196,12 @@ def _weights_now_and_then(rank: int, world: int, kind: str, device: str) -> list
 
 @pytest.mark.parametrize(("kind", "device"), LOW_LATENCY_COMMUNICATORS)
 def test_weights_that_travel_with_rows_stay_with_the_handle(kind: str, device: str) -> None:
-    assert run_ranks(2, _weights_now_and_then, kind, device) == [[], []]
+    assert run_ranks(2, send_weights_now_and_then, kind, device) == [[], []]
 
 
 @pytest.mark.parametrize(("kind", "device"), LOW_LATENCY_COMMUNICATORS)
 def test_two_exchanges_under_way(kind: str, device: str) -> None:
-    assert run_ranks(2, _orders, kind, device) == [[], []]
+    assert run_ranks(2, use_every_order, kind, device) == [[], []]
 
 
 def _messages(rank: int, world: int, kind: str, device: str) -> list[str]:
@@ -257,7 +257,7 @@ def test_bad_arguments_are_named(kind: str, device: str) -> None:
             assert want in answer
 
 
-def _masked(rank: int, world: int, kind: str, device: str, early: bool) -> bool:
+def exchange_masked(rank: int, world: int, kind: str, device: str, early: bool) -> bool:
     on, case = rank_device(device, rank), replace(BASE, tokens=(8, 8))
     communicator, mine = build(kind, case, rank), make_inputs(case, rank)
     x, idx, weights = (t.to(on) for t in (mine.x, mine.topk_idx, mine.topk_weights))
@@ -279,4 +279,4 @@ def _masked(rank: int, world: int, kind: str, device: str, early: bool) -> bool:
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize(("kind", "device"), LOW_LATENCY_COMMUNICATORS)
 def test_masked_ranks_contribute_nothing(kind: str, device: str, early: bool) -> None:
-    assert run_ranks(2, _masked, kind, device, early) == [True, True]
+    assert run_ranks(2, exchange_masked, kind, device, early) == [True, True]

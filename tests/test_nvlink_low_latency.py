@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from communicators import rank_device
+from communicators import make_reach, rank_device
 from gpu_ranks import gpu_ranks, gpu_ranks_and_counts
 from ranks import run_ranks
 from routing_cases import Case, make_inputs
@@ -22,13 +22,15 @@ pytestmark = pytest.mark.gpu
 HIDDEN, TOKENS, TOP_K = 256, 8, 3
 
 
-def build(rank: int, world: int, **options: float) -> NvlinkLowLatencyCommunicator:
+def build(rank: int, world: int, kind: str = "nvlink", **options: float) -> NvlinkLowLatencyCommunicator:
+    device = rank_device("cuda", rank)
     return NvlinkLowLatencyCommunicator(
         dist.group.WORLD,
-        rank_device("cuda", rank),
+        device,
         max_tokens=TOKENS,
         hidden=HIDDEN,
         num_experts=4 * world,
+        reach=make_reach(kind, dist.group.WORLD, device),
         **options,  # type: ignore[arg-type]
     )
 
@@ -66,8 +68,9 @@ def is_weighted_sum(out: Tensor, x: Tensor, idx: Tensor, weights: Tensor, ranks:
     return bool(close(out, weighted_sum(x, idx, weights, ranks)))
 
 
-def _replays(rank: int, world: int, replays: int) -> int:
-    communicator = build(rank, world)
+def replay_changing_routing(rank: int, world: int, replays: int, kind: str = "nvlink") -> int:
+    """The number of wrong results."""
+    communicator = build(rank, world, kind)
     x, idx, weights = inputs(rank, world)
     for scale_format in ("none", "fp32"):
         communicator.dispatch(x, idx, scale_format=scale_format)  # type: ignore[arg-type]
@@ -95,12 +98,12 @@ def _replays(rank: int, world: int, replays: int) -> int:
 # Eight ranks that share an H200 take 0.055 s a replay, their kernels taking turns: 10,000 would be nine minutes.
 @pytest.mark.parametrize(("ranks", "replays"), gpu_ranks_and_counts({1: 10_000, 2: 200, 4: 50, 8: 100}, 10_000))
 def test_replays_with_changing_routing(ranks: int, replays: int) -> None:
-    assert run_ranks(ranks, _replays, replays) == [0] * ranks
+    assert run_ranks(ranks, replay_changing_routing, replays) == [0] * ranks
 
 
-def _streams_and_threads(rank: int, world: int) -> list[bool]:
+def use_streams_and_threads(rank: int, world: int, kind: str = "nvlink") -> list[bool]:
     """Two micro-batches on two streams; each receive in another thread."""
-    communicator = build(rank, world)
+    communicator = build(rank, world, kind)
     streams = [torch.cuda.Stream() for _ in range(2)]
     batches = [inputs(rank, world, seed) for seed in (1, 2)]
     torch.cuda.synchronize()
@@ -137,7 +140,7 @@ def call_in_thread(stream: torch.cuda.Stream, hook: object) -> None:
 
 @pytest.mark.parametrize("ranks", gpu_ranks(1, 2))
 def test_hooks_in_other_threads_and_streams(ranks: int) -> None:
-    for right in run_ranks(ranks, _streams_and_threads):
+    for right in run_ranks(ranks, use_streams_and_threads):
         assert all(right)
 
 
@@ -183,9 +186,9 @@ def test_misuse_is_named_and_harmless() -> None:
     assert works == "True"
 
 
-def _absent_rank(rank: int, world: int, early: bool) -> tuple[str, int, float, list[bool]]:
+def lose_a_rank(rank: int, world: int, early: bool, kind: str = "nvlink") -> tuple[str, int, float, list[bool]]:
     """The last rank stops after one exchange; the others mask it and go on."""
-    communicator = build(rank, world, timeout_s=1.0)
+    communicator = build(rank, world, kind, timeout_s=1.0)
     x, idx, weights = inputs(rank, world)
     round_trip(communicator, x, idx, weights, early)
     torch.cuda.synchronize()
@@ -216,10 +219,15 @@ def _absent_rank(rank: int, world: int, early: bool) -> tuple[str, int, float, l
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("ranks", gpu_ranks(2, 3))
 def test_a_rank_that_stops_is_named_and_can_be_masked(ranks: int, early: bool) -> None:
-    *others, _ = run_ranks(ranks, _absent_rank, early)
+    check_losses(run_ranks(ranks, lose_a_rank, early))
+
+
+def check_losses(results: list[tuple[str, int, float, list[bool]]]) -> None:
+    """That all but the last rank have named it and gone on."""
+    *others, _ = results
     for rank, (message, named, waited, right) in enumerate(others):
-        assert named == ranks - 1 and waited < 10
-        assert f"rank {rank} waited 1 s for rank {ranks - 1}" in message and "mask_rank" in message
+        assert named == len(others) and waited < 10
+        assert f"rank {rank} waited 1 s for rank {len(others)}" in message and "mask_rank" in message
         assert all(right), right
 
 

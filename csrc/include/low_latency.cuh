@@ -42,6 +42,8 @@
 // A wait for a rank ends in time. That rank is then `failed`: no later wait for it lasts, words it should have written
 // are left alone, and the host learns its name. Once the host has masked the rank, nothing is sent to it or expected
 // from it.
+//
+// Ranks may be of several nodes: low_latency_reach.cuh says how words get to those whose buffers are not mapped here.
 #pragma once
 
 #include "buffer.cuh"
@@ -53,6 +55,7 @@ namespace ep_moe {
 constexpr int kInFlight = 2;  // rounds under way
 constexpr int kLandingBuffers = 2 * kInFlight;
 constexpr int kMaxBlocks = 512;
+constexpr int kMaxThreads = 448;
 
 // Two bf16 of -0 and of +-0 in e4m3; senders write +0 instead. No scale looks like this; a routing weight may.
 constexpr uint32_t kEmptyWord = 0x80008000;
@@ -114,9 +117,12 @@ struct LowLatencyWorkspace {
   uint32_t combines[kMaxBlocks];
 };
 
+struct LowLatencyNodes;
+
 // First fields of the arguments of both kernels.
 struct LowLatency {
-  uint8_t* buffers[kMaxRanks];  // symmetric buffer of every rank, mapped here
+  uint8_t* buffers[kMaxRanks];   // symmetric buffer of every rank, mapped here; between nodes of this one alone
+  const LowLatencyNodes* nodes;  // between nodes; otherwise nullptr
   LowLatencyLayout layout;
   LowLatencyShape shape;
   LowLatencyWorkspace* workspace;
@@ -126,6 +132,7 @@ struct LowLatency {
   uint32_t phases;  // kSend, kReceive or both
   int32_t blocks;
   int32_t threads;
+  int32_t own;           // which of `buffers` is this rank's
   uint32_t rank_factor;  // 2^31 / experts_per_rank, rounded up: see rank_of
 };
 
@@ -163,13 +170,20 @@ __device__ __forceinline__ void fetch_parameters(const Args& args) {
   if (seen == 0) __nanosleep(0);  // never; what is read must be used
 }
 
-// The place of (writer, token) in the copy of a part that `round` uses, at `reader`.
+__device__ __forceinline__ uint8_t* own_buffer(const LowLatency& ll) { return ll.buffers[ll.own]; }
+
+// The number of the place of (rank, token) in the copy of a part that `round` uses. 31 bits hold it: 2^26 tokens of 8
+// ranks would need terabytes.
+__device__ __forceinline__ int place_number(const LowLatency& ll, uint32_t round, int rank, int token) {
+  return (static_cast<int>(round % kLandingBuffers) * ll.shape.ranks + rank) * ll.shape.max_tokens + token;
+}
+
+// The place of (writer, token) in the copy of a part that `round` uses, in the buffer of its reader.
 template <typename T>
-__device__ __forceinline__ T* landing_place(const LowLatency& ll, int reader, int64_t offset, uint32_t round,
+__device__ __forceinline__ T* landing_place(const LowLatency& ll, uint8_t* buffer, int64_t offset, uint32_t round,
                                             int writer, int token, int bytes_per_token) {
-  // 31 bits hold it: 2^26 tokens of 8 ranks would need terabytes.
-  const int place = (static_cast<int>(round % kLandingBuffers) * ll.shape.ranks + writer) * ll.shape.max_tokens + token;
-  return reinterpret_cast<T*>(ll.buffers[reader] + offset + static_cast<int64_t>(place) * bytes_per_token);
+  const int place = place_number(ll, round, writer, token);
+  return reinterpret_cast<T*>(buffer + offset + static_cast<int64_t>(place) * bytes_per_token);
 }
 
 __device__ __forceinline__ bool is_empty(uint4 v) {
@@ -189,7 +203,7 @@ __device__ __forceinline__ void empty(uint4* address) {
 
 // Bit r: rank r takes part.
 __device__ __forceinline__ uint32_t present_ranks(const LowLatency& ll) {
-  return ~*reinterpret_cast<volatile uint32_t*>(&ll.workspace->masked) & ((1u << ll.shape.ranks) - 1);
+  return ~*reinterpret_cast<volatile uint32_t*>(&ll.workspace->masked) & (~0u >> (32 - ll.shape.ranks));
 }
 
 // What a kernel reads of its round.

@@ -45,6 +45,8 @@ A state holds, for every rank, the kernels it runs with what their blocks have l
 empty. ``explore`` visits every state that can be reached and stops at the first violation:
 
 - a word is written (visible) while its buffer still holds a word of an earlier round;
+- a word is written while the one of an earlier round in its buffer is under way (with ``every_step``): between nodes it
+  is put from a staging place, of which there are as many as buffers;
 - a read returns a word of another round;
 - a clear destroys a word that some reader has not read, or that belongs to another round;
 - nobody can go on, although someone has not finished.
