@@ -99,7 +99,7 @@ class LowLatencyDispatchArgs(ctypes.Structure):
 
 
 class LowLatencyCombineArgs(ctypes.Structure):
-    """``LowLatencyCombineArgs`` of ``low_latency_combine.cu``."""
+    """``LowLatencyCombineArgs`` of ``low_latency_combine.cuh``."""
 
     _fields_ = (
         ("ll", LowLatency),
