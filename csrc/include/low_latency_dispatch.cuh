@@ -97,7 +97,7 @@ __device__ __forceinline__ int payload_bytes(const LowLatencyDispatchArgs& args)
 // Whether the thread sends and receives a routing weight, that of its lane's number: in the last warp, for the first
 // ones have scales.
 __device__ __forceinline__ bool has_weight(const LowLatencyDispatchArgs& args) {
-  return args.topk_weights != nullptr && threadIdx.x / 32 == blockDim.x / 32 - 1 && threadIdx.x % 32 < args.top_k;
+  return args.weights != nullptr && threadIdx.x / 32 == blockDim.x / 32 - 1 && threadIdx.x % 32 < args.top_k;
 }
 
 // The thread's, in bits. One that looks empty, -4.6e-41, travels as its neighbour.
@@ -162,7 +162,7 @@ __device__ void send_row(const LowLatencyDispatchArgs& args, int token, Piece& p
     if (far == 0) return;
     finish_staging();
     const int64_t to = place_offset(ll, ll.layout.rows, round, ll.rank, token, static_cast<int>(ll.shape.row_bytes));
-    const int bytes = payload_bytes(args) + (args.topk_weights != nullptr ? args.top_k * 4 : 0);
+    const int bytes = payload_bytes(args) + (args.weights != nullptr ? args.top_k * 4 : 0);
     int warp = 0;
     for (uint32_t left = far; left != 0; left &= left - 1) {
       if (warp == threadIdx.x / 32) Reach::put(ll, __ffs(left) - 1, staged_row(ll, token, round), to, bytes);

@@ -15,14 +15,14 @@ struct LowLatencyDispatchArgs {
   LowLatency ll;
   const __nv_bfloat16* x;     // [tokens][hidden]
   const int64_t* topk_idx;    // [tokens][top_k], global expert or -1
-  const float* topk_weights;  // [tokens][top_k]; or nullptr, on all ranks: none travel
+  const float* topk_weights;  // [tokens][top_k]; nullptr if there are none
   uint8_t* rows;              // out [local_experts][ranks * max_tokens][hidden], of bf16 or e4m3
   void* scales;           // out, of e4m3 rows: float [...][hidden / 128], or uint8 [...][hidden / 512 rounded up * 4]
   int32_t* counts;        // out [local_experts]: rows of each expert
   int64_t* ranges;        // out [local_experts][ranks]: first slot << 32 | rows, of each source rank
   int32_t* source_token;  // out [local_experts][ranks * max_tokens]
   int32_t* slots;         // out [ranks * max_tokens][top_k]: slot in [local_experts * ranks * max_tokens], or -1
-  float* weights;         // out [ranks * max_tokens][top_k], of tokens that have a slot; or nullptr, as topk_weights
+  float* weights;         // out [ranks * max_tokens][top_k], of tokens that have a slot; nullptr if none travel
   uint32_t* round;        // of the handle: written by S, read by R
   int32_t* received;      // [local_experts]: counts are added; or nullptr
   uint64_t* wait_ns;      // [ranks]: time waited for the routing of each rank is added; or nullptr
