@@ -34,18 +34,19 @@ class Exchange:
     combine_send: Send | None = None
 
 
-def low_latency(machine: Machine, problem: Problem, max_tokens: int, fp8: bool) -> Exchange:
-    """Our low-latency mode."""
+def low_latency(machine: Machine, problem: Problem, max_tokens: int, fp8: bool, late: bool = False) -> Exchange:
+    """Our low-latency mode; routing weights travel with the rows, as a layer sends them, or ``late``, with the sums."""
     communicator = low_latency_communicator(machine, max_tokens, problem.hidden, problem.experts)
     scales: ScaleFormat = "fp32" if fp8 else "none"
-    x, topk_idx, weights = problem.x, problem.topk_idx, problem.topk_weights
-    handle = communicator.dispatch(x, topk_idx, scale_format=scales).handle
+    x, topk_idx = problem.x, problem.topk_idx
+    with_rows, with_sums = (None, problem.topk_weights) if late else (problem.topk_weights, None)
+    handle = communicator.dispatch(x, topk_idx, with_rows, scale_format=scales).handle
     rows = communicator.combine_buffer(handle).normal_()
     return Exchange(
-        lambda: communicator.dispatch(x, topk_idx, scale_format=scales),
-        lambda: communicator.combine(rows, topk_idx, weights, handle),
-        lambda: communicator.dispatch_send(x, topk_idx, scale_format=scales)[1],
-        lambda: communicator.combine_send(rows, topk_idx, weights, handle)[1],
+        lambda: communicator.dispatch(x, topk_idx, with_rows, scale_format=scales),
+        lambda: communicator.combine(rows, topk_idx, with_sums, handle),
+        lambda: communicator.dispatch_send(x, topk_idx, with_rows, scale_format=scales)[1],
+        lambda: communicator.combine_send(rows, topk_idx, with_sums, handle)[1],
     )
 
 
@@ -106,6 +107,7 @@ def deep_ep(machine: Machine, problem: Problem, max_tokens: int, fp8: bool) -> E
 
 EXCHANGES: dict[str, Callable[[Machine, Problem, int, bool], Exchange]] = {
     "low_latency": low_latency,
+    "late_weights": functools.partial(low_latency, late=True),
     "normal": normal,
     "nccl": nccl,
     "deep_ep": deep_ep,

@@ -6,9 +6,10 @@ One process a GPU (or under ``torchrun``). A figure is the time of one call: 20 
 or replayed as one CUDA graph, over 20; the slowest rank of each repeat counts, medians over repeats. ``hook`` sends and
 receives in two launches, the hook called at once. ``send`` and ``receive`` are each of these launches alone, between
 two events, with a pause between them in which the data arrives; two events with nothing between them are ``nothing
-between events``, to be taken off. The floor is the remote bytes over the rate that copies between the GPUs reach here,
-without any latency; ``empty kernel`` is what a launch alone costs. What is compared does not do the same things: see
-``decode_exchanges.py``. Where ranks share a GPU, times mean nothing.
+between events``, to be taken off. ``low_latency`` sends routing weights with the rows, as a layer does, and
+``late_weights`` with the sums, as programs written for DeepEP do. The floor is the remote bytes over the rate that
+copies between the GPUs reach here, without any latency; ``empty kernel`` is what a launch alone costs. What is compared
+does not do the same things: see ``decode_exchanges.py``. Where ranks share a GPU, times mean nothing.
 """
 
 from __future__ import annotations

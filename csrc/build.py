@@ -21,8 +21,8 @@ OBJECTS = ROOT / "build" / "csrc"
 # By path, because `import ep_moe` needs torch, which an isolated build does not have.
 INFO = runpy.run_path(str(ROOT / "ep_moe" / "build_info.py"))
 LIBRARY: Path = ROOT / "ep_moe" / INFO["LIBRARY_NAME"]
-# The second library, of one source, is compiled where NVSHMEM is found.
-NVSHMEM_SOURCE = CSRC / "nvshmem" / "node_exchange.cu"
+# The second library, of the sources in this folder, is compiled where NVSHMEM is found.
+NVSHMEM_SOURCES = CSRC / "nvshmem"
 NVSHMEM_LIBRARY: Path = ROOT / "ep_moe" / INFO["NVSHMEM_LIBRARY_NAME"]
 
 # Machine code for Hopper; PTX, which the driver compiles at first use, for what came after.
@@ -62,9 +62,9 @@ def build() -> Path | None:
         print(f"ep_moe: CUDA library not compiled: {reason}", flush=True)
         return None
     version = INFO["library_version"](CSRC)
-    sources = [source for source in INFO["cuda_files"](CSRC, ".cu") if source != NVSHMEM_SOURCE]
+    sources = [source for source in INFO["cuda_files"](CSRC, ".cu") if source.parent != NVSHMEM_SOURCES]
     OBJECTS.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(_jobs()) as pool:
         objects = list(pool.map(lambda source: _compile(source, version), sources))
     if _older(LIBRARY, objects):
         _nvcc(*TARGETS, *LINK, *map(str, objects), output=LIBRARY)
@@ -81,25 +81,36 @@ def build_nvshmem() -> Path | None:
     folder, reason = INFO["find_nvshmem"](), why_not()
     if folder is None:
         reason = reason or "NVSHMEM was found neither in NVSHMEM_DIR nor as a wheel"
-    if not NVSHMEM_SOURCE.exists():
-        reason = reason or f"{NVSHMEM_SOURCE} is missing"
+    sources = INFO["cuda_files"](NVSHMEM_SOURCES, ".cu")
+    if not sources:
+        reason = reason or f"{NVSHMEM_SOURCES} holds no .cu file"
     if reason:
         print(f"ep_moe: NVSHMEM library not compiled: {reason}", flush=True)
         return None
     version = INFO["library_version"](CSRC)
     OBJECTS.mkdir(parents=True, exist_ok=True)
-    target = OBJECTS / f"nvshmem-{version}.o"  # of one version: any change of a source makes another
-    for former in OBJECTS.glob("nvshmem-*.o"):
-        if former != target:
+    # Of one version: any change of a source makes others.
+    targets = {source: OBJECTS / f"nvshmem_{source.stem}-{version}.o" for source in sources}
+    for former in OBJECTS.glob("nvshmem*.o"):
+        if former not in targets.values():
             former.unlink()
-    if _older(target, [Path(__file__)]):
-        includes = [f"-I{CSRC / 'include'}", f"-I{folder / 'include'}", f'-DEP_MOE_VERSION="{version}"']
-        _nvcc(*NVSHMEM_TARGET, *COMPILE, "-rdc=true", *includes, "-c", str(NVSHMEM_SOURCE), output=target)
-    if _older(NVSHMEM_LIBRARY, [target]):
+    includes = [f"-I{CSRC / 'include'}", f"-I{folder / 'include'}", f'-DEP_MOE_VERSION="{version}"']
+
+    def compile_source(source: Path) -> None:
+        if _older(targets[source], [Path(__file__)]):
+            _nvcc(*NVSHMEM_TARGET, *COMPILE, "-rdc=true", *includes, "-c", str(source), output=targets[source])
+
+    with ThreadPoolExecutor(_jobs()) as pool:
+        list(pool.map(compile_source, sources))
+    if _older(NVSHMEM_LIBRARY, list(targets.values())):
         libraries = [f"-L{folder / 'lib'}", "-lnvshmem_device", f"-l:{INFO['NVSHMEM_HOST_LIBRARY']}"]
-        _nvcc(*NVSHMEM_TARGET, *LINK, str(target), *libraries, output=NVSHMEM_LIBRARY)
+        _nvcc(*NVSHMEM_TARGET, *LINK, *map(str, targets.values()), *libraries, output=NVSHMEM_LIBRARY)
     print(f"ep_moe: {NVSHMEM_LIBRARY} is up to date, version {version}", flush=True)
     return NVSHMEM_LIBRARY
+
+
+def _jobs() -> int:
+    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
 
 
 def _compile(source: Path, version: str) -> Path:

@@ -191,8 +191,8 @@ class MoEConfig(Section):
     )
     comm_ranks_per_node: int | None = key(
         None,
-        "Consecutive ranks that form a node; rows then go between nodes in two hops (docs/cluster.md). null: the "
-        "hosts are the nodes for nvlink, and portable goes in one hop.",
+        "Consecutive ranks that form a node; in normal mode rows then go between nodes in two hops "
+        "(docs/cluster.md). null: the hosts are the nodes for nvlink, and portable goes in one hop.",
         low=1,
     )
     comm_between_nodes: Literal["portable", "loopback", "nvshmem"] = key(

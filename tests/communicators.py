@@ -11,12 +11,14 @@ import torch.distributed as dist
 
 from ep_moe.comm import Communicator, CommunicatorFactory, PortableCommunicator
 from ep_moe.comm.low_latency import LowLatencyCommunicator
+from ep_moe.comm.low_latency_reach import Reach, loopback_reach
 from ep_moe.comm.nvlink import NvlinkCommunicator
 from ep_moe.comm.nvlink_low_latency import NvlinkLowLatencyCommunicator
 from ep_moe.comm.portable_low_latency import PortableLowLatencyCommunicator
 from ep_moe.comm.topology import topology_of_group
 from ep_moe.comm.transport import PortableTransport
 from ep_moe.comm.two_hop import two_hop_communicator
+from ep_moe.native import NativeLibraryError, open_nvshmem_library
 
 COMMUNICATORS = [
     pytest.param("portable", "cpu", id="portable-cpu"),
@@ -74,23 +76,58 @@ def rank_device(device: str, rank: int) -> torch.device:
 LOW_LATENCY_COMMUNICATORS = [
     pytest.param("portable", "cpu", id="portable-cpu"),
     pytest.param("nvlink", "cuda", id="nvlink", marks=pytest.mark.gpu),
+    pytest.param("loopback", "cuda", id="loopback", marks=pytest.mark.gpu),
 ]
 
 
 def make_low_latency_communicator(
     kind: str, group: dist.ProcessGroup, max_tokens: int, hidden: int, num_experts: int
 ) -> LowLatencyCommunicator:
-    """The low-latency communicator ``kind`` over ``group``; one for each shape, as in a program."""
+    """The low-latency communicator ``kind`` over ``group``; one for each shape, as in a program.
+
+    ``loopback`` and ``nvshmem`` are two nodes, ``loopback_1`` and ``nvshmem_1`` nodes of one rank.
+    """
     key = (kind, dist.get_rank(group), dist.get_world_size(group), max_tokens, hidden, num_experts)
     if key not in _low_latency:
         sizes = {"max_tokens": max_tokens, "hidden": hidden, "num_experts": num_experts}
-        device = rank_device("cuda", dist.get_rank()) if kind == "nvlink" else None
-        _low_latency[key] = (
-            NvlinkLowLatencyCommunicator(group, device, **sizes)
-            if device is not None
-            else PortableLowLatencyCommunicator(group, **sizes)
-        )
+        if kind == "portable":
+            _low_latency[key] = PortableLowLatencyCommunicator(group, **sizes)
+        else:
+            device = rank_device("cuda", dist.get_rank())
+            reach = make_reach(kind, group, device)
+            _low_latency[key] = NvlinkLowLatencyCommunicator(group, device, reach=reach, **sizes)
     return _low_latency[key]
+
+
+def make_reach(kind: str, group: dist.ProcessGroup, device: torch.device) -> Reach | None:
+    """How the ranks of a low-latency communicator ``kind`` reach each other."""
+    if kind == "nvlink":
+        return None
+    between, _, per_node = kind.partition("_")
+    topology = topology_of_group(group, int(per_node or max(dist.get_world_size(group) // 2, 1)))
+    if between == "loopback":
+        return loopback_reach(group, topology, device)
+    from ep_moe.comm.nvshmem import nvshmem_reach
+
+    return nvshmem_reach(group, topology, device)
+
+
+def end_nvshmem() -> None:
+    """End NVSHMEM on all ranks, with the communicators that use it."""
+    from ep_moe.comm import nvshmem
+
+    for key in [key for key in _low_latency if key[0].startswith("nvshmem")]:
+        del _low_latency[key]
+    nvshmem.shutdown()
+
+
+def nvshmem_missing() -> str:
+    """Why NVSHMEM cannot be tried; empty if it can."""
+    try:
+        open_nvshmem_library()
+    except NativeLibraryError as error:
+        return str(error)
+    return ""
 
 
 _low_latency: dict[tuple[str, int, int, int, int, int], LowLatencyCommunicator] = {}

@@ -78,6 +78,7 @@ def make_inputs(case: LowLatencyCase, rank: int) -> LowLatencyInputs:
         x[0] = -0.0  # words that look empty
         out[:, ::3] = -0.0
         weights[-1, 0] = float("nan")
+        weights[0, -1] = torch.tensor(0x8000 - 2**31, dtype=torch.int32).view(torch.float32)  # looks empty: -4.6e-41
     return LowLatencyInputs(x.bfloat16(), idx, weights, out)
 
 

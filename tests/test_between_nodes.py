@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from communicators import make_communicator, rank_device
+from communicators import make_communicator, nvshmem_missing, rank_device
 from gpu_ranks import gpu_ranks
 from ranks import run_ranks
 from routing_cases import make_inputs
@@ -18,18 +18,8 @@ from ep_moe.comm.symmetric_transport import loopback_transport
 from ep_moe.comm.topology import topology_of_group
 from ep_moe.comm.transport import NodeRoutes, PortableTransport
 from ep_moe.comm.two_hop import two_hop_communicator
-from ep_moe.native import NativeLibraryError, open_nvshmem_library
 
 pytestmark = pytest.mark.gpu
-
-
-def nvshmem_missing() -> str:
-    """Why NVSHMEM cannot be tried; empty if it can."""
-    try:
-        open_nvshmem_library()
-    except NativeLibraryError as error:
-        return str(error)
-    return ""
 
 
 def _compare(ours: Communicator, first_seed: int, count: int) -> list[str]:

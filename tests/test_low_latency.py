@@ -61,7 +61,10 @@ def check_packed(case: LowLatencyCase, rank: int, packed: PackedRows) -> list[st
 
 
 def run_cases(rank: int, world: int, kind: str, device: str, cases: list[LowLatencyCase]) -> list[str]:
-    """Dispatch and combine each case whole, split in some order of the hooks, twice at once; what went wrong."""
+    """Dispatch and combine each case whole, split in some order of the hooks, twice at once; what went wrong.
+
+    Weights travel with the rows, or with each combine.
+    """
     on, wrong = rank_device(device, rank), []
     for case in cases:
         communicator, mine = build(kind, case, rank), make_inputs(case, rank)
@@ -70,10 +73,11 @@ def run_cases(rank: int, world: int, kind: str, device: str, cases: list[LowLate
         wait_ns = torch.zeros(world, dtype=torch.int64, device=on)
         options = {"scale_format": case.scale_format, "received": received, "wait_ns": wait_ns}
         choose = random.Random(case.seed)
+        early, late = (weights, None) if choose.random() < 0.5 else (None, weights)
         if choose.random() < 0.5:
-            packed = [communicator.dispatch(x, idx, **options)]  # type: ignore[arg-type]
+            packed = [communicator.dispatch(x, idx, early, **options)]  # type: ignore[arg-type]
         else:
-            pairs = [communicator.dispatch_send(x, idx, **options) for _ in range(2)]  # type: ignore[arg-type]
+            pairs = [communicator.dispatch_send(x, idx, early, **options) for _ in range(2)]  # type: ignore[arg-type]
             for place in choose.choice([(0, 1), (1, 0)]):
                 pairs[place][1]()
             packed = [pair[0] for pair in pairs]
@@ -81,13 +85,13 @@ def run_cases(rank: int, world: int, kind: str, device: str, cases: list[LowLate
         for expert, count in enumerate(packed[0].counts.tolist()):
             rows[expert, :count] = out[expert, :count]
         if choose.random() < 0.5:
-            sums = [communicator.combine(rows, idx, weights, packed[0].handle, wait_ns=wait_ns) for _ in range(2)]
+            sums = [communicator.combine(rows, idx, late, packed[0].handle, wait_ns=wait_ns) for _ in range(2)]
         else:
             given = torch.full((case.tokens[rank], case.hidden), float("nan"), dtype=torch.bfloat16, device=on)
             buffer = communicator.combine_buffer(packed[0].handle).copy_(rows)
             halves = [
-                communicator.combine_send(buffer, idx, weights, packed[-1].handle, out=given),
-                communicator.combine_send(rows, idx, weights, packed[0].handle),
+                communicator.combine_send(buffer, idx, late, packed[-1].handle, out=given),
+                communicator.combine_send(rows, idx, late, packed[0].handle),
             ]
             for place in choose.choice([(0, 1), (1, 0)]):
                 halves[place][1]()
@@ -133,8 +137,11 @@ def test_any_number_of_tokens(kind: str, device: str, tokens: tuple[int, int]) -
         assert not wrong, "\n".join(wrong[:5])
 
 
-def _orders(rank: int, world: int, kind: str, device: str) -> list[str]:
-    """Dispatches and combines of two micro-batches, halves in every order in which they are legal."""
+def use_every_order(rank: int, world: int, kind: str, device: str) -> list[str]:
+    """Dispatches and combines of two micro-batches, halves in every order in which they are legal.
+
+    The weights of one travel with its rows, those of the other with its sums.
+    """
     on, wrong = rank_device(device, rank), []
     communicator, batches = build(kind, BASE, rank), [make_inputs(replace(BASE, seed=seed), rank) for seed in (1, 2)]
     wanted = [expected_sums(replace(BASE, seed=seed), rank) for seed in (1, 2)]
@@ -147,9 +154,10 @@ def _orders(rank: int, world: int, kind: str, device: str) -> list[str]:
             mine = batches[batch]
             x, idx, weights, out = (t.to(on) for t in (mine.x, mine.topk_idx, mine.topk_weights, mine.experts_out))
             if step == 0:
-                packed[batch] = communicator.dispatch_send(x, idx)
+                packed[batch] = communicator.dispatch_send(x, idx, weights if batch == 0 else None)
             elif step == 2:
-                summed[batch] = communicator.combine_send(out, idx, weights, packed[batch][0].handle)
+                late = None if batch == 0 else weights
+                summed[batch] = communicator.combine_send(out, idx, late, packed[batch][0].handle)
             else:
                 (packed if step == 1 else summed)[batch][1]()
         if not all(same(got.cpu(), want) for (got, _), want in zip(summed, wanted, strict=True)):
@@ -162,16 +170,45 @@ def _is_legal(order: tuple[tuple[int, int], ...]) -> bool:
     return all([step for b, step in order if b == batch] == [0, 1, 2, 3] for batch in range(2))
 
 
+def send_weights_now_and_then(rank: int, world: int, kind: str, device: str) -> list[int]:
+    """Dispatches with and without weights, some never combined and some twice, later ones first; which sums are wrong.
+
+    More rounds than landing buffers, so that each is used after rounds of either kind.
+    """
+    on, wrong = rank_device(device, rank), []
+    communicator = build(kind, BASE, rank)
+    choose = random.Random(5)  # the same on all ranks
+    kept = []
+    for seed in range(24):
+        case = replace(BASE, seed=seed)
+        mine = make_inputs(case, rank)
+        x, idx, weights = (t.to(on) for t in (mine.x, mine.topk_idx, mine.topk_weights))
+        early = choose.random() < 0.5
+        packed = communicator.dispatch(x, idx, weights if early else None)
+        kept.append((case, packed.handle, None if early else weights))
+        for _ in range(choose.choice([0, 0, 1, 2])):
+            case, handle, late = choose.choice(kept)
+            mine = make_inputs(case, rank)
+            out = communicator.combine(mine.experts_out.to(on), mine.topk_idx.to(on), late, handle)
+            wrong += [case.seed] * (not same(out.cpu(), expected_sums(case, rank)))
+    return wrong
+
+
+@pytest.mark.parametrize(("kind", "device"), LOW_LATENCY_COMMUNICATORS)
+def test_weights_that_travel_with_rows_stay_with_the_handle(kind: str, device: str) -> None:
+    assert run_ranks(2, send_weights_now_and_then, kind, device) == [[], []]
+
+
 @pytest.mark.parametrize(("kind", "device"), LOW_LATENCY_COMMUNICATORS)
 def test_two_exchanges_under_way(kind: str, device: str) -> None:
-    assert run_ranks(2, _orders, kind, device) == [[], []]
+    assert run_ranks(2, use_every_order, kind, device) == [[], []]
 
 
 def _messages(rank: int, world: int, kind: str, device: str) -> list[str]:
     on, messages = rank_device(device, rank), []
     communicator, mine = build(kind, BASE, rank), make_inputs(replace(BASE, tokens=(8, 8)), rank)
     x, idx, weights, out = (t.to(on) for t in (mine.x, mine.topk_idx, mine.topk_weights, mine.experts_out))
-    packed = communicator.dispatch(x, idx)
+    packed, weighted = communicator.dispatch(x, idx), communicator.dispatch(x, idx, weights)
     attempts = [
         lambda: communicator.dispatch(x.float(), idx),
         lambda: communicator.dispatch(x[:, :64], idx),
@@ -182,6 +219,10 @@ def _messages(rank: int, world: int, kind: str, device: str) -> list[str]:
         lambda: communicator.dispatch(x, idx, received=torch.zeros(3, device=on)),
         lambda: communicator.combine(out[:1], idx, weights, packed.handle),
         lambda: communicator.combine(out, idx, weights.double(), packed.handle),
+        lambda: communicator.dispatch(x, idx, weights.double()),
+        lambda: communicator.dispatch(x, idx, weights[:, :1]),
+        lambda: communicator.combine(out, idx, None, packed.handle),
+        lambda: communicator.combine(out, idx, weights, weighted.handle),
         lambda: communicator.mask_rank(rank),
     ]
     for attempt in attempts:
@@ -205,6 +246,10 @@ def test_bad_arguments_are_named(kind: str, device: str) -> None:
         "received: expected torch.int32 [2]",
         "rows: expected torch.bfloat16 [2, 16, 128]",
         "topk_weights: expected torch.float32 [8, 2]",
+        "topk_weights: expected torch.float32 [8, 2]",
+        "topk_weights: expected torch.float32 [8, 2]",
+        "topk_weights: expected torch.float32 [8, 2], for the dispatch got none; got None",
+        "topk_weights: expected None, for the dispatch got them",
         "rank: expected another rank of the group of 2",
     ]
     for answers in run_ranks(2, _messages, kind, device):
@@ -212,13 +257,13 @@ def test_bad_arguments_are_named(kind: str, device: str) -> None:
             assert want in answer
 
 
-def _masked(rank: int, world: int, kind: str, device: str) -> bool:
+def exchange_masked(rank: int, world: int, kind: str, device: str, early: bool) -> bool:
     on, case = rank_device(device, rank), replace(BASE, tokens=(8, 8))
     communicator, mine = build(kind, case, rank), make_inputs(case, rank)
     x, idx, weights = (t.to(on) for t in (mine.x, mine.topk_idx, mine.topk_weights))
     communicator.mask_rank(1 - rank)
-    packed = communicator.dispatch(x, idx)
-    out = communicator.combine(packed.rows, idx, weights, packed.handle)
+    packed = communicator.dispatch(x, idx, weights if early else None)
+    out = communicator.combine(packed.rows, idx, None if early else weights, packed.handle)
     mine_alone = ((mine.topk_idx // case.local_experts == rank) & (mine.topk_idx >= 0)) * mine.topk_weights
     exact = mine.x.double() * mine_alone.double().sum(1, keepdim=True)
     close = ((out.cpu().double() - exact).abs() <= 2**-7 * exact.abs() + 1e-30).all()
@@ -231,6 +276,7 @@ def _masked(rank: int, world: int, kind: str, device: str) -> bool:
     return bool(close) and counted and not check_packed(case, rank, again)
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize(("kind", "device"), LOW_LATENCY_COMMUNICATORS)
-def test_masked_ranks_contribute_nothing(kind: str, device: str) -> None:
-    assert run_ranks(2, _masked, kind, device) == [True, True]
+def test_masked_ranks_contribute_nothing(kind: str, device: str, early: bool) -> None:
+    assert run_ranks(2, exchange_masked, kind, device, early) == [True, True]

@@ -326,6 +326,30 @@ def test_a_combine_that_asks_may_name_a_living_rank() -> None:
     assert {(0, SECOND), (1, third)} in [{(stuck.rank, stuck.peers) for stuck in end} for end in result.ends]
 
 
+# Puts between nodes, which read staging places as late as they like.
+
+
+@pytest.mark.parametrize("what", [tagged(1, targets=rows_from_first(2)), combine(1, targets=rows_from_first(2))])
+def test_puts_have_left_their_staging_places_before_these_are_written_again(what: Setup) -> None:
+    result = explore(what, every_step=True)
+    assert result.violation is None, str(result)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param(tagged(1, row_buffers=1, targets=rows_from_first(2)), id="rows"),
+        pytest.param(tagged(1, table_buffers=1, targets=rows_for_none(2)), id="packets"),
+        pytest.param(tagged(2, table_buffers=3, targets=rows_for_none(2)), id="two in flight"),
+        pytest.param(combine(1, row_buffers=1, targets=rows_from_first(2)), id="combine"),
+    ],
+)
+def test_one_staging_place_less_fails(what: Setup) -> None:
+    result = explore(what, every_step=True)
+    assert result.violation is not None
+    assert "is staged where the one of round 1 is still being put from" in result.violation
+
+
 # The search itself.
 
 

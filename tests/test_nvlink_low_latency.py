@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from communicators import rank_device
+from communicators import make_reach, rank_device
 from gpu_ranks import gpu_ranks, gpu_ranks_and_counts
 from ranks import run_ranks
 from routing_cases import Case, make_inputs
@@ -22,13 +22,15 @@ pytestmark = pytest.mark.gpu
 HIDDEN, TOKENS, TOP_K = 256, 8, 3
 
 
-def build(rank: int, world: int, **options: float) -> NvlinkLowLatencyCommunicator:
+def build(rank: int, world: int, kind: str = "nvlink", **options: float) -> NvlinkLowLatencyCommunicator:
+    device = rank_device("cuda", rank)
     return NvlinkLowLatencyCommunicator(
         dist.group.WORLD,
-        rank_device("cuda", rank),
+        device,
         max_tokens=TOKENS,
         hidden=HIDDEN,
         num_experts=4 * world,
+        reach=make_reach(kind, dist.group.WORLD, device),
         **options,  # type: ignore[arg-type]
     )
 
@@ -39,10 +41,15 @@ def inputs(rank: int, world: int, seed: int = 0, pattern: str = "some_unrouted")
     return [t.to(rank_device("cuda", rank)) for t in make_inputs(case, rank)]
 
 
-def round_trip(communicator: NvlinkLowLatencyCommunicator, x: Tensor, idx: Tensor, weights: Tensor) -> Tensor:
-    """The identity for experts, but for FP8: x times the sum of the weights of its routed entries."""
-    packed = communicator.dispatch(x, idx)
-    return communicator.combine(packed.rows, idx, weights, packed.handle)
+def round_trip(
+    communicator: NvlinkLowLatencyCommunicator, x: Tensor, idx: Tensor, weights: Tensor, early: bool = False
+) -> Tensor:
+    """The identity for experts, but for FP8: x times the sum of the weights of its routed entries.
+
+    Weights travel with the sums, or, if ``early``, with the rows.
+    """
+    packed = communicator.dispatch(x, idx, weights if early else None)
+    return communicator.combine(packed.rows, idx, None if early else weights, packed.handle)
 
 
 def weighted_sum(x: Tensor, idx: Tensor, weights: Tensor, ranks: list[int]) -> Tensor:
@@ -61,8 +68,9 @@ def is_weighted_sum(out: Tensor, x: Tensor, idx: Tensor, weights: Tensor, ranks:
     return bool(close(out, weighted_sum(x, idx, weights, ranks)))
 
 
-def _replays(rank: int, world: int, replays: int) -> int:
-    communicator = build(rank, world)
+def replay_changing_routing(rank: int, world: int, replays: int, kind: str = "nvlink") -> int:
+    """The number of wrong results."""
+    communicator = build(rank, world, kind)
     x, idx, weights = inputs(rank, world)
     for scale_format in ("none", "fp32"):
         communicator.dispatch(x, idx, scale_format=scale_format)  # type: ignore[arg-type]
@@ -71,6 +79,7 @@ def _replays(rank: int, world: int, replays: int) -> int:
     with torch.cuda.graph(graph):
         packed = communicator.dispatch(x, idx)
         out = communicator.combine(packed.rows, idx, weights, packed.handle)
+        early = round_trip(communicator, x, idx, weights, early=True)
         quantised = communicator.dispatch(x, idx, scale_format="fp32")
     # Drawn once, and judged on the GPU: otherwise ten thousand replays would spend their time with that.
     sets = [inputs(rank, world, seed) for seed in range(50)]
@@ -81,6 +90,7 @@ def _replays(rank: int, world: int, replays: int) -> int:
             tensor.copy_(value)
         graph.replay()
         wrong += ~close(out, expected[replay % len(sets)])
+        wrong += ~close(early, expected[replay % len(sets)])
         wrong += (quantised.counts != packed.counts).any()
     return int(wrong)
 
@@ -88,26 +98,26 @@ def _replays(rank: int, world: int, replays: int) -> int:
 # Eight ranks that share an H200 take 0.055 s a replay, their kernels taking turns: 10,000 would be nine minutes.
 @pytest.mark.parametrize(("ranks", "replays"), gpu_ranks_and_counts({1: 10_000, 2: 200, 4: 50, 8: 100}, 10_000))
 def test_replays_with_changing_routing(ranks: int, replays: int) -> None:
-    assert run_ranks(ranks, _replays, replays) == [0] * ranks
+    assert run_ranks(ranks, replay_changing_routing, replays) == [0] * ranks
 
 
-def _streams_and_threads(rank: int, world: int) -> list[bool]:
+def use_streams_and_threads(rank: int, world: int, kind: str = "nvlink") -> list[bool]:
     """Two micro-batches on two streams; each receive in another thread."""
-    communicator = build(rank, world)
+    communicator = build(rank, world, kind)
     streams = [torch.cuda.Stream() for _ in range(2)]
     batches = [inputs(rank, world, seed) for seed in (1, 2)]
     torch.cuda.synchronize()
     right = []
     for _ in range(20):
         sent, outs = [], []
-        for stream, (x, idx, _) in zip(streams, batches, strict=True):
+        for stream, (x, idx, weights) in zip(streams, batches, strict=True):
             with torch.cuda.stream(stream):
-                sent.append(communicator.dispatch_send(x, idx))
+                sent.append(communicator.dispatch_send(x, idx, weights))
         for stream, (_, hook) in zip(streams, sent, strict=True):
             call_in_thread(stream, hook)
-        for stream, (_, idx, weights), (packed, _) in zip(streams, batches, sent, strict=True):
+        for stream, (_, idx, _), (packed, _) in zip(streams, batches, sent, strict=True):
             with torch.cuda.stream(stream):
-                outs.append(communicator.combine_send(packed.rows, idx, weights, packed.handle))
+                outs.append(communicator.combine_send(packed.rows, idx, None, packed.handle))
         for stream, (_, hook) in reversed(list(zip(streams, outs, strict=True))):
             call_in_thread(stream, hook)
         torch.cuda.synchronize()
@@ -130,7 +140,7 @@ def call_in_thread(stream: torch.cuda.Stream, hook: object) -> None:
 
 @pytest.mark.parametrize("ranks", gpu_ranks(1, 2))
 def test_hooks_in_other_threads_and_streams(ranks: int) -> None:
-    for right in run_ranks(ranks, _streams_and_threads):
+    for right in run_ranks(ranks, use_streams_and_threads):
         assert all(right)
 
 
@@ -176,18 +186,18 @@ def test_misuse_is_named_and_harmless() -> None:
     assert works == "True"
 
 
-def _absent_rank(rank: int, world: int) -> tuple[str, int, float, list[bool]]:
+def lose_a_rank(rank: int, world: int, early: bool, kind: str = "nvlink") -> tuple[str, int, float, list[bool]]:
     """The last rank stops after one exchange; the others mask it and go on."""
-    communicator = build(rank, world, timeout_s=1.0)
+    communicator = build(rank, world, kind, timeout_s=1.0)
     x, idx, weights = inputs(rank, world)
-    round_trip(communicator, x, idx, weights)
+    round_trip(communicator, x, idx, weights, early)
     torch.cuda.synchronize()
     dist.barrier()
     message, named, right, start = "", -1, [], time.monotonic()
     if rank < world - 1:
         try:
             for _ in range(2):  # the first launches, the second finds out
-                round_trip(communicator, x, idx, weights)
+                round_trip(communicator, x, idx, weights, early)
                 torch.cuda.synchronize()
         except PeerTimeoutError as error:
             message, named = str(error), error.rank
@@ -196,7 +206,7 @@ def _absent_rank(rank: int, world: int) -> tuple[str, int, float, list[bool]]:
         right.append(communicator.masked.tolist() == [False] * (world - 1) + [True])
         for seed in range(12):
             x, idx, weights = inputs(rank, world, seed)
-            out = round_trip(communicator, x, idx, weights)
+            out = round_trip(communicator, x, idx, weights, early)
             right.append(is_weighted_sum(out, x, idx, weights, list(range(world - 1))))
         torch.cuda.synchronize()
         communicator.check()
@@ -206,12 +216,18 @@ def _absent_rank(rank: int, world: int) -> tuple[str, int, float, list[bool]]:
     return message, named, waited, right
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("ranks", gpu_ranks(2, 3))
-def test_a_rank_that_stops_is_named_and_can_be_masked(ranks: int) -> None:
-    *others, _ = run_ranks(ranks, _absent_rank)
+def test_a_rank_that_stops_is_named_and_can_be_masked(ranks: int, early: bool) -> None:
+    check_losses(run_ranks(ranks, lose_a_rank, early))
+
+
+def check_losses(results: list[tuple[str, int, float, list[bool]]]) -> None:
+    """That all but the last rank have named it and gone on."""
+    *others, _ = results
     for rank, (message, named, waited, right) in enumerate(others):
-        assert named == ranks - 1 and waited < 10
-        assert f"rank {rank} waited 1 s for rank {ranks - 1}" in message and "mask_rank" in message
+        assert named == len(others) and waited < 10
+        assert f"rank {rank} waited 1 s for rank {len(others)}" in message and "mask_rank" in message
         assert all(right), right
 
 

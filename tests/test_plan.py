@@ -54,6 +54,22 @@ def test_traffic_is_that_of_tokens_sent_one_by_one(ranks: int, per_node: int) ->
     assert traffic.slots * ranks == tokens * top_k * ranks
 
 
+@pytest.mark.parametrize(("ranks", "per_node"), [(1, 1), (4, 4), (4, 1), (8, 2), (16, 4)])
+def test_low_latency_traffic_takes_one_hop(ranks: int, per_node: int) -> None:
+    experts, top_k, tokens = 16, 3, 40
+    topk_idx = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
+    near = far = 0
+    for source, token in itertools.product(range(ranks), topk_idx.tolist()):
+        targets = {expert * ranks // experts for expert in token} - {source}
+        near += sum(target // per_node == source // per_node for target in targets)
+        far += sum(target // per_node != source // per_node for target in targets)
+    topology = Topology(ranks, per_node)
+    traffic = traffic_of(tokens, 256, top_k, spread_of(topk_idx, experts, topology), topology)
+    combine = low_latency_combine(traffic, Rates())
+    assert combine.nvlink_bytes * ranks == pytest.approx(near * 512)
+    assert combine.rdma_bytes * ranks == pytest.approx(far * 512)
+
+
 def test_random_routing_spreads_as_drawing_without_replacement() -> None:
     moe = load_config(V3, UNGROUPED).moe
     for ranks in (2, 8, 64):
@@ -85,12 +101,16 @@ def test_buffers_are_those_of_the_library(ranks: int, tokens: int) -> None:
 
     hidden, top_k, topology = 7168, 8, Topology(ranks, ranks)
     for fp8 in (False, True):
-        size = row_bytes(hidden, fp8)
+        size = row_bytes(hidden, fp8) + 4 * top_k
         shape = nvlink_low_latency_args.LowLatencyShape(ranks, tokens, top_k, 256, hidden, 256 // ranks, size)
         layout = nvlink_low_latency_args.LowLatencyLayout()
         library = nvlink_low_latency_args.load_entry_points()
         library.ep_moe_low_latency_layout(ctypes.byref(shape), ctypes.byref(layout))
         assert low_latency_buffer(topology, tokens, hidden, top_k, fp8) == pytest.approx(layout.total, rel=1e-3)
+        staging = nvlink_low_latency_args.LowLatencyStaging()
+        library.ep_moe_low_latency_staging(ctypes.byref(shape), ctypes.byref(staging))
+        nodes = Topology(ranks, ranks // 2)
+        assert low_latency_buffer(nodes, tokens, hidden, top_k, fp8) == pytest.approx(staging.total, rel=1e-3)
     normal_shape = nvlink_args.BufferShape(
         ranks=ranks, max_tokens=tokens, max_top_k=top_k, max_row_bytes=row_bytes(hidden, fp8=False)
     )

@@ -192,7 +192,7 @@ def test_configuration_chooses_the_hops() -> None:
     one, several = "PortableCommunicator 0", "TwoHopCommunicator"
     for made, low_latency in run_ranks(4, _factories):
         assert made == [one, one, f"{several} 2", f"{several} 4", one]
-        assert "moe.comm = nvlink: the group spans 2 nodes, low-latency kernels serve one" in low_latency
+        assert "moe.comm = nvlink: the tokens are on cpu, kernels need a CUDA GPU" in low_latency
 
 
 def _layer(rank: int, world: int, ranks_per_node: int | None) -> list[torch.Tensor]:

@@ -13,8 +13,9 @@
 //   written by a peer in S(n)          read in R(n) by               emptied
 //   routing[n % 4], all tokens         all blocks                    never: tagged with the round
 //   rows[n % 4], tokens for this rank  the thread that copies them   by that thread, once stored
+//     and their routing weights
 //   sums[n % 4], tokens of this rank   the thread that adds them     by that thread, at once
-//   weights[n % 4]                     the thread that needs them, in S(n), then emptied by it
+//   weights[n % 4], if not dispatched  the thread that needs them, in S(n), then emptied by it
 //   entered[n % 4]                     one thread                    never: holds the round
 //
 // Why a word is empty, and nobody reads it any more, when it is written again. At most two rounds are under way: S(n)
@@ -31,12 +32,18 @@
 // nothing but S(n) of their peers (weights, in combine), and every block sends before it waits. All ranks call in the
 // same order.
 //
+// Routing weights travel once: behind the rows of a dispatch, as words of them, and R(n) keeps them in local memory, so
+// that the handle may be combined at any later time, often or never; or in each combine. Each round is one or the other
+// on all ranks; what a round does not use stays empty.
+//
 // Rounds are counted by each block for itself, so that no block waits for another one; grids have the same size in
 // every call. A receive learns its round from the handle, where the send has put it.
 //
 // A wait for a rank ends in time. That rank is then `failed`: no later wait for it lasts, words it should have written
 // are left alone, and the host learns its name. Once the host has masked the rank, nothing is sent to it or expected
 // from it.
+//
+// Ranks may be of several nodes: low_latency_reach.cuh says how words get to those whose buffers are not mapped here.
 #pragma once
 
 #include "buffer.cuh"
@@ -48,8 +55,9 @@ namespace ep_moe {
 constexpr int kInFlight = 2;  // rounds under way
 constexpr int kLandingBuffers = 2 * kInFlight;
 constexpr int kMaxBlocks = 512;
+constexpr int kMaxThreads = 448;
 
-// Two bf16 of -0 and of +-0 in e4m3; senders write +0 instead. No scale looks like this.
+// Two bf16 of -0 and of +-0 in e4m3; senders write +0 instead. No scale looks like this; a routing weight may.
 constexpr uint32_t kEmptyWord = 0x80008000;
 // A NaN; senders write another one instead.
 constexpr uint32_t kEmptyWeight = 0xffffffff;
@@ -68,14 +76,14 @@ struct LowLatencyShape {
   int32_t num_experts;
   int32_t hidden;  // a multiple of 128
   int32_t experts_per_rank;
-  int64_t row_bytes;  // of a dispatched row as it travels; a multiple of 16
+  int64_t row_bytes;  // of a dispatched row as it travels, with routing weights; a multiple of 16
 };
 
 // Offsets in the symmetric buffer; parts written by peers are indexed by the writer's rank.
 struct LowLatencyLayout {
   int64_t routing;  // uint16 [4][ranks][max_tokens][top_k rounded up to 8]
   int64_t entered;  // uint32 [4][ranks]
-  int64_t rows;     // [4][ranks][max_tokens] dispatched rows: values, then scales
+  int64_t rows;     // [4][ranks][max_tokens] dispatched rows: values, then scales, then routing weights
   int64_t sums;     // bf16 [4][ranks][max_tokens][hidden]
   int64_t weights;  // float [4][ranks][max_tokens][max_top_k]
   int64_t total;    // bytes
@@ -109,9 +117,12 @@ struct LowLatencyWorkspace {
   uint32_t combines[kMaxBlocks];
 };
 
+struct LowLatencyNodes;
+
 // First fields of the arguments of both kernels.
 struct LowLatency {
-  uint8_t* buffers[kMaxRanks];  // symmetric buffer of every rank, mapped here
+  uint8_t* buffers[kMaxRanks];   // symmetric buffer of every rank, mapped here; between nodes of this one alone
+  const LowLatencyNodes* nodes;  // between nodes; otherwise nullptr
   LowLatencyLayout layout;
   LowLatencyShape shape;
   LowLatencyWorkspace* workspace;
@@ -121,6 +132,7 @@ struct LowLatency {
   uint32_t phases;  // kSend, kReceive or both
   int32_t blocks;
   int32_t threads;
+  int32_t own;           // which of `buffers` is this rank's
   uint32_t rank_factor;  // 2^31 / experts_per_rank, rounded up: see rank_of
 };
 
@@ -158,13 +170,20 @@ __device__ __forceinline__ void fetch_parameters(const Args& args) {
   if (seen == 0) __nanosleep(0);  // never; what is read must be used
 }
 
-// The place of (writer, token) in the copy of a part that `round` uses, at `reader`.
+__device__ __forceinline__ uint8_t* own_buffer(const LowLatency& ll) { return ll.buffers[ll.own]; }
+
+// The number of the place of (rank, token) in the copy of a part that `round` uses. 31 bits hold it: 2^26 tokens of 8
+// ranks would need terabytes.
+__device__ __forceinline__ int place_number(const LowLatency& ll, uint32_t round, int rank, int token) {
+  return (static_cast<int>(round % kLandingBuffers) * ll.shape.ranks + rank) * ll.shape.max_tokens + token;
+}
+
+// The place of (writer, token) in the copy of a part that `round` uses, in the buffer of its reader.
 template <typename T>
-__device__ __forceinline__ T* landing_place(const LowLatency& ll, int reader, int64_t offset, uint32_t round,
+__device__ __forceinline__ T* landing_place(const LowLatency& ll, uint8_t* buffer, int64_t offset, uint32_t round,
                                             int writer, int token, int bytes_per_token) {
-  // 31 bits hold it: 2^26 tokens of 8 ranks would need terabytes.
-  const int place = (static_cast<int>(round % kLandingBuffers) * ll.shape.ranks + writer) * ll.shape.max_tokens + token;
-  return reinterpret_cast<T*>(ll.buffers[reader] + offset + static_cast<int64_t>(place) * bytes_per_token);
+  const int place = place_number(ll, round, writer, token);
+  return reinterpret_cast<T*>(buffer + offset + static_cast<int64_t>(place) * bytes_per_token);
 }
 
 __device__ __forceinline__ bool is_empty(uint4 v) {
@@ -184,7 +203,7 @@ __device__ __forceinline__ void empty(uint4* address) {
 
 // Bit r: rank r takes part.
 __device__ __forceinline__ uint32_t present_ranks(const LowLatency& ll) {
-  return ~*reinterpret_cast<volatile uint32_t*>(&ll.workspace->masked) & ((1u << ll.shape.ranks) - 1);
+  return ~*reinterpret_cast<volatile uint32_t*>(&ll.workspace->masked) & (~0u >> (32 - ll.shape.ranks));
 }
 
 // What a kernel reads of its round.

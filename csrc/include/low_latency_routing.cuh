@@ -7,23 +7,25 @@
 
 #include <cuda_bf16.h>
 
-#include "low_latency.cuh"
+#include "low_latency_reach.cuh"
 
 namespace ep_moe {
 
 struct LowLatencyDispatchArgs {
   LowLatency ll;
-  const __nv_bfloat16* x;   // [tokens][hidden]
-  const int64_t* topk_idx;  // [tokens][top_k], global expert or -1
-  uint8_t* rows;            // out [local_experts][ranks * max_tokens][hidden], of bf16 or e4m3
-  void* scales;             // out, of e4m3 rows: float [...][hidden / 128], or uint8 [...][hidden / 512 rounded up * 4]
-  int32_t* counts;          // out [local_experts]: rows of each expert
-  int64_t* ranges;          // out [local_experts][ranks]: first slot << 32 | rows, of each source rank
-  int32_t* source_token;    // out [local_experts][ranks * max_tokens]
-  int32_t* slots;           // out [ranks * max_tokens][top_k]: slot in [local_experts * ranks * max_tokens], or -1
-  uint32_t* round;          // of the handle: written by S, read by R
-  int32_t* received;        // [local_experts]: counts are added; or nullptr
-  uint64_t* wait_ns;        // [ranks]: time waited for the routing of each rank is added; or nullptr
+  const __nv_bfloat16* x;     // [tokens][hidden]
+  const int64_t* topk_idx;    // [tokens][top_k], global expert or -1
+  const float* topk_weights;  // [tokens][top_k]; nullptr if there are none
+  uint8_t* rows;              // out [local_experts][ranks * max_tokens][hidden], of bf16 or e4m3
+  void* scales;           // out, of e4m3 rows: float [...][hidden / 128], or uint8 [...][hidden / 512 rounded up * 4]
+  int32_t* counts;        // out [local_experts]: rows of each expert
+  int64_t* ranges;        // out [local_experts][ranks]: first slot << 32 | rows, of each source rank
+  int32_t* source_token;  // out [local_experts][ranks * max_tokens]
+  int32_t* slots;         // out [ranks * max_tokens][top_k]: slot in [local_experts * ranks * max_tokens], or -1
+  float* weights;         // out [ranks * max_tokens][top_k], of tokens that have a slot; nullptr if none travel
+  uint32_t* round;        // of the handle: written by S, read by R
+  int32_t* received;      // [local_experts]: counts are added; or nullptr
+  uint64_t* wait_ns;      // [ranks]: time waited for the routing of each rank is added; or nullptr
   int32_t tokens;
   int32_t top_k;
   int32_t scale_format;  // ScaleFormat
@@ -31,8 +33,6 @@ struct LowLatencyDispatchArgs {
 };
 
 enum class ScaleFormat : int32_t { kNone = 0, kFloat32 = 1, kUe8m0 = 2 };
-
-constexpr int kMaxThreads = 448;
 
 __device__ __forceinline__ uint32_t tagged(uint32_t expert, uint32_t round) {
   return (round << kExpertBits | expert) & 0xffff;
@@ -47,10 +47,11 @@ __device__ __forceinline__ int64_t load_expert(const LowLatencyDispatchArgs& arg
   return given ? args.topk_idx[static_cast<int64_t>(token) * args.top_k + lane] : -1;
 }
 
-// All ranks learn the experts of a token, one `given` to each lane; of one that does not exist, that it has none.
-// Returns its owners to all threads.
-__device__ inline uint32_t send_routing(const LowLatencyDispatchArgs& args, int token, int64_t given, uint32_t round,
-                                        uint32_t present) {
+// All ranks of the node learn the experts of a token, one `given` to each lane; of one that does not exist, that it has
+// none. Returns its owners, of all nodes, to all threads.
+template <typename Reach>
+__device__ uint32_t send_routing(const LowLatencyDispatchArgs& args, int token, int64_t given, uint32_t round,
+                                 uint32_t present) {
   const LowLatency& ll = args.ll;
   const int lane = threadIdx.x % 32;
   if (given < -1 || given >= ll.shape.num_experts) {
@@ -62,9 +63,9 @@ __device__ inline uint32_t send_routing(const LowLatencyDispatchArgs& args, int 
   if (threadIdx.x < 32) {
     // Lane i writes to rank i, 8 entries at a time.
     const uint32_t entry = tagged(expert < 0 ? kNoExpert : expert, round);
-    const bool writes = lane < ll.shape.ranks && (present >> lane & 1);
-    uint4* place =
-        landing_place<uint4>(ll, writes ? lane : ll.rank, ll.layout.routing, round, ll.rank, token, routing_bytes(ll));
+    const bool writes = lane < ll.shape.ranks && (present & Reach::near(ll)) >> lane & 1;
+    uint8_t* buffer = Reach::buffer(ll, writes ? lane : ll.rank);
+    uint4* place = landing_place<uint4>(ll, buffer, ll.layout.routing, round, ll.rank, token, routing_bytes(ll));
 #pragma unroll 1
     for (int piece = 0; piece < routing_bytes(ll) / 16; ++piece) {
       uint32_t words[4];
@@ -77,6 +78,38 @@ __device__ inline uint32_t send_routing(const LowLatencyDispatchArgs& args, int 
     }
   }
   return __reduce_or_sync(~0u, expert < 0 ? 0u : 1u << rank_of(ll, expert)) & present;
+}
+
+// Ranks of other nodes learn the experts of all tokens at once: a put a rank, by the last blocks, which most often have
+// no tokens. All threads.
+template <typename Reach>
+__device__ void put_routing(const LowLatencyDispatchArgs& args, uint32_t round, uint32_t present) {
+  const LowLatency& ll = args.ll;
+  const uint32_t far = present & ~Reach::near(ll);
+  const int words = routing_bytes(ll) / 4;  // of a token
+  for (int peer = gridDim.x - 1 - blockIdx.x; peer < ll.shape.ranks; peer += gridDim.x) {
+    if ((far >> peer & 1) == 0) continue;
+    const int64_t from = place_offset(ll, ll.nodes->staging.routing, round, peer, 0, routing_bytes(ll));
+    uint32_t* staged = reinterpret_cast<uint32_t*>(own_buffer(ll) + from);
+    for (int i = threadIdx.x; i < ll.shape.max_tokens * words; i += blockDim.x) {
+      const int token = i / words;
+      uint32_t word = 0;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int k = i % words * 2 + half;
+        int64_t expert = -1;
+        if (token < args.tokens && k < args.top_k) expert = args.topk_idx[static_cast<int64_t>(token) * args.top_k + k];
+        const bool valid = expert >= 0 && expert < ll.shape.num_experts;
+        word |= tagged(valid ? static_cast<uint32_t>(expert) : kNoExpert, round) << 16 * half;
+      }
+      staged[i] = word;
+    }
+    finish_staging();
+    if (threadIdx.x < 32) {
+      const int64_t to = place_offset(ll, ll.layout.routing, round, ll.rank, 0, routing_bytes(ll));
+      Reach::put(ll, peer, from, to, ll.shape.max_tokens * routing_bytes(ll));
+    }
+  }
 }
 
 // Not 0 if half of the word is 0: subtracting 1 from both halves turns a highest bit on that was off.
@@ -109,7 +142,7 @@ __device__ inline RoutingTable receive_routing(const LowLatencyDispatchArgs& arg
                                                uint4* shared_table) {
   const LowLatency& ll = args.ll;
   const int pieces = routing_bytes(ll) / 16, of_rank = ll.shape.max_tokens * pieces;
-  uint4* landed = landing_place<uint4>(ll, ll.rank, ll.layout.routing, round, 0, 0, routing_bytes(ll));
+  uint4* landed = landing_place<uint4>(ll, own_buffer(ll), ll.layout.routing, round, 0, 0, routing_bytes(ll));
   const uint32_t tag = tagged(0, round) | tagged(0, round) << 16, mask = ~(kNoExpert | kNoExpert << 16);
   const uint64_t start = args.wait_ns != nullptr ? global_timer_ns() : 0;
   uint4 last = make_uint4(~0u, ~0u, ~0u, ~0u);
@@ -167,8 +200,8 @@ __device__ inline void count_expert(const LowLatencyDispatchArgs& args, int expe
     count += __popc(bits);
   }
   int sum = count;
-#pragma unroll
-  for (int distance = 1; distance < kMaxRanks; distance *= 2) {
+#pragma unroll 1
+  for (int distance = 1; distance < ranks; distance *= 2) {
     const int below = __shfl_up_sync(~0u, sum, distance);
     if (rank >= distance) sum += below;
   }

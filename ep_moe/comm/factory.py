@@ -13,9 +13,11 @@ import torch.distributed as dist
 
 from ep_moe.comm.communicator import Communicator
 from ep_moe.comm.low_latency import LowLatencyCommunicator
+from ep_moe.comm.low_latency_reach import Reach, loopback_reach
 from ep_moe.comm.nvlink import NvlinkCommunicator
 from ep_moe.comm.nvlink_args import CHUNK_TOKENS, MAX_RANKS
 from ep_moe.comm.nvlink_low_latency import NvlinkLowLatencyCommunicator
+from ep_moe.comm.nvlink_low_latency_args import MAX_NODE_RANKS
 from ep_moe.comm.portable import PortableCommunicator
 from ep_moe.comm.portable_low_latency import PortableLowLatencyCommunicator
 from ep_moe.comm.symmetric_transport import MAX_NODES, loopback_transport
@@ -123,20 +125,31 @@ class CommunicatorFactory:
             ConfigError: if ``moe.comm`` asks for one that cannot run here; the message says why.
             ValueError: if low-latency mode does not take the sizes.
         """
-        sizes = (max_tokens, hidden, num_experts)
-        key = (self.group.group_name, device, *sizes)
+        sizes = {"max_tokens": max_tokens, "hidden": hidden, "num_experts": num_experts}
+        key = (self.group.group_name, device, self.comm, self.ranks_per_node, self.between_nodes, *sizes.values())
         shared = _shared_low_latency.get(key)
         if shared is None or shared.group is not self.group:
-            obstacle = None if self.comm == "portable" else self._low_latency_obstacle(device)
-            if obstacle is not None and self.comm == "nvlink":
-                raise ConfigError(f"moe.comm = nvlink: {obstacle}")
-            named = {"max_tokens": max_tokens, "hidden": hidden, "num_experts": num_experts}
-            if self.comm == "portable" or obstacle is not None:
-                shared = PortableLowLatencyCommunicator(self.group, **named)
-            else:
-                shared = NvlinkLowLatencyCommunicator(self.group, device, timeout_s=self.timeout_s, **named)
+            shared = self._new_low_latency(device, sizes)
             _shared_low_latency[key] = shared
         return shared
+
+    def _new_low_latency(self, device: torch.device, sizes: dict[str, int]) -> LowLatencyCommunicator:
+        if self.comm == "portable":
+            return PortableLowLatencyCommunicator(self.group, **sizes)
+        topology = self._topology()
+        obstacle = self._low_latency_obstacle(device, topology)
+        if obstacle is not None and self.comm == "nvlink":
+            raise ConfigError(f"moe.comm = nvlink: {obstacle}")
+        if obstacle is not None or (topology.nodes > 1 and self.between_nodes == "portable"):
+            return PortableLowLatencyCommunicator(self.group, **sizes)
+        reach: Reach | None = None
+        if topology.nodes > 1 and self.between_nodes == "loopback":
+            reach = loopback_reach(self.group, topology, device)
+        elif topology.nodes > 1:
+            from ep_moe.comm.nvshmem import nvshmem_reach  # one node never needs it
+
+            reach = nvshmem_reach(self.group, topology, device)
+        return NvlinkLowLatencyCommunicator(self.group, device, timeout_s=self.timeout_s, reach=reach, **sizes)
 
     def _topology(self) -> Topology:
         """The nodes to exchange between; one with several hosts only where that makes auto go portable."""
@@ -144,13 +157,12 @@ class CommunicatorFactory:
             return Topology(self.size, self.size)
         return topology_of_group(self.group, self.ranks_per_node)
 
-    def _low_latency_obstacle(self, device: torch.device) -> str | None:
+    def _low_latency_obstacle(self, device: torch.device, topology: Topology) -> str | None:
         """Why low-latency kernels cannot serve the group, or ``None``; the same answer on all ranks."""
-        topology = self._topology()
-        if topology.nodes > 1:
+        if topology.nodes > 1 and self.between_nodes != "portable" and self.size > MAX_NODE_RANKS:
             return (
-                f"the group spans {topology.nodes} nodes, low-latency kernels serve one; set phases.<phase>.mode: "
-                "normal, or moe.comm: portable"
+                f"low-latency kernels between nodes serve at most {MAX_NODE_RANKS} ranks, the expert-parallel group "
+                f"has {self.size}; set phases.<phase>.mode: normal, or moe.comm: portable"
             )
         return self._nvlink_obstacle(device, topology)
 

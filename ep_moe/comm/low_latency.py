@@ -88,6 +88,7 @@ class LowLatencyCommunicator(Protocol):
         self,
         x: Tensor,
         topk_idx: Tensor,
+        topk_weights: Tensor | None = None,
         *,
         scale_format: ScaleFormat = "none",
         received: Tensor | None = None,
@@ -98,6 +99,8 @@ class LowLatencyCommunicator(Protocol):
         Args:
             x: bf16 ``[tokens, hidden]``, at most ``max_tokens``, another number on each rank, also zero.
             topk_idx: int64 ``[tokens, top_k]``, global expert or -1.
+            topk_weights: fp32 ``[tokens, top_k]``, on all ranks or on none. They travel with the rows, and combine gets
+                none: it then waits for one message of its peers, not for two.
             scale_format: ``none`` sends rows as they are; ``fp32`` as e4m3 with a scale per 128 channels, the largest
                 magnitude (at least 1e-4) / 448; ``ue8m0`` with that scale rounded up to a power of two.
             received: int32 ``[local_experts]``; the counts are added, on the device.
@@ -113,6 +116,7 @@ class LowLatencyCommunicator(Protocol):
         self,
         x: Tensor,
         topk_idx: Tensor,
+        topk_weights: Tensor | None = None,
         *,
         scale_format: ScaleFormat = "none",
         received: Tensor | None = None,
@@ -132,7 +136,7 @@ class LowLatencyCommunicator(Protocol):
         self,
         rows: Tensor,
         topk_idx: Tensor,
-        topk_weights: Tensor,
+        topk_weights: Tensor | None,
         handle: Any,
         *,
         out: Tensor | None = None,
@@ -147,7 +151,7 @@ class LowLatencyCommunicator(Protocol):
             rows: bf16 ``[local_experts, ranks * max_tokens, hidden]``, as dispatched; rows behind the counts are not
                 read.
             topk_idx: as dispatched.
-            topk_weights: fp32 ``[tokens, top_k]``.
+            topk_weights: fp32 ``[tokens, top_k]``; ``None`` if the dispatch got them.
             handle: of the dispatch.
             out: bf16 ``[tokens, hidden]`` to write to.
             wait_ns: int64 ``[ranks]``; the time waited for each rank is added, on the device.
@@ -164,7 +168,7 @@ class LowLatencyCommunicator(Protocol):
         self,
         rows: Tensor,
         topk_idx: Tensor,
-        topk_weights: Tensor,
+        topk_weights: Tensor | None,
         handle: Any,
         *,
         out: Tensor | None = None,
@@ -194,6 +198,7 @@ def check_dispatch(
     communicator: LowLatencyCommunicator,
     x: Tensor,
     topk_idx: Tensor,
+    topk_weights: Tensor | None,
     scale_format: ScaleFormat,
     received: Tensor | None,
     wait_ns: Tensor | None,
@@ -207,6 +212,8 @@ def check_dispatch(
     if scale_format not in ("none", "fp32", "ue8m0"):
         raise ValueError(f"scale_format: expected one of none, fp32, ue8m0, got {scale_format!r}")
     _check_top_k(topk_idx)
+    if topk_weights is not None:
+        _check_tensor("topk_weights", topk_weights, torch.float32, [*topk_idx.shape], x.device)
     if received is not None:
         local_experts = communicator.num_experts // communicator.size
         _check_tensor("received", received, torch.int32, [local_experts], x.device)
@@ -218,7 +225,7 @@ def check_combine(
     communicator: LowLatencyCommunicator,
     rows: Tensor,
     topk_idx: Tensor,
-    topk_weights: Tensor,
+    topk_weights: Tensor | None,
     handle: Any,
     out: Tensor | None,
     wait_ns: Tensor | None,
@@ -227,7 +234,14 @@ def check_combine(
     hidden, tokens, top_k = communicator.hidden, handle.tokens, handle.top_k
     _check_tensor("rows", rows, torch.bfloat16, [*handle.source_token.shape, hidden], rows.device)
     _check_tensor("topk_idx", topk_idx, torch.int64, [tokens, top_k], rows.device)
-    _check_tensor("topk_weights", topk_weights, torch.float32, [tokens, top_k], rows.device)
+    if handle.weights is not None and topk_weights is not None:
+        raise ValueError("topk_weights: expected None, for the dispatch got them and they have travelled")
+    if handle.weights is None:
+        if topk_weights is None:
+            raise ValueError(
+                f"topk_weights: expected torch.float32 [{tokens}, {top_k}], for the dispatch got none; got None"
+            )
+        _check_tensor("topk_weights", topk_weights, torch.float32, [tokens, top_k], rows.device)
     if out is not None:
         _check_tensor("out", out, torch.bfloat16, [tokens, hidden], rows.device)
         if not out.is_contiguous():

@@ -1,4 +1,4 @@
-"""Low-latency exchange between GPUs of one host by our own CUDA kernels over symmetric memory.
+"""Low-latency exchange between GPUs of one host, or of several, by our own CUDA kernels over symmetric memory.
 
 ``csrc/include/low_latency.cuh`` describes the protocol. What it asks of the host is done here, one grid for all
 calls, and in ``nvlink_rounds.py``: at most two rounds under way, their kernels in order.
@@ -25,10 +25,11 @@ from ep_moe.comm.low_latency import (
     check_other_rank,
     check_sizes,
 )
+from ep_moe.comm.low_latency_reach import Reach, one_host
 from ep_moe.comm.nvlink_args import MAX_RANKS
 from ep_moe.comm.nvlink_faults import FaultMonitor
 from ep_moe.comm.nvlink_rounds import Rounds
-from ep_moe.comm.symmetric import SymmetricBuffer, allocate_symmetric
+from ep_moe.comm.symmetric import SymmetricBuffer
 from ep_moe.native import current_stream, launch, pointer, stream_handle
 
 _SCALE_FORMATS: dict[ScaleFormat, int] = {"none": 0, "fp32": 1, "ue8m0": 2}
@@ -44,12 +45,14 @@ class NvlinkLowLatencyHandle:
         source_token: int32 ``[local_experts, ranks * max_tokens]``, the token of each row at its rank.
         ranges: int64 ``[local_experts, ranks]``, begin << 32 | count of each rank's rows.
         slots: int32 ``[ranks * max_tokens, top_k]``, the row of each arrived entry, or -1.
+        weights: fp32 ``[ranks * max_tokens, top_k]``, of tokens that arrived, if they travelled with the rows.
         tokens: dispatched at this rank.
     """
 
     source_token: Tensor
     ranges: Tensor
     slots: Tensor
+    weights: Tensor | None
     tokens: int
 
     @property
@@ -59,10 +62,11 @@ class NvlinkLowLatencyHandle:
 
 
 class NvlinkLowLatencyCommunicator:
-    """A :class:`~ep_moe.comm.low_latency.LowLatencyCommunicator` for GPUs that can access each other.
+    """A :class:`~ep_moe.comm.low_latency.LowLatencyCommunicator` by our kernels.
 
-    All ranks make the same calls in the same order. Everything can be captured in a CUDA graph, once a call of the same
-    kind has allocated the buffers; a graph that is captured with a send must contain its receive.
+    GPUs access each other's memory; those of other nodes put to it. All ranks make the same calls in the same order.
+    Everything can be captured in a CUDA graph, once a call of the same kind has allocated the buffers; a graph that is
+    captured with a send must contain its receive.
     """
 
     def __init__(
@@ -74,27 +78,29 @@ class NvlinkLowLatencyCommunicator:
         hidden: int,
         num_experts: int,
         timeout_s: float = 30.0,
+        reach: Reach | None = None,
     ) -> None:
         """Prepare; buffers are allocated by the first dispatch.
 
         Args:
-            group: ranks, at most 8, each with a GPU of this host (several may share one).
+            group: ranks, each with a GPU (several may share one); at most 8 on one host, 32 between nodes.
             device: this rank's GPU.
             max_tokens: most tokens a rank will bring.
             hidden: channels of a token, a multiple of 128.
             num_experts: experts over all ranks.
             timeout_s: longest wait for a peer.
+            reach: how the kernels reach other ranks; ``None`` if all GPUs are of this host.
 
         Raises:
             NativeLibraryError: if the CUDA library is missing.
-            ValueError: for a group of more than 8 ranks.
+            ValueError: for a group of more ranks.
         """
-        self._library = native.load_entry_points()
+        self._reach = one_host(group, device) if reach is None else reach
         self.group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
-        if self.size > MAX_RANKS:
-            raise ValueError(f"group: expected at most {MAX_RANKS} ranks, got {self.size}")
+        if self.size > self._reach.max_ranks:
+            raise ValueError(f"group: expected at most {self._reach.max_ranks} ranks, got {self.size}")
         check_sizes(max_tokens, hidden, num_experts, self.size)
         self.device = device
         self.max_tokens, self.hidden, self.num_experts = max_tokens, hidden, num_experts
@@ -107,6 +113,7 @@ class NvlinkLowLatencyCommunicator:
             "mask_rank() lets the others go on without it",
         )
         self._buffer: SymmetricBuffer | None = None
+        self._nodes: Tensor | None = None  # what the kernels know of nodes, on the device
         self._common = native.LowLatency()
         self._captured = False
         self._masked = 0
@@ -130,8 +137,9 @@ class NvlinkLowLatencyCommunicator:
         with self._lock:
             self._masked = self._masked | 1 << rank if failed else self._masked & ~(1 << rank)
             self._faults.forget()
-            self._workspace[0] = self._masked
-            self._workspace[native.MASKED] = self._masked
+            mask = ctypes.c_int32(self._masked).value
+            self._workspace[0] = mask
+            self._workspace[native.MASKED] = mask
 
     def check(self) -> None:
         """Raise what kernels have reported so far, without waiting for running ones; see :class:`FaultMonitor`."""
@@ -141,31 +149,33 @@ class NvlinkLowLatencyCommunicator:
         self,
         x: Tensor,
         topk_idx: Tensor,
+        topk_weights: Tensor | None = None,
         *,
         scale_format: ScaleFormat = "none",
         received: Tensor | None = None,
         wait_ns: Tensor | None = None,
     ) -> PackedRows:
         """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.dispatch`."""
-        return self._dispatch(x, topk_idx, scale_format, received, wait_ns, split=False)[0]
+        return self._dispatch(x, topk_idx, topk_weights, scale_format, received, wait_ns, split=False)[0]
 
     def dispatch_send(
         self,
         x: Tensor,
         topk_idx: Tensor,
+        topk_weights: Tensor | None = None,
         *,
         scale_format: ScaleFormat = "none",
         received: Tensor | None = None,
         wait_ns: Tensor | None = None,
     ) -> tuple[PackedRows, Hook]:
         """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.dispatch_send`."""
-        return self._dispatch(x, topk_idx, scale_format, received, wait_ns, split=True)
+        return self._dispatch(x, topk_idx, topk_weights, scale_format, received, wait_ns, split=True)
 
     def combine(
         self,
         rows: Tensor,
         topk_idx: Tensor,
-        topk_weights: Tensor,
+        topk_weights: Tensor | None,
         handle: NvlinkLowLatencyHandle,
         *,
         out: Tensor | None = None,
@@ -178,7 +188,7 @@ class NvlinkLowLatencyCommunicator:
         self,
         rows: Tensor,
         topk_idx: Tensor,
-        topk_weights: Tensor,
+        topk_weights: Tensor | None,
         handle: NvlinkLowLatencyHandle,
         *,
         out: Tensor | None = None,
@@ -199,17 +209,21 @@ class NvlinkLowLatencyCommunicator:
         self,
         x: Tensor,
         topk_idx: Tensor,
+        topk_weights: Tensor | None,
         scale_format: ScaleFormat,
         received: Tensor | None,
         wait_ns: Tensor | None,
         split: bool,
     ) -> tuple[PackedRows, Hook]:
-        check_dispatch(self, x, topk_idx, scale_format, received, wait_ns)
+        check_dispatch(self, x, topk_idx, topk_weights, scale_format, received, wait_ns)
         self._check_device(x)
         x, topk_idx = x.contiguous(), topk_idx.contiguous()
+        topk_weights = None if topk_weights is None else topk_weights.contiguous()
         local_experts, places, blocks = self.num_experts // self.size, self.size * self.max_tokens, self.hidden // BLOCK
-        row_bytes = 2 * self.hidden if scale_format == "none" else -(-(self.hidden + 4 * blocks) // 16) * 16
         top_k = topk_idx.shape[1]
+        # Weights have room whether or not they travel: so the first of them does not make the buffer grow.
+        row_bytes = (2 * self.hidden if scale_format == "none" else self.hidden + 4 * blocks) + 4 * top_k
+        row_bytes = -(-row_bytes // 16) * 16
 
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=self.device)
@@ -226,6 +240,7 @@ class NvlinkLowLatencyCommunicator:
             source_token=empty(local_experts, places),
             ranges=empty(local_experts, self.size, dtype=torch.int64),
             slots=empty(places, top_k),
+            weights=None if topk_weights is None else empty(places, top_k, dtype=torch.float32),
             tokens=x.shape[0],
         )
         with self._lock:
@@ -235,12 +250,14 @@ class NvlinkLowLatencyCommunicator:
                 ll=self._common,
                 x=x.data_ptr(),
                 topk_idx=topk_idx.data_ptr(),
+                topk_weights=pointer(topk_weights),
                 rows=rows.data_ptr(),
                 scales=pointer(scales),
                 counts=counts.data_ptr(),
                 ranges=handle.ranges.data_ptr(),
                 source_token=handle.source_token.data_ptr(),
                 slots=handle.slots.data_ptr(),
+                weights=pointer(handle.weights),
                 round=number.data_ptr(),
                 received=pointer(received),
                 wait_ns=pointer(wait_ns),
@@ -250,7 +267,7 @@ class NvlinkLowLatencyCommunicator:
                 table_bytes=table_bytes if table_bytes <= _TABLE_BYTES else 0,
             )
             results = [rows, counts, handle.ranges, handle.source_token, handle.slots, number]
-            results += [t for t in (scales, received, wait_ns) if t is not None]
+            results += [t for t in (scales, handle.weights, received, wait_ns) if t is not None]
             hook = self._start("dispatch", arguments, self._dispatches, split, results)
         return PackedRows(rows, scales, counts, handle), hook
 
@@ -258,7 +275,7 @@ class NvlinkLowLatencyCommunicator:
         self,
         rows: Tensor,
         topk_idx: Tensor,
-        topk_weights: Tensor,
+        topk_weights: Tensor | None,
         handle: NvlinkLowLatencyHandle,
         out: Tensor | None,
         wait_ns: Tensor | None,
@@ -266,7 +283,8 @@ class NvlinkLowLatencyCommunicator:
     ) -> tuple[Tensor, Hook]:
         check_combine(self, rows, topk_idx, topk_weights, handle, out, wait_ns)
         self._check_device(rows)
-        rows, topk_idx, topk_weights = rows.contiguous(), topk_idx.contiguous(), topk_weights.contiguous()
+        rows, topk_idx = rows.contiguous(), topk_idx.contiguous()
+        topk_weights = None if topk_weights is None else topk_weights.contiguous()
         tokens, top_k = topk_idx.shape
         if out is None:
             out = torch.empty(tokens, self.hidden, dtype=torch.bfloat16, device=self.device)
@@ -276,8 +294,9 @@ class NvlinkLowLatencyCommunicator:
                 ll=self._common,
                 rows=rows.data_ptr(),
                 slots=handle.slots.data_ptr(),
+                weights=pointer(handle.weights),
                 topk_idx=topk_idx.data_ptr(),
-                topk_weights=topk_weights.data_ptr(),
+                topk_weights=pointer(topk_weights),
                 out=out.data_ptr(),
                 round=number.data_ptr(),
                 wait_ns=pointer(wait_ns),
@@ -324,7 +343,7 @@ class NvlinkLowLatencyCommunicator:
         return hook
 
     def _launch(self, name: str, arguments: ctypes.Structure) -> None:
-        launch(self._library, f"low_latency_{name}", arguments, self.device)
+        launch(self._reach.library, f"{self._reach.prefix}_{name}", arguments, self.device)
 
     def _check_device(self, x: Tensor) -> None:
         if x.device != self.device:
@@ -349,22 +368,27 @@ class NvlinkLowLatencyCommunicator:
             experts_per_rank=self.num_experts // self.size,
             row_bytes=max(row_bytes, shape.row_bytes),
         )
-        layout = native.LowLatencyLayout()
-        self._library.ep_moe_low_latency_layout(ctypes.byref(shape), ctypes.byref(layout))
+        library, layout, staging = native.load_entry_points(), native.LowLatencyLayout(), native.LowLatencyStaging()
+        library.ep_moe_low_latency_layout(ctypes.byref(shape), ctypes.byref(layout))
+        library.ep_moe_low_latency_staging(ctypes.byref(shape), ctypes.byref(staging))
         torch.cuda.synchronize(self.device)  # the old buffer may be in use
 
         def fill(local: Tensor) -> None:
             words = local.view(torch.int32)
             words[: layout.rows // 4] = 0
             words[layout.rows // 4 : layout.weights // 4] = native.EMPTY_WORD
-            words[layout.weights // 4 :] = native.EMPTY_WEIGHT
+            words[layout.weights // 4 : layout.total // 4] = native.EMPTY_WEIGHT
 
-        self._buffer = allocate_symmetric(layout.total, self.group, self.device, fill)
+        between_nodes = self._reach.node is not None
+        buffer = self._buffer = self._reach.allocate(staging.total if between_nodes else layout.total, fill)
+        pointers = (buffer.local.data_ptr(),) if between_nodes else buffer.pointers
+        self._nodes = self._describe_nodes(buffer, staging) if between_nodes else None
         self._workspace[native.ROUNDS :] = 0
         multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
         threads = -(-self.hidden // (32 * _CHANNELS_PER_THREAD)) * 32
         self._common = native.LowLatency(
-            buffers=(ctypes.c_void_p * MAX_RANKS)(*self._buffer.pointers),
+            buffers=(ctypes.c_void_p * MAX_RANKS)(*pointers),
+            nodes=pointer(self._nodes),
             layout=layout,
             shape=shape,
             workspace=self._workspace.data_ptr(),
@@ -373,8 +397,16 @@ class NvlinkLowLatencyCommunicator:
             rank=self.rank,
             blocks=min(2 * multiprocessors, self.size * self.max_tokens, native.MAX_BLOCKS),
             threads=min(max(threads, 128), _MAX_THREADS),
+            own=0 if between_nodes else self.rank,
             rank_factor=-(-(2**31) // (self.num_experts // self.size)),
         )
+
+    def _describe_nodes(self, buffer: SymmetricBuffer, staging: native.LowLatencyStaging) -> Tensor:
+        """A ``LowLatencyNodes`` on the device. Stores reach the ranks of the node whose memory is mapped."""
+        near = sum(1 << rank for rank in self._reach.node or () if buffer.pointers[rank] != 0)
+        buffers = (ctypes.c_void_p * native.MAX_NODE_RANKS)(*buffer.pointers)
+        nodes = native.LowLatencyNodes(buffers=buffers, staging=staging, near=near)
+        return torch.frombuffer(bytearray(nodes), dtype=torch.uint8).to(self.device)
 
 
 def _routing_bytes(max_top_k: int) -> int:

@@ -9,6 +9,7 @@ from ep_moe import native
 from ep_moe.comm.nvlink_args import MAX_RANKS
 
 MAX_BLOCKS = 512
+MAX_NODE_RANKS = 32
 WORKSPACE_WORDS = 4 + 2 * MAX_BLOCKS
 MASKED, REPORTED, ROUNDS = 1, 2, 4  # words of the workspace
 SEND, RECEIVE = 1, 2
@@ -35,11 +36,29 @@ class LowLatencyLayout(ctypes.Structure):
     _fields_ = tuple((name, c_int64) for name in ("routing", "entered", "rows", "sums", "weights", "total"))
 
 
+class LowLatencyStaging(ctypes.Structure):
+    """``LowLatencyStaging`` of ``low_latency_reach.cuh``."""
+
+    _fields_ = tuple((name, c_int64) for name in ("routing", "rows", "sums", "weights", "total"))
+
+
+class LowLatencyNodes(ctypes.Structure):
+    """``LowLatencyNodes`` of ``low_latency_reach.cuh``."""
+
+    _fields_ = (
+        ("buffers", c_void_p * MAX_NODE_RANKS),
+        ("staging", LowLatencyStaging),
+        ("near", c_uint32),
+        ("reserved", c_uint32),
+    )
+
+
 class LowLatency(ctypes.Structure):
     """``LowLatency`` of ``low_latency.cuh``."""
 
     _fields_ = (
         ("buffers", c_void_p * MAX_RANKS),
+        ("nodes", c_void_p),
         ("layout", LowLatencyLayout),
         ("shape", LowLatencyShape),
         ("workspace", c_void_p),
@@ -49,6 +68,7 @@ class LowLatency(ctypes.Structure):
         ("phases", c_uint32),
         ("blocks", c_int32),
         ("threads", c_int32),
+        ("own", c_int32),
         ("rank_factor", c_uint32),
     )
 
@@ -60,12 +80,14 @@ class LowLatencyDispatchArgs(ctypes.Structure):
         ("ll", LowLatency),
         ("x", c_void_p),
         ("topk_idx", c_void_p),
+        ("topk_weights", c_void_p),
         ("rows", c_void_p),
         ("scales", c_void_p),
         ("counts", c_void_p),
         ("ranges", c_void_p),
         ("source_token", c_void_p),
         ("slots", c_void_p),
+        ("weights", c_void_p),
         ("round", c_void_p),
         ("received", c_void_p),
         ("wait_ns", c_void_p),
@@ -77,12 +99,13 @@ class LowLatencyDispatchArgs(ctypes.Structure):
 
 
 class LowLatencyCombineArgs(ctypes.Structure):
-    """``LowLatencyCombineArgs`` of ``low_latency_combine.cu``."""
+    """``LowLatencyCombineArgs`` of ``low_latency_combine.cuh``."""
 
     _fields_ = (
         ("ll", LowLatency),
         ("rows", c_void_p),
         ("slots", c_void_p),
+        ("weights", c_void_p),
         ("topk_idx", c_void_p),
         ("topk_weights", c_void_p),
         ("out", c_void_p),
@@ -93,6 +116,13 @@ class LowLatencyCombineArgs(ctypes.Structure):
     )
 
 
+# Of kernels between nodes, which both libraries hold.
+NODES_ENTRY_POINTS: dict[str, type[ctypes.Structure]] = {
+    "low_latency_nodes_dispatch": LowLatencyDispatchArgs,
+    "low_latency_nodes_combine": LowLatencyCombineArgs,
+}
+
+
 def load_entry_points() -> ctypes.CDLL:
     """The library with the signatures of the low-latency entry points declared.
 
@@ -100,8 +130,14 @@ def load_entry_points() -> ctypes.CDLL:
         NativeLibraryError: if there is no library, or it is of another version.
     """
     library = native.load_entry_points(
-        {"low_latency_dispatch": LowLatencyDispatchArgs, "low_latency_combine": LowLatencyCombineArgs}
+        {
+            "low_latency_dispatch": LowLatencyDispatchArgs,
+            "low_latency_combine": LowLatencyCombineArgs,
+            **NODES_ENTRY_POINTS,
+        }
     )
     library.ep_moe_low_latency_layout.restype = None
     library.ep_moe_low_latency_layout.argtypes = (ctypes.POINTER(LowLatencyShape), ctypes.POINTER(LowLatencyLayout))
+    library.ep_moe_low_latency_staging.restype = None
+    library.ep_moe_low_latency_staging.argtypes = (ctypes.POINTER(LowLatencyShape), ctypes.POINTER(LowLatencyStaging))
     return library

@@ -1,4 +1,4 @@
-"""The hop between nodes over NVSHMEM: the second CUDA library, opened only where a configuration asks for it.
+"""Exchange between nodes over NVSHMEM: the second CUDA library, opened only where a configuration asks for it.
 
 NVSHMEM knows one world a process: its processing elements are the ranks of the expert-parallel group that first uses
 it, until :func:`shutdown`. It starts from an id that rank 0 broadcasts over the group; MPI plays no part.
@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from ep_moe.comm.low_latency_reach import Reach
+from ep_moe.comm.nvlink_low_latency_args import MAX_NODE_RANKS, NODES_ENTRY_POINTS
 from ep_moe.comm.symmetric import SymmetricBuffer
 from ep_moe.comm.symmetric_transport import ENTRY_POINTS, SymmetricTransport
+from ep_moe.comm.topology import Topology
 from ep_moe.config_fields import ConfigError
 from ep_moe.native import load_nvshmem_library
 
@@ -45,7 +49,7 @@ def load_entry_points() -> ctypes.CDLL:
     Raises:
         NativeLibraryError: if it was not built, or NVSHMEM is missing.
     """
-    library = load_nvshmem_library(ENTRY_POINTS)
+    library = load_nvshmem_library(ENTRY_POINTS | NODES_ENTRY_POINTS)
     library.ep_moe_nvshmem_id_bytes.restype = ctypes.c_size_t
     library.ep_moe_nvshmem_new_id.restype = ctypes.c_char_p
     library.ep_moe_nvshmem_new_id.argtypes = (ctypes.c_void_p,)
@@ -54,6 +58,8 @@ def load_entry_points() -> ctypes.CDLL:
     library.ep_moe_nvshmem_allocate.restype = ctypes.c_void_p
     library.ep_moe_nvshmem_allocate.argtypes = (ctypes.c_size_t,)
     library.ep_moe_nvshmem_free.argtypes = (ctypes.c_void_p,)
+    library.ep_moe_nvshmem_pointer.restype = ctypes.c_void_p
+    library.ep_moe_nvshmem_pointer.argtypes = (ctypes.c_void_p, ctypes.c_int)
     return library
 
 
@@ -74,10 +80,50 @@ def nvshmem_transport(
         ConfigError: if NVSHMEM already serves another group of this process.
     """
     library = load_entry_points()
+    allocate = _allocator(library, group, device)
+
+    def of_node(num_bytes: int) -> SymmetricBuffer:
+        local = allocate(num_bytes, Tensor.zero_)
+        pointers = tuple(local.data_ptr() if other == node else 0 for other in range(len(ranks)))
+        return SymmetricBuffer(local, pointers)
+
+    return SymmetricTransport(library, of_node, ranks, node, device, timeout_s=timeout_s)
+
+
+def nvshmem_reach(group: dist.ProcessGroup, topology: Topology, device: torch.device) -> Reach:
+    """How low-latency kernels reach ranks of all nodes; collective over ``group``.
+
+    Args:
+        group: all ranks.
+        topology: of them.
+        device: this rank's GPU.
+
+    Raises:
+        NativeLibraryError, ConfigError: as :func:`nvshmem_transport`.
+    """
+    library = load_entry_points()
+    allocate = _allocator(library, group, device)
+    node = tuple(topology.ranks_of_node(topology.node_of(dist.get_rank(group))))
+
+    def mapped(num_bytes: int, fill: Callable[[Tensor], object]) -> SymmetricBuffer:
+        local = allocate(num_bytes, fill)
+        pointers = (
+            (library.ep_moe_nvshmem_pointer(local.data_ptr(), rank) or 0) if rank in node else 0
+            for rank in range(topology.ranks)
+        )
+        return SymmetricBuffer(local, tuple(pointers))
+
+    return Reach(library, "low_latency_nodes", mapped, MAX_NODE_RANKS, node)
+
+
+def _allocator(
+    library: ctypes.CDLL, group: dist.ProcessGroup, device: torch.device
+) -> Callable[[int, Callable[[Tensor], object]], Tensor]:
+    """A function that gives symmetric memory, filled, and frees what it gave before; all collective."""
     world = _start(library, group, device)
     buffers: list[int] = []
 
-    def allocate(num_bytes: int) -> SymmetricBuffer:
+    def allocate(num_bytes: int, fill: Callable[[Tensor], object]) -> Tensor:
         while buffers:  # all ranks have stopped using it: they synchronise before they get here
             dist.barrier(group)
             old = buffers.pop()
@@ -91,13 +137,12 @@ def nvshmem_transport(
         buffers.append(address)
         world.memory.append(address)
         local = torch.as_tensor(_DeviceMemory(address, num_bytes), device=device)
-        local.zero_()
+        fill(local)
         torch.cuda.synchronize(device)
         dist.barrier(group)  # nobody writes into memory before its owner has filled it
-        pointers = tuple(address if other == node else 0 for other in range(len(ranks)))
-        return SymmetricBuffer(local, pointers)
+        return local
 
-    return SymmetricTransport(library, allocate, ranks, node, device, timeout_s=timeout_s)
+    return allocate
 
 
 def shutdown() -> None:

@@ -34,12 +34,14 @@ class PortableLowLatencyHandle:
         source_token: int32 ``[local_experts, ranks * max_tokens]``, the token of each row at its rank.
         ranges: int64 ``[local_experts, ranks]``, begin << 32 | count of each rank's rows.
         slots: int64 ``[ranks, max_tokens, top_k]``, the row of each arrived entry among all local ones, or -1.
+        weights: fp32 ``[ranks, max_tokens, top_k]``, of entries that arrived, if they travelled with the rows.
         topk_idx: int64 ``[tokens, top_k]``, as dispatched.
     """
 
     source_token: Tensor
     ranges: Tensor
     slots: Tensor
+    weights: Tensor | None
     topk_idx: Tensor
 
     @property
@@ -85,13 +87,15 @@ class PortableLowLatencyCommunicator:
         self,
         x: Tensor,
         topk_idx: Tensor,
+        topk_weights: Tensor | None = None,
         *,
         scale_format: ScaleFormat = "none",
         received: Tensor | None = None,
         wait_ns: Tensor | None = None,
     ) -> PackedRows:
         """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.dispatch`; collectives do not say how long."""
-        packed, hook = self.dispatch_send(x, topk_idx, scale_format=scale_format, received=received, wait_ns=wait_ns)
+        named = {"scale_format": scale_format, "received": received, "wait_ns": wait_ns}
+        packed, hook = self.dispatch_send(x, topk_idx, topk_weights, **named)  # type: ignore[arg-type]
         hook()
         return packed
 
@@ -99,17 +103,19 @@ class PortableLowLatencyCommunicator:
         self,
         x: Tensor,
         topk_idx: Tensor,
+        topk_weights: Tensor | None = None,
         *,
         scale_format: ScaleFormat = "none",
         received: Tensor | None = None,
         wait_ns: Tensor | None = None,
     ) -> tuple[PackedRows, Hook]:
         """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.dispatch_send`."""
-        check_dispatch(self, x, topk_idx, scale_format, received, wait_ns)
+        check_dispatch(self, x, topk_idx, topk_weights, scale_format, received, wait_ns)
         check_expert_range(topk_idx, self.num_experts)
         begin = self._begin("dispatch")
         everyone = self._gather(x, 0.0)
         experts = self._gather(topk_idx, -1)
+        weights = None if topk_weights is None else self._gather(topk_weights, 0.0)
         experts[self.masked.to(experts.device)] = -1
         local_experts, places = self.num_experts // self.size, self.size * self.max_tokens
         first = self.rank * local_experts
@@ -124,6 +130,7 @@ class PortableLowLatencyCommunicator:
             source_token=torch.full((local_experts, places), -1, dtype=torch.int32, device=x.device),
             ranges=(by_rank.cumsum(1) - by_rank) << 32 | by_rank,
             slots=torch.full_like(experts, -1),
+            weights=None if weights is None else torch.full_like(weights, float("nan")),
             topk_idx=topk_idx,
         )
         expert, place = wanted.nonzero(as_tuple=True)
@@ -142,6 +149,8 @@ class PortableLowLatencyCommunicator:
             for out, values in zip(packed, rows, strict=True):
                 out[target] = values[place]
             out_counts.copy_(counts)
+            if weights is not None:
+                handle.weights[mine] = weights[mine]  # type: ignore[index]
             if received is not None:
                 received.add_(counts)
 
@@ -154,7 +163,7 @@ class PortableLowLatencyCommunicator:
         self,
         rows: Tensor,
         topk_idx: Tensor,
-        topk_weights: Tensor,
+        topk_weights: Tensor | None,
         handle: PortableLowLatencyHandle,
         *,
         out: Tensor | None = None,
@@ -169,7 +178,7 @@ class PortableLowLatencyCommunicator:
         self,
         rows: Tensor,
         topk_idx: Tensor,
-        topk_weights: Tensor,
+        topk_weights: Tensor | None,
         handle: PortableLowLatencyHandle,
         *,
         out: Tensor | None = None,
@@ -178,7 +187,8 @@ class PortableLowLatencyCommunicator:
         """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.combine_send`."""
         check_combine(self, rows, topk_idx, topk_weights, handle, out, wait_ns)
         begin = self._begin("combine")
-        weights = self._gather(topk_weights, 0.0)
+        weights = handle.weights if topk_weights is None else self._gather(topk_weights, 0.0)
+        assert weights is not None  # one of them was given
         flat = rows.reshape(-1, self.hidden)
         partial = torch.zeros(self.size, self.max_tokens, self.hidden, dtype=torch.float32, device=rows.device)
         for k in range(handle.top_k):

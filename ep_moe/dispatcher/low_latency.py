@@ -29,7 +29,6 @@ class LowLatencyHandle:
         places: int64 ``[segments.num_rows]``, the packed row of each expert-major row; behind the last real row, the
             number of packed rows. ``None`` if the experts work on the packed rows.
         topk_idx: as dispatched.
-        topk_weights: fp32 routing weights, which combine applies.
         segments: of the rows.
         dtype: of the tokens.
     """
@@ -37,7 +36,6 @@ class LowLatencyHandle:
     packed: Any
     places: Tensor | None
     topk_idx: Tensor
-    topk_weights: Tensor
     segments: ExpertSegments | PackedSegments
     dtype: torch.dtype
 
@@ -45,7 +43,8 @@ class LowLatencyHandle:
 class LowLatencyDispatcher:
     """A :class:`~ep_moe.dispatcher.dispatcher.TokenDispatcher` for decode; everything can be captured in a CUDA graph.
 
-    Rows travel as bf16 whatever the dtype of the tokens, or as e4m3. Routing weights are applied by ``combine``.
+    Rows travel as bf16 whatever the dtype of the tokens, or as e4m3. Routing weights travel with them, and ``combine``
+    applies them.
     """
 
     def __init__(
@@ -89,32 +88,32 @@ class LowLatencyDispatcher:
         if handle is not None:
             raise ValueError("handle: low_latency mode has no cached dispatch")
         refuse_gradients("low_latency mode", "mode: normal", x, topk_weights)
-        packed = self.communicator.dispatch(x.to(torch.bfloat16), topk_idx, scale_format=self._scale_format)
-        return self._unpack(packed, x.dtype, topk_idx, topk_weights)
+        packed = self.communicator.dispatch(
+            x.to(torch.bfloat16), topk_idx, topk_weights.float(), scale_format=self._scale_format
+        )
+        return self._unpack(packed, x.dtype, topk_idx)
 
     def combine(self, rows: Tensor, handle: LowLatencyHandle) -> Tensor:
         """See :meth:`ep_moe.dispatcher.dispatcher.TokenDispatcher.combine`; weighted, rounded to bf16."""
         packed = _pack(rows, handle)
-        return self.communicator.combine(packed, handle.topk_idx, handle.topk_weights, handle.packed).to(handle.dtype)
+        return self.communicator.combine(packed, handle.topk_idx, None, handle.packed).to(handle.dtype)
 
     def start_dispatch(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Callable[[], DispatchedTokens]:
         """See :meth:`ep_moe.dispatcher.dispatcher.TokenDispatcher.start_dispatch`; no SM is held meanwhile."""
         refuse_gradients("low_latency mode", "mode: normal", x, topk_weights)
         packed, receive = self.communicator.dispatch_send(
-            x.to(torch.bfloat16), topk_idx, scale_format=self._scale_format
+            x.to(torch.bfloat16), topk_idx, topk_weights.float(), scale_format=self._scale_format
         )
 
         def finish() -> DispatchedTokens:
             receive()
-            return self._unpack(packed, x.dtype, topk_idx, topk_weights)
+            return self._unpack(packed, x.dtype, topk_idx)
 
         return finish
 
     def start_combine(self, rows: Tensor, handle: LowLatencyHandle) -> Callable[[], Tensor]:
         """See :meth:`ep_moe.dispatcher.dispatcher.TokenDispatcher.start_combine`; no SM is held meanwhile."""
-        out, receive = self.communicator.combine_send(
-            _pack(rows, handle), handle.topk_idx, handle.topk_weights, handle.packed
-        )
+        out, receive = self.communicator.combine_send(_pack(rows, handle), handle.topk_idx, None, handle.packed)
 
         def finish() -> Tensor:
             receive()
@@ -126,15 +125,13 @@ class LowLatencyDispatcher:
     def _scale_format(self) -> ScaleFormat:
         return "fp32" if self.fp8 else "none"
 
-    def _unpack(
-        self, packed: PackedRows, dtype: torch.dtype, topk_idx: Tensor, topk_weights: Tensor
-    ) -> DispatchedTokens:
+    def _unpack(self, packed: PackedRows, dtype: torch.dtype, topk_idx: Tensor) -> DispatchedTokens:
         """What the experts take: the packed buffers, or their real rows side by side."""
         device = packed.rows.device
         as_they_are = packed.scales is None or self._takes_fp8_rows(dtype, device)
         if as_they_are and dtype == torch.bfloat16 and self._takes_packed_rows(dtype, device):
             packed_segments = PackedSegments(packed.counts, self.communicator.combine_buffer(packed.handle))
-            handle = LowLatencyHandle(packed.handle, None, topk_idx, topk_weights.float(), packed_segments, dtype)
+            handle = LowLatencyHandle(packed.handle, None, topk_idx, packed_segments, dtype)
             rows: Tensor | QuantizedRows = packed.rows
             if packed.scales is not None:
                 stand_in = packed.scales.new_empty((), dtype=dtype).expand(packed.rows.shape)
@@ -155,7 +152,7 @@ class LowLatencyDispatcher:
             values = packed.rows.view(torch.uint8).view(-1, hidden)[readable].view(torch.float8_e4m3fn)
             rows = dequantize_rows(values, packed.scales.flatten(0, 1)[readable], dtype, ends[-1:])
         segments = ExpertSegments(packed.counts.to(torch.int64), ends, None, capacity)
-        handle = LowLatencyHandle(packed.handle, places, topk_idx, topk_weights.float(), segments, dtype)
+        handle = LowLatencyHandle(packed.handle, places, topk_idx, segments, dtype)
         return DispatchedTokens(rows, None, segments, handle)
 
 

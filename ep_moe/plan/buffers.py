@@ -24,12 +24,12 @@ def normal_buffer(topology: Topology, max_tokens: int, hidden: int) -> int:
 def low_latency_buffer(topology: Topology, max_tokens: int, hidden: int, top_k: int, fp8: bool) -> int:
     """Bytes for low-latency mode: every rank's tokens may arrive, and sums for every token, in four buffers.
 
-    Between nodes also the rows that the GPUs with this one's index on other nodes send here to be passed on, and the
-    sums that they pass back.
+    Between nodes also what is staged for puts: own rows, and for every rank routing, sums and weights.
     """
     routing = -(-top_k // 8) * 8 * 2
-    rows = row_bytes(hidden, fp8)
+    rows = row_bytes(hidden, fp8) + 4 * top_k  # routing weights behind them
     sums = row_bytes(hidden, fp8=False)
-    direct = topology.ranks * (routing + rows + sums + 4 * top_k)
-    forwarded = (topology.nodes - 1) * (rows + sums)
-    return LOW_LATENCY_BUFFERS * max_tokens * (direct + forwarded)
+    of_every_rank = topology.ranks * (routing + sums + 4 * top_k)
+    landing = topology.ranks * rows + of_every_rank
+    staging = rows + of_every_rank if topology.nodes > 1 else 0
+    return LOW_LATENCY_BUFFERS * max_tokens * (landing + staging)

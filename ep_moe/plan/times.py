@@ -8,7 +8,7 @@ the bytes behind it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ep_moe.comm.communicator import RowLayout
@@ -33,7 +33,8 @@ class Exchange:
         nvlink_bytes: into a rank.
         rdma_bytes: into a rank.
         messages: that a rank sends over RDMA.
-        queue_pairs: that a rank needs for them: to each other node as many as its messages keep busy.
+        queue_pairs: that a rank needs for them: to each GPU that it sends to as many as
+            its messages keep busy.
     """
 
     time: float
@@ -119,10 +120,14 @@ def _pipeline(
     stages = stages | {"SMs": microseconds(moved_by_sms, per_sm * sms)}
     limit = max(stages, key=lambda name: stages[name])
     time = before + stages[limit] + (rates.rdma_latency if traffic.topology.nodes > 1 else 0.0)
-    return _exchange(traffic, rates, size, time, limit, sms)
+    return _exchange(traffic, rates, size, time, limit, sms, traffic.topology.nodes - 1)
 
 
 def _low_latency(traffic: Traffic, rates: Rates, size: int, fixed: float) -> Exchange:
+    # One hop: a row goes to each of its ranks, whichever node that is on.
+    ranks, near = traffic.topology.ranks, traffic.topology.ranks_per_node
+    rows = traffic.rows
+    traffic = replace(traffic, nvlink_rows=rows * (near - 1) / ranks, rdma_rows=rows * (ranks - near) / ranks)
     # A block serves its places, those of tokens that have an expert here, one after the other.
     places = math.ceil(max(traffic.rows, 1.0) / LOW_LATENCY_BLOCKS)
     stages: dict[Limit, float] = {
@@ -133,11 +138,11 @@ def _low_latency(traffic: Traffic, rates: Rates, size: int, fixed: float) -> Exc
     limit = max(stages, key=lambda name: stages[name])
     time = fixed + stages[limit] + (rates.rdma_latency if traffic.topology.nodes > 1 else 0.0)
     blocks = min(LOW_LATENCY_BLOCKS, traffic.topology.ranks * traffic.tokens)
-    return _exchange(traffic, rates, size, time, limit, math.ceil(blocks / 2))
+    return _exchange(traffic, rates, size, time, limit, math.ceil(blocks / 2), ranks - near)
 
 
-def _exchange(traffic: Traffic, rates: Rates, size: int, time: float, limit: Limit, sms: int) -> Exchange:
-    others = traffic.topology.nodes - 1
+def _exchange(traffic: Traffic, rates: Rates, size: int, time: float, limit: Limit, sms: int, others: int) -> Exchange:
+    """``others``: GPUs that this one exchanges with over RDMA."""
     busy = traffic.rdma_rows / max(others, 1) / (rates.messages_per_qp * time)
     return Exchange(
         time=time,

@@ -30,7 +30,8 @@ receive after that clears table n: T = 2k + 2. If the next send clears it, T = 2
 *Combine with weights.* There S(n) of a rank also asks its peers: it writes them the routing weights of its tokens, and
 they wait for these before they write rows (the sums) in their S(n). A row is then written only after its reader has
 started S(n), so after R(n - k) of the reader has ended: k row buffers do. The weights themselves are free once the rows
-that they asked for have come, so such a combine needs no packets either.
+that they asked for have come, so such a combine needs no packets either. Weights that travel with the rows of a
+dispatch are words of them, and the combine asks for nothing: it needs the packets, and 2k row buffers.
 
 *Why nobody waits for ever.* R(n) waits only for S(n) of its peers, which waits for nothing, or for weights that peers
 write at the start of their S(n). If a rank dies, all others end up in a receive that waits for it, and those in the
@@ -44,6 +45,8 @@ A state holds, for every rank, the kernels it runs with what their blocks have l
 empty. ``explore`` visits every state that can be reached and stops at the first violation:
 
 - a word is written (visible) while its buffer still holds a word of an earlier round;
+- a word is written while the one of an earlier round in its buffer is under way (with ``every_step``): between nodes it
+  is put from a staging place, of which there are as many as buffers;
 - a read returns a word of another round;
 - a clear destroys a word that some reader has not read, or that belongs to another round;
 - nobody can go on, although someone has not finished.

@@ -287,7 +287,7 @@ class Model:
             if verb == "put":
                 cell = Cell(word, n, rows)
                 if self.every_step:
-                    flying |= {cell}
+                    flying = self._sent(flying, cell, events)
                 else:
                     memory = self._written(memory, cell, events)
             elif verb == "hear":
@@ -310,6 +310,18 @@ class Model:
             gone = frozenset(cell for cell in state.memory if cell.word in read and cell.round == kernel.round)
             state = state._replace(memory=state.memory - gone)
         return tuple(events), state
+
+    def _sent(self, flying: frozenset[Cell], cell: Cell, events: list[Event]) -> frozenset[Cell]:
+        before = self._in_buffer(flying, cell.word, cell.round)
+        if before is not None:
+            raise Violation(
+                events,
+                f"the {cell.word.part} of round {{}} of rank {cell.word.writer} is staged where the one of round {{}} "
+                "is still being put from",
+                cell.round,
+                before.round,
+            )
+        return flying | {cell}
 
     def _written(self, memory: frozenset[Cell], cell: Cell, events: list[Event]) -> frozenset[Cell]:
         before = self._in_buffer(memory, cell.word, cell.round)

@@ -1,0 +1,330 @@
+// Low-latency combine: the experts' rows of each token are weighted and summed where they are, and the sum goes to the
+// token's rank, which adds what its peers sent. low_latency.cuh says why this is safe.
+//
+// What moves: in S, the routing weights of this rank's tokens to the ranks of their experts, unless they came with the
+// dispatch, then a sum a (rank, token), by 16-byte stores to that rank. In R, the sums from the landing buffer to the
+// output. Sums run in fp32: over a rank's rows in top-k order, rounded to bf16, then over the ranks in ascending order.
+#pragma once
+
+#include "element.cuh"
+#include "launch.cuh"
+#include "low_latency_reach.cuh"
+
+namespace ep_moe {
+
+struct LowLatencyCombineArgs {
+  LowLatency ll;
+  const uint8_t* rows;      // bf16 [local_experts * ranks * max_tokens][hidden]
+  const int32_t* slots;     // [ranks * max_tokens][top_k], of the handle: slot of each arrived entry, or -1
+  const float* weights;     // [ranks * max_tokens][top_k], of the handle: those that came with the dispatch; or nullptr
+  const int64_t* topk_idx;  // [tokens][top_k], as dispatched
+  const float* topk_weights;  // [tokens][top_k]; nullptr if there are `weights`
+  uint8_t* out;               // bf16 [tokens][hidden]
+  uint32_t* round;            // of this combine: written by S, read by R
+  uint64_t* wait_ns;          // [ranks]: time until each rank had begun is added; or nullptr
+  int32_t tokens;
+  int32_t top_k;
+};
+
+constexpr int kBatch = 8;        // rows of a token in flight
+constexpr int kRanksAtOnce = 2;  // ranks whose sums of a token are looked for at once
+constexpr int kPieces = 2;       // vectors of each
+
+using Row = Vector<__nv_bfloat16>;
+
+__device__ __forceinline__ uint32_t* weight_place(const LowLatency& ll, uint8_t* buffer, uint32_t round, int writer,
+                                                  int token) {
+  return landing_place<uint32_t>(ll, buffer, ll.layout.weights, round, writer, token, ll.shape.max_top_k * 4);
+}
+
+__device__ __forceinline__ uint4* sum_place(const LowLatency& ll, uint8_t* buffer, uint32_t round, int writer,
+                                            int token) {
+  return landing_place<uint4>(ll, buffer, ll.layout.sums, round, writer, token, ll.shape.hidden * 2);
+}
+
+// One of the experts of a token of this rank, and its weight.
+struct Entry {
+  int64_t expert;  // or -1
+  float weight;
+};
+
+// That of the thread's number, if the token has so many.
+__device__ __forceinline__ Entry load_entry(const LowLatencyCombineArgs& args, int token) {
+  Entry entry = {-1, 0.0f};
+  if (args.weights == nullptr && token < args.tokens && threadIdx.x < args.top_k) {
+    const int64_t place = static_cast<int64_t>(token) * args.top_k + threadIdx.x;
+    entry.expert = args.topk_idx[place];
+    entry.weight = args.topk_weights[place];
+  }
+  return entry;
+}
+
+// The weight to the rank `reader`, if the expert is there. To another node all weights of a token travel, in one put.
+template <typename Reach>
+__device__ __forceinline__ void send_weight(const LowLatencyCombineArgs& args, const Entry& entry, int reader,
+                                            int token, uint32_t round) {
+  const LowLatency& ll = args.ll;
+  const bool valid = entry.expert >= 0 && entry.expert < ll.shape.num_experts;
+  const bool there = valid && rank_of(ll, static_cast<int>(entry.expert)) == reader;
+  uint32_t weight = __float_as_uint(entry.weight);
+  if (weight == kEmptyWeight) weight = 0x7fffffff;
+  if (Reach::near(ll) >> reader & 1) {
+    if (there) st_volatile(weight_place(ll, Reach::buffer(ll, reader), round, ll.rank, token) + threadIdx.x, weight);
+  } else if constexpr (Reach::kPuts) {
+    if (threadIdx.x >= 32 || !__any_sync(~0u, there)) return;
+    const int bytes = ll.shape.max_top_k * 4;
+    const int64_t from = place_offset(ll, ll.nodes->staging.weights, round, reader, token, bytes);
+    if (threadIdx.x < args.top_k) reinterpret_cast<uint32_t*>(own_buffer(ll) + from)[threadIdx.x] = weight;
+    __threadfence_system();  // each lane's own word, before the network card reads it
+    __syncwarp();
+    Reach::put(ll, reader, from, place_offset(ll, ll.layout.weights, round, ll.rank, token, bytes), args.top_k * 4);
+  }
+}
+
+// Up to kBatch rows of a token, from row `first` on: 16 bytes of each.
+__device__ __forceinline__ void load_rows(const LowLatencyCombineArgs& args, int slot, uint32_t wanted, int first,
+                                          int i, Row (&batch)[kBatch]) {
+  const int vectors = args.ll.shape.hidden / Row::kCount;
+  uint32_t left = wanted;
+  for (int skipped = 0; skipped < first; ++skipped) left &= left - 1;
+#pragma unroll
+  for (int j = 0; j < kBatch; ++j) {
+    if (left == 0) break;
+    const int64_t source = __shfl_sync(~0u, slot, __ffs(left) - 1);
+    left &= left - 1;
+    if (i < vectors) batch[j].bits = reinterpret_cast<const uint4*>(args.rows)[source * vectors + i];
+  }
+}
+
+// The routing weight of the lane's entry of a token of `owner`, which sends it in this round.
+__device__ __forceinline__ float take_weight(const LowLatency& ll, int owner, int token, uint32_t round) {
+  uint32_t* place = weight_place(ll, own_buffer(ll), round, owner, token) + threadIdx.x % 32;
+  uint32_t weight = 0;
+  const bool here = wait_for(ll, Step::kWeights, owner, round, [&] {
+    weight = ld_volatile(place);
+    return weight != kEmptyWeight;
+  });
+  if (here) st_volatile(place, kEmptyWeight);
+  return __uint_as_float(weight);
+}
+
+// The sum of a token's rows here, to its rank. `slot` is that of the lane's entry, or -1; `weights` is rewritten by the
+// call after next only.
+template <typename Reach>
+__device__ void send_sum(const LowLatencyCombineArgs& args, float (&weights)[kMaxTopK], int owner, int token, int slot,
+                         uint32_t round) {
+  const LowLatency& ll = args.ll;
+  const int lane = threadIdx.x % 32, vectors = ll.shape.hidden / Row::kCount;
+  const uint32_t wanted = __ballot_sync(~0u, slot >= 0);
+  const int count = __popc(wanted);
+  Row batch[kBatch];
+  load_rows(args, slot, wanted, 0, threadIdx.x, batch);  // before the weights are waited for
+  const bool near = Reach::near(ll) >> owner & 1;
+  if (threadIdx.x < 32 && slot >= 0) {
+    const int64_t place = static_cast<int64_t>(owner) * ll.shape.max_tokens + token;
+    weights[__popc(wanted & ((1u << lane) - 1))] =
+        args.weights != nullptr ? args.weights[place * args.top_k + lane] : take_weight(ll, owner, token, round);
+  }
+  if constexpr (Reach::kPuts)  // those of experts elsewhere came too
+    if (!near && args.weights == nullptr && threadIdx.x < args.top_k && slot < 0) take_weight(ll, owner, token, round);
+  __syncthreads();
+  uint4* target;
+  int64_t staged = 0;
+  if (near) {
+    target = sum_place(ll, Reach::buffer(ll, owner), round, ll.rank, token);
+  } else if constexpr (Reach::kPuts) {
+    staged = place_offset(ll, ll.nodes->staging.sums, round, owner, token, ll.shape.hidden * 2);
+    target = reinterpret_cast<uint4*>(own_buffer(ll) + staged);
+  }
+  const uint4* rows = reinterpret_cast<const uint4*>(args.rows);
+  const bool ahead = count <= kBatch;  // one batch holds all rows: the next vectors are loaded as these are added
+  // Threads of a warp leave the loop together, for the shuffles.
+#pragma unroll 1
+  for (int start = threadIdx.x / 32 * 32; start < vectors; start += blockDim.x) {
+    const int i = start + lane, next = i + blockDim.x;
+    float sum[Row::kCount] = {};
+    uint32_t left = wanted;
+    for (int first = 0; first < count; first += kBatch) {
+      if (first > 0 || (i != threadIdx.x && !ahead)) load_rows(args, slot, wanted, first, i, batch);
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        if (first + j >= count) break;
+        float values[Row::kCount];
+        batch[j].to_float(values);
+        if (ahead) {
+          const int source = __shfl_sync(~0u, slot, __ffs(left) - 1);
+          left &= left - 1;
+          if (next < vectors) batch[j].bits = rows[static_cast<int64_t>(source) * vectors + next];
+        }
+        // Not fused, so that any implementation can compute the same bits.
+#pragma unroll
+        for (int c = 0; c < Row::kCount; ++c) sum[c] = __fadd_rn(sum[c], __fmul_rn(weights[first + j], values[c]));
+      }
+    }
+    Row rounded;
+    rounded.from_float(sum);
+    if (i < vectors) st_volatile(target + i, fill_empty(rounded.bits));
+  }
+  if constexpr (Reach::kPuts) {
+    if (near) return;
+    finish_staging();
+    const int64_t to = place_offset(ll, ll.layout.sums, round, ll.rank, token, ll.shape.hidden * 2);
+    if (threadIdx.x < 32) Reach::put(ll, owner, staged, to, ll.shape.hidden * 2);
+  }
+}
+
+// A (rank, token) in the order in which a block sends: peers' first, which have the longer way.
+struct Owned {
+  int owner;
+  int token;
+
+  __device__ __forceinline__ Owned(const LowLatency& ll, int place) {
+    const RankAndRest parts(place, ll.shape.max_tokens);
+    owner = ll.rank + 1 + parts.rank;
+    if (owner >= ll.shape.ranks) owner -= ll.shape.ranks;
+    token = parts.rest;
+  }
+};
+
+__device__ __forceinline__ int slot_of_lane(const LowLatencyCombineArgs& args, const Owned& owned) {
+  const int lane = threadIdx.x % 32;
+  const int64_t place = static_cast<int64_t>(owned.owner) * args.ll.shape.max_tokens + owned.token;
+  return lane < args.top_k ? args.slots[place * args.top_k + lane] : -1;
+}
+
+template <typename Reach>
+__device__ Round send(const LowLatencyCombineArgs& args) {
+  const LowLatency& ll = args.ll;
+  const int ranks = ll.shape.ranks, places = ranks * ll.shape.max_tokens;
+  __shared__ float weights[2][kMaxTopK];
+  // All that the block's first weights and sum need is read side by side, before any of it is used.
+  const Owned first(ll, blockIdx.x);
+  const Entry entry = load_entry(args, first.token);
+  int slot = -1, turn = 0;
+  if (blockIdx.x < places) slot = slot_of_lane(args, first);
+  const uint32_t present = present_ranks(ll), round = ld_volatile(&ll.workspace->combines[blockIdx.x]) + 1;
+  if (blockIdx.x == 0 && threadIdx.x < ranks && (present >> threadIdx.x & 1)) {
+    const int64_t to = ll.layout.entered + (round % kLandingBuffers * ranks + ll.rank) * 4;
+    if (Reach::near(ll) >> threadIdx.x & 1) {
+      st_volatile(reinterpret_cast<uint32_t*>(Reach::buffer(ll, threadIdx.x) + to), round);
+    } else if constexpr (Reach::kPuts) {
+      Reach::put_word(ll, threadIdx.x, to, round);
+    }
+  }
+  if (args.weights == nullptr && blockIdx.x < places && (present >> first.owner & 1))
+    send_weight<Reach>(args, entry, first.owner, first.token, round);
+  for (int i = blockIdx.x + gridDim.x; args.weights == nullptr && i < places; i += gridDim.x) {
+    const Owned reader(ll, i);
+    if (present >> reader.owner & 1)
+      send_weight<Reach>(args, load_entry(args, reader.token), reader.owner, reader.token, round);
+  }
+  for (int i = blockIdx.x; i < places; i += gridDim.x) {
+    const Owned owned(ll, i);
+    if (i != blockIdx.x) slot = slot_of_lane(args, owned);
+    if ((present >> owned.owner & 1) == 0 || !__any_sync(~0u, slot >= 0)) continue;  // the same in all warps
+    send_sum<Reach>(args, weights[turn], owned.owner, owned.token, slot, round);
+    turn ^= 1;
+  }
+  __syncthreads();  // all threads have read the counter
+  if (threadIdx.x == 0) {
+    ll.workspace->combines[blockIdx.x] = round;
+    if (blockIdx.x == 0) *args.round = round;
+  }
+  return {round, present};
+}
+
+// The ranks that return a sum for a token of this rank. All threads of a warp.
+__device__ __forceinline__ uint32_t owners_of(const LowLatencyCombineArgs& args, int token, uint32_t present) {
+  const LowLatency& ll = args.ll;
+  const int lane = threadIdx.x % 32;
+  int64_t expert = -1;
+  if (token < args.tokens && lane < args.top_k) expert = args.topk_idx[static_cast<int64_t>(token) * args.top_k + lane];
+  const bool valid = expert >= 0 && expert < ll.shape.num_experts;
+  return __reduce_or_sync(~0u, valid ? 1u << rank_of(ll, static_cast<int>(expert)) : 0u) & present;
+}
+
+// Adds what the token's owners sent. A thread takes kPieces vectors at a time, a block's width apart, and looks for
+// them side by side, as sent by kRanksAtOnce ranks; then again one by one for those that have not come.
+__device__ inline void receive_token(const LowLatencyCombineArgs& args, int token, uint32_t owners, uint32_t round) {
+  const LowLatency& ll = args.ll;
+  const int vectors = ll.shape.hidden / Row::kCount;
+  for (int start = threadIdx.x; start < vectors; start += kPieces * blockDim.x) {
+    float sum[kPieces][Row::kCount] = {};
+#pragma unroll 1
+    for (int first = 0; first < ll.shape.ranks; first += kRanksAtOnce) {
+      Row landed[kRanksAtOnce][kPieces];
+#pragma unroll
+      for (int j = 0; j < kRanksAtOnce; ++j) {
+        if ((owners >> (first + j) & 1) == 0) continue;
+        const uint4* place = sum_place(ll, own_buffer(ll), round, first + j, token);
+#pragma unroll
+        for (int p = 0; p < kPieces; ++p) {
+          const int i = start + p * blockDim.x;
+          if (i < vectors) landed[j][p].bits = ld_volatile(place + i);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kRanksAtOnce; ++j) {
+        if ((owners >> (first + j) & 1) == 0) continue;
+        uint4* place = sum_place(ll, own_buffer(ll), round, first + j, token);
+#pragma unroll
+        for (int p = 0; p < kPieces; ++p) {
+          const int i = start + p * blockDim.x;
+          if (i >= vectors) continue;
+          if (is_empty(landed[j][p].bits)) {
+            if (!take(ll, Step::kCombine, first + j, round, place + i, landed[j][p].bits)) continue;
+          } else {
+            empty(place + i);
+          }
+          float values[Row::kCount];
+          landed[j][p].to_float(values);
+#pragma unroll
+          for (int c = 0; c < Row::kCount; ++c) sum[p][c] += values[c];
+        }
+      }
+    }
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) {
+      const int i = start + p * blockDim.x;
+      Row rounded;
+      rounded.from_float(sum[p]);
+      if (i < vectors) reinterpret_cast<uint4*>(args.out)[static_cast<int64_t>(token) * vectors + i] = rounded.bits;
+    }
+  }
+}
+
+__device__ inline void receive(const LowLatencyCombineArgs& args, uint32_t round, uint32_t present) {
+  const LowLatency& ll = args.ll;
+  const int ranks = ll.shape.ranks;
+  const uint64_t start = args.wait_ns != nullptr ? global_timer_ns() : 0;
+  for (int token = blockIdx.x; token < args.tokens; token += gridDim.x) {
+    receive_token(args, token, owners_of(args, token, present), round);
+  }
+  if (blockIdx.x != gridDim.x - 1 || threadIdx.x >= ranks || (present >> threadIdx.x & 1) == 0) return;
+  const int rank = threadIdx.x;
+  const uint32_t* entered =
+      reinterpret_cast<const uint32_t*>(own_buffer(ll) + ll.layout.entered) + round % kLandingBuffers * ranks + rank;
+  wait_for(ll, Step::kCall, rank, round, [&] { return ld_volatile(entered) == round; });
+  if (args.wait_ns != nullptr)
+    atomicAdd(reinterpret_cast<unsigned long long*>(&args.wait_ns[rank]), global_timer_ns() - start);
+}
+
+template <typename Reach>
+__global__ void __launch_bounds__(kMaxThreads, 2) combine(const __grid_constant__ LowLatencyCombineArgs args) {
+  const LowLatency& ll = args.ll;
+  griddepcontrol_launch_dependents();
+  fetch_parameters(args);
+  griddepcontrol_wait();
+  const Round round = ll.phases & kSend ? send<Reach>(args) : Round{ld_volatile(args.round), present_ranks(ll)};
+  if (ll.phases & kReceive) receive(args, round.number, round.present);
+}
+
+// Runs the kernel above; requires blocks <= kMaxBlocks, two of them resident on a multiprocessor, the same in every
+// call.
+template <typename Reach>
+const char* launch_low_latency_combine(const LowLatencyCombineArgs& args, cudaStream_t stream) {
+  return launch("low-latency combine kernel", combine<Reach>, args, args.ll.blocks, args.ll.threads, 0,
+                LaunchMode::kProgrammatic, stream);
+}
+
+}  // namespace ep_moe

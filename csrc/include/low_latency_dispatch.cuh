@@ -1,0 +1,388 @@
+// Low-latency dispatch: each token goes once to every rank that has an expert of it, and there into a slot of each of
+// these experts. low_latency.cuh says why this is safe, low_latency_routing.cuh which slots these are.
+//
+// What moves: in S, the routing of all tokens (2 bytes an entry) to all ranks, and rows, as they are or quantised to
+// e4m3 with one fp32 scale per 128 channels behind the values, by 16-byte stores to peers. Behind a row travel the
+// routing weights of its token, if they are given. In R, rows from the landing buffer to their slots, and weights to
+// the handle. A block sends, then receives, one (rank, token) at a time.
+#pragma once
+
+#include <cuda_fp8.h>
+
+#include "element.cuh"
+#include "launch.cuh"
+#include "low_latency_routing.cuh"
+
+namespace ep_moe {
+
+constexpr int kPerThread = 16;  // channels: 8 threads a block of 128
+constexpr int kLooks = 2;       // vectors of a row that a thread looks at side by side
+constexpr float kE4m3Max = 448.0f;
+constexpr float kMinAmax = 1e-4f;
+
+// The largest magnitude of 16 channels, or NaN; bf16 holds it exactly, so it is found in pairs.
+__device__ __forceinline__ float max_magnitude(const Vector<__nv_bfloat16> (&x)[2]) {
+  __nv_bfloat162 pairs[kPerThread / 2];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const auto* of_vector = reinterpret_cast<const __nv_bfloat162*>(&x[j].bits);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[4 * j + i] = __habs2(of_vector[i]);
+  }
+#pragma unroll
+  for (int half = kPerThread / 4; half > 0; half /= 2)
+#pragma unroll
+    for (int i = 0; i < half; ++i) pairs[i] = __hmax2_nan(pairs[i], pairs[i + half]);
+  return max_nan(__low2float(pairs[0]), __high2float(pairs[0]));
+}
+
+// 16 channels as e4m3. The 8 threads of a block of 128 channels work together and all get its scale. All threads of a
+// warp.
+__device__ inline uint4 quantize(const Vector<__nv_bfloat16> (&x)[2], bool power_of_two, float& scale) {
+  float amax = max_magnitude(x);
+#pragma unroll
+  for (int distance = 1; distance < 8; distance *= 2) amax = max_nan(amax, __shfl_xor_sync(~0u, amax, distance));
+  amax = max_nan(amax, kMinAmax);
+  scale = amax / kE4m3Max;
+  float factor = kE4m3Max / amax;
+  if (power_of_two) {  // rounded up; infinity and NaN become 2^128, which is NaN as UE8M0
+    const uint32_t exponent = min((__float_as_uint(scale) + 0x7fffff) >> 23, 255u);
+    scale = __uint_as_float(exponent << 23);
+    factor = 1.0f / scale;
+  }
+  float values[kPerThread];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) x[j].to_float(reinterpret_cast<float (&)[8]>(values[8 * j]));
+  __align__(16) __nv_fp8x2_storage_t quantised[kPerThread / 2];
+#pragma unroll
+  for (int i = 0; i < kPerThread / 2; ++i) {
+    const float2 pair = make_float2(values[2 * i] * factor, values[2 * i + 1] * factor);
+    quantised[i] = __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3);
+  }
+  return *reinterpret_cast<const uint4*>(quantised);
+}
+
+using Piece = Vector<__nv_bfloat16>[2];  // kPerThread channels
+
+// Which vectors of a row are a thread's piece of this number: neighbours where they are quantised together; else as far
+// apart as the block is wide, so that a warp's stores fill whole sectors and lines of a peer's memory.
+__device__ __forceinline__ int vector_of_piece(bool quantised, int number, int j) {
+  return quantised ? 2 * (number * blockDim.x + threadIdx.x) + j : (2 * number + j) * blockDim.x + threadIdx.x;
+}
+
+__device__ __forceinline__ void load_piece(const LowLatencyDispatchArgs& args, int token, int number, Piece& piece) {
+  if (token >= args.tokens) return;
+  const int vectors = args.ll.shape.hidden / Vector<__nv_bfloat16>::kCount;
+  const uint4* x = reinterpret_cast<const uint4*>(args.x) + static_cast<int64_t>(token) * vectors;
+  const bool quantised = static_cast<ScaleFormat>(args.scale_format) != ScaleFormat::kNone;
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const int i = vector_of_piece(quantised, number, j);
+    if (i < vectors) piece[j].bits = x[i];
+  }
+}
+
+// Offset of the place where the row of a token is staged, for all ranks of other nodes.
+__device__ __forceinline__ int64_t staged_row(const LowLatency& ll, int token, uint32_t round) {
+  const int place = static_cast<int>(round % kLandingBuffers) * ll.shape.max_tokens + token;
+  return ll.nodes->staging.rows + static_cast<int64_t>(place) * ll.shape.row_bytes;
+}
+
+// Bytes of a row that routing weights follow: values, and scales.
+__device__ __forceinline__ int payload_bytes(const LowLatencyDispatchArgs& args) {
+  const int hidden = args.ll.shape.hidden;
+  return static_cast<ScaleFormat>(args.scale_format) == ScaleFormat::kNone ? 2 * hidden : hidden + hidden / 128 * 4;
+}
+
+// Whether the thread sends and receives a routing weight, that of its lane's number: in the last warp, for the first
+// ones have scales.
+__device__ __forceinline__ bool has_weight(const LowLatencyDispatchArgs& args) {
+  return args.weights != nullptr && threadIdx.x / 32 == blockDim.x / 32 - 1 && threadIdx.x % 32 < args.top_k;
+}
+
+// The thread's, in bits. One that looks empty, -4.6e-41, travels as its neighbour.
+__device__ __forceinline__ uint32_t load_weight(const LowLatencyDispatchArgs& args, int token) {
+  if (token >= args.tokens || !has_weight(args)) return 0;
+  const float weight = args.topk_weights[static_cast<int64_t>(token) * args.top_k + threadIdx.x % 32];
+  const uint32_t bits = __float_as_uint(weight);
+  return bits == kEmptyWord ? bits - 1 : bits;
+}
+
+// A token's row to the ranks of the mask, this one last: its peers have the longer way; those of other nodes last of
+// all, in one put each. `piece` and `weight` are the thread's first.
+template <typename Reach>
+__device__ void send_row(const LowLatencyDispatchArgs& args, int token, Piece& piece, uint32_t weight, uint32_t round,
+                         uint32_t owners) {
+  const LowLatency& ll = args.ll;
+  const auto format = static_cast<ScaleFormat>(args.scale_format);
+  const int ranks = ll.shape.ranks, hidden = ll.shape.hidden, vectors = hidden / Vector<__nv_bfloat16>::kCount;
+  const uint32_t near = owners & Reach::near(ll), far = owners & ~Reach::near(ll);
+  for (int number = 0; 2 * number * blockDim.x < vectors; ++number) {
+    if (number > 0) load_piece(args, token, number, piece);
+    const int block = number * blockDim.x + threadIdx.x;  // of kPerThread channels, quantised
+    uint4 quantised;
+    float scale;
+    if (format == ScaleFormat::kNone) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) piece[j].bits = fill_empty(piece[j].bits);
+    } else {
+      quantised = fill_empty(quantize(piece, format == ScaleFormat::kUe8m0, scale));
+    }
+    int peer = ll.rank;
+    // One step more where rows are staged.
+#pragma unroll 1
+    for (int step = 0; step < ranks + Reach::kPuts; ++step) {
+      uint8_t* place;
+      if (Reach::kPuts && step == ranks) {
+        if (far == 0) break;
+        place = own_buffer(ll) + staged_row(ll, token, round);
+      } else {
+        if (++peer == ranks) peer = 0;
+        if ((near >> peer & 1) == 0) continue;
+        place = landing_place<uint8_t>(ll, Reach::buffer(ll, peer), ll.layout.rows, round, ll.rank, token,
+                                       static_cast<int>(ll.shape.row_bytes));
+      }
+      uint4* row = reinterpret_cast<uint4*>(place);
+      if (format == ScaleFormat::kNone) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int i = vector_of_piece(false, number, j);
+          if (i < vectors) st_volatile(row + i, piece[j].bits);
+        }
+      } else if (block < hidden / kPerThread) {
+        st_volatile(row + block, quantised);
+        if (block % 8 == 0)
+          st_volatile(reinterpret_cast<uint32_t*>(place + hidden) + block / 8, __float_as_uint(scale));
+      }
+      if (number == 0 && has_weight(args))
+        st_volatile(reinterpret_cast<uint32_t*>(place + payload_bytes(args)) + threadIdx.x % 32, weight);
+    }
+  }
+  if constexpr (Reach::kPuts) {
+    if (far == 0) return;
+    finish_staging();
+    const int64_t to = place_offset(ll, ll.layout.rows, round, ll.rank, token, static_cast<int>(ll.shape.row_bytes));
+    const int bytes = payload_bytes(args) + (args.weights != nullptr ? args.top_k * 4 : 0);
+    int warp = 0;
+    for (uint32_t left = far; left != 0; left &= left - 1) {
+      if (warp == threadIdx.x / 32) Reach::put(ll, __ffs(left) - 1, staged_row(ll, token, round), to, bytes);
+      if (++warp == blockDim.x / 32) warp = 0;
+    }
+  }
+}
+
+// Where the row of a (rank, token) lands.
+__device__ __forceinline__ uint8_t* landed_row(const LowLatency& ll, int source, int token, uint32_t round) {
+  return landing_place<uint8_t>(ll, own_buffer(ll), ll.layout.rows, round, source, token,
+                                static_cast<int>(ll.shape.row_bytes));
+}
+
+// What a thread sees of a row at a glance: kLooks vectors, a block's width apart, and a scale or a routing weight.
+struct Glance {
+  uint4 vectors[kLooks];
+  uint32_t scale;
+  uint32_t weight;
+};
+
+__device__ __forceinline__ int row_bytes_of(const LowLatencyDispatchArgs& args) {
+  return static_cast<ScaleFormat>(args.scale_format) == ScaleFormat::kNone ? 2 * args.ll.shape.hidden
+                                                                           : args.ll.shape.hidden;
+}
+
+// Looks at vectors from `start` on, side by side, whether or not they are here.
+__device__ __forceinline__ void glance_at(const uint4* row, int start, int vectors, Glance& glance) {
+#pragma unroll
+  for (int j = 0; j < kLooks; ++j) {
+    const int i = start + j * blockDim.x + threadIdx.x;
+    if (i < vectors) glance.vectors[j] = ld_volatile(row + i);
+  }
+}
+
+// The first look at a row, which may be here before anybody knows its slots.
+__device__ __forceinline__ void glance_at(const LowLatencyDispatchArgs& args, int source, int token, uint32_t round,
+                                          Glance& glance) {
+  const uint8_t* landed = landed_row(args.ll, source, token, round);
+  glance_at(reinterpret_cast<const uint4*>(landed), 0, row_bytes_of(args) / 16, glance);
+  if (static_cast<ScaleFormat>(args.scale_format) != ScaleFormat::kNone && threadIdx.x < args.ll.shape.hidden / 128)
+    glance.scale = ld_volatile(reinterpret_cast<const uint32_t*>(landed + args.ll.shape.hidden) + threadIdx.x);
+  if (has_weight(args))
+    glance.weight = ld_volatile(reinterpret_cast<const uint32_t*>(landed + payload_bytes(args)) + threadIdx.x % 32);
+}
+
+// The routing weights of one (rank, token) to the handle, wanted or not: what a rank has sent must be taken.
+__device__ __forceinline__ void keep_weights(const LowLatencyDispatchArgs& args, int source, int token, uint32_t round,
+                                             uint32_t weight) {
+  if (!has_weight(args)) return;
+  const LowLatency& ll = args.ll;
+  const int lane = threadIdx.x % 32, place = source * ll.shape.max_tokens + token;
+  uint32_t* landed = reinterpret_cast<uint32_t*>(landed_row(ll, source, token, round) + payload_bytes(args)) + lane;
+  const bool here = weight != kEmptyWord || wait_for(ll, Step::kWeights, source, round, [&] {
+                      weight = ld_volatile(landed);
+                      return weight != kEmptyWord;
+                    });
+  if (!here) return;
+  args.weights[static_cast<int64_t>(place) * args.top_k + lane] = __uint_as_float(weight);
+  st_volatile(landed, kEmptyWord);
+}
+
+// The row of one (rank, token) into `slot` of every lane that has one. `glance` is the first look at it.
+__device__ inline void place_row(const LowLatencyDispatchArgs& args, int source, int token, int slot, uint32_t round,
+                                 Glance glance) {
+  const LowLatency& ll = args.ll;
+  const auto format = static_cast<ScaleFormat>(args.scale_format);
+  const int hidden = ll.shape.hidden, row_bytes = row_bytes_of(args), vectors = row_bytes / 16;
+  const uint32_t wanted = __ballot_sync(~0u, slot >= 0);
+  uint8_t* landed = landed_row(ll, source, token, round);
+  uint4* row = reinterpret_cast<uint4*>(landed);
+  // Threads of a warp leave the loops together, for the shuffles.
+  for (int start = 0; start < vectors; start += kLooks * blockDim.x) {
+    if (start > 0) glance_at(row, start, vectors, glance);
+#pragma unroll
+    for (int j = 0; j < kLooks; ++j) {
+      const int i = start + j * blockDim.x + threadIdx.x;
+      if (i / 32 * 32 >= vectors) break;
+      uint4& value = glance.vectors[j];
+      bool here = i < vectors;
+      if (here && is_empty(value))
+        here = wait_for(ll, Step::kRows, source, round, [&] {
+          value = ld_volatile(row + i);
+          return !is_empty(value);
+        });
+      for (uint32_t left = wanted; left != 0; left &= left - 1) {
+        const int64_t target = __shfl_sync(~0u, slot, __ffs(left) - 1);
+        if (here) reinterpret_cast<uint4*>(args.rows + target * row_bytes)[i] = value;
+      }
+      if (here) empty(row + i);
+    }
+  }
+  if (format == ScaleFormat::kNone) return;
+  uint32_t* landed_scales = reinterpret_cast<uint32_t*>(landed + hidden);
+  const int scales = hidden / 128, packed = (scales + 3) / 4 * 4;
+  for (int first = threadIdx.x / 32 * 32; first < packed; first += blockDim.x) {
+    const int i = first + threadIdx.x % 32;
+    uint32_t word = 0;  // behind the last scale
+    bool here = i < packed;
+    if (i < scales) {
+      if (i == threadIdx.x) word = glance.scale;
+      here = (i == threadIdx.x && word != kEmptyWord) || wait_for(ll, Step::kRows, source, round, [&] {
+               word = ld_volatile(landed_scales + i);
+               return word != kEmptyWord;
+             });
+    }
+    for (uint32_t left = wanted; left != 0; left &= left - 1) {
+      const int64_t target = __shfl_sync(~0u, slot, __ffs(left) - 1);
+      if (!here) continue;
+      if (format == ScaleFormat::kUe8m0) {
+        static_cast<uint8_t*>(args.scales)[target * packed + i] = static_cast<uint8_t>(word >> 23);
+      } else if (i < scales) {
+        static_cast<float*>(args.scales)[target * scales + i] = __uint_as_float(word);
+      }
+    }
+    if (here && i < scales) st_volatile(landed_scales + i, kEmptyWord);
+  }
+}
+
+template <typename Reach>
+__device__ Round send(const LowLatencyDispatchArgs& args) {
+  const LowLatency& ll = args.ll;
+  // All that the block's first token needs is read side by side, before any of it is used.
+  Piece piece;
+  load_piece(args, blockIdx.x, 0, piece);
+  int64_t given = load_expert(args, blockIdx.x);
+  uint32_t weight = load_weight(args, blockIdx.x);
+  const uint32_t present = present_ranks(ll), round = ld_volatile(&ll.workspace->dispatches[blockIdx.x]) + 1;
+  if constexpr (Reach::kPuts) put_routing<Reach>(args, round, present);
+  for (int token = blockIdx.x; token < ll.shape.max_tokens; token += gridDim.x) {
+    if (token != blockIdx.x) {
+      load_piece(args, token, 0, piece);
+      given = load_expert(args, token);
+      weight = load_weight(args, token);
+    }
+    const uint32_t owners = send_routing<Reach>(args, token, given, round, present);
+    if (owners != 0) send_row<Reach>(args, token, piece, weight, round, owners);
+  }
+  __syncthreads();  // all threads have read the counter
+  if (threadIdx.x == 0) {
+    ll.workspace->dispatches[blockIdx.x] = round;
+    if (blockIdx.x == 0) *args.round = round;
+  }
+  return {round, present};
+}
+
+// A (rank, token), and what is known of its row before its slots are.
+struct Arrival {
+  int place;
+  RankAndRest token;
+  int expert;  // a local one of the token, one each lane; or -1
+  bool any;    // the row comes here
+  Glance glance;
+};
+
+// The one of number `place`, if there is one. All threads of a warp.
+__device__ __forceinline__ Arrival arrival(const LowLatencyDispatchArgs& args, const RoutingTable& table, int place,
+                                           uint32_t round) {
+  const LowLatency& ll = args.ll;
+  const int lane = threadIdx.x % 32, local_experts = ll.shape.experts_per_rank;
+  const bool exists = place < ll.shape.ranks * ll.shape.max_tokens;
+  Arrival next = {place, RankAndRest(exists ? place : 0, ll.shape.max_tokens), -1, false, {}};
+  if (!exists) return next;
+  if (lane < args.top_k) {
+    const uint32_t entry = table.entries[static_cast<int64_t>(place) * table.stride + lane];
+    const int local = static_cast<int>(entry & kNoExpert) - ll.rank * local_experts;
+    if (entry == tagged(entry & kNoExpert, round) && local >= 0 && local < local_experts) next.expert = local;
+  }
+  next.any = __any_sync(~0u, next.expert >= 0);
+  if (next.any) glance_at(args, next.token.rank, next.token.rest, round, next.glance);
+  return next;
+}
+
+__device__ inline void receive(const LowLatencyDispatchArgs& args, uint32_t round, uint32_t present,
+                               uint4* shared_table) {
+  const LowLatency& ll = args.ll;
+  const int places = ll.shape.ranks * ll.shape.max_tokens;
+  const int lane = threadIdx.x % 32;
+  __shared__ int partial[2][kMaxThreads / 32][kMaxTopK];
+  const RoutingTable table = receive_routing(args, round, present, shared_table);
+  int turn = 0;
+  for (Arrival next = arrival(args, table, blockIdx.x, round); next.place < places;) {
+    const Arrival now = next;
+    int slot = -1;
+    if (now.any) {  // the same in all warps
+      const int before = count_before(args, table, now.place, now.expert, round, partial[turn]);
+      turn ^= 1;
+      if (now.expert >= 0) slot = now.expert * places + before;
+    }
+    next = arrival(args, table, now.place + gridDim.x, round);  // looked at before this one is stored
+    if (now.any) {
+      keep_weights(args, now.token.rank, now.token.rest, round, now.glance.weight);
+      place_row(args, now.token.rank, now.token.rest, slot, round, now.glance);
+    }
+    if (threadIdx.x < args.top_k) {
+      args.slots[static_cast<int64_t>(now.place) * args.top_k + lane] = slot;
+      if (slot >= 0) args.source_token[slot] = now.token.rest;
+    }
+  }
+  count_experts(args, table, round, reinterpret_cast<uint32_t*>(shared_table) + args.table_bytes / 4);
+}
+
+template <typename Reach>
+__global__ void __launch_bounds__(kMaxThreads, 2) dispatch(const __grid_constant__ LowLatencyDispatchArgs args) {
+  const LowLatency& ll = args.ll;
+  extern __shared__ __align__(16) uint4 shared_table[];
+  griddepcontrol_launch_dependents();
+  fetch_parameters(args);
+  griddepcontrol_wait();
+  const Round round = ll.phases & kSend ? send<Reach>(args) : Round{ld_volatile(args.round), present_ranks(ll)};
+  if (ll.phases & kReceive) receive(args, round.number, round.present, shared_table);
+}
+
+// Runs the kernel above; requires blocks <= kMaxBlocks, two of them resident on a multiprocessor, the same in every
+// call.
+template <typename Reach>
+const char* launch_low_latency_dispatch(const LowLatencyDispatchArgs& args, cudaStream_t stream) {
+  const int marks_bytes = (args.ll.shape.ranks * args.ll.shape.max_tokens + 31) / 32 * 4;
+  return launch("low-latency dispatch kernel", dispatch<Reach>, args, args.ll.blocks, args.ll.threads,
+                args.table_bytes + marks_bytes, LaunchMode::kProgrammatic, stream);
+}
+
+}  // namespace ep_moe
