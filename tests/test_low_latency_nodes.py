@@ -50,8 +50,8 @@ def _end(rank: int, world: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", gpu_ranks(2, 3, 4))
 def test_random_cases(ranks: int, kind: str) -> None:
-    if ranks % 2 and not kind.endswith("_1"):
-        pytest.skip("an odd number of ranks is no two nodes")
+    if ranks % 2 and kind != "loopback_1":
+        pytest.skip("an odd number of ranks is no two nodes, and NVSHMEM wants as many ranks on every GPU")
     cases = [random_case(5000 * ranks + seed, ranks) for seed in range(16)]
     for wrong in run(ranks, kind, run_cases, kind, "cuda", cases):
         assert not wrong, "\n".join(wrong[:5])
