@@ -172,7 +172,7 @@ class PipelinedHops:
             self._transport.reserve([returned])
             with self._place.ranks_named():
                 sums = self._node.combine_to_nodes(
-                    rows.contiguous(), handle.node, layout, send, leave_sms=-(-self._transport.blocks // 2)
+                    rows.contiguous(), handle.node, layout, send, leave_sms=self._transport.blocks
                 )
         return [
             handle.arrived.of(sums, node) if node == own else back.of(returned, node)
