@@ -18,8 +18,9 @@ from pathlib import Path
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from ep_moe.config import Config, ConfigError, TrainingConfig
+from ep_moe.config import Config, ConfigError
 from ep_moe.config_loading import load_config
+from ep_moe.config_training import TrainingConfig
 from ep_moe.tracing import annotate_stages, trace
 from moe_gpt.bigram import bigram_loss
 from moe_gpt.checkpoint import last_checkpoint

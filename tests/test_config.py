@@ -11,10 +11,11 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ep_moe.config import Config, ConfigError, MoEConfig, PhaseConfig, RouterConfig, TrainingConfig
+from ep_moe.config import Config, ConfigError, MoEConfig, PhaseConfig, RouterConfig
 from ep_moe.config_fields import walk
 from ep_moe.config_loading import config_from_dict, config_to_dict, load_config
 from ep_moe.config_reference import reference_page
+from ep_moe.config_training import TrainingConfig
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 

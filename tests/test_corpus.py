@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from ep_moe.config import ConfigError, DataConfig
+from ep_moe.config import ConfigError
+from ep_moe.config_training import DataConfig
 from moe_gpt import corpus as corpus_module
 from moe_gpt.corpus import Corpus, load_corpus, split_text
 

@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ep_moe.config import ConfigError, DataConfig
+from ep_moe.config import ConfigError
+from ep_moe.config_training import DataConfig
 
 Segments = tuple[NDArray[np.uint8], ...]
 

@@ -14,7 +14,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from ep_moe.config import Config, TrainingConfig
+from ep_moe.config import Config
+from ep_moe.config_training import TrainingConfig
 from ep_moe.data_parallel import clip_grad_norm, sync_gradients
 from ep_moe.router import RouterStatistics
 from moe_gpt.checkpoint import load_checkpoint, save_checkpoint
