@@ -208,6 +208,11 @@ def capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def has_code_for(device: int) -> bool:
+    """Whether the library has code for a GPU: machine code for Hopper, and PTX for newer ones."""
+    return capability(device) >= (9, 0)
+
+
 def _how_to_build() -> str:
     first = "" if find_nvcc() else "install the CUDA toolkit (12.0 or newer), put nvcc on PATH or set CUDA_HOME, then "
     if _checkout_csrc():

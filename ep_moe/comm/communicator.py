@@ -155,8 +155,8 @@ class Communicator(Protocol):
             max_rows: rows to make room for: slots, padding included, or, in the layout ``rows``, received rows. The
                 host then need not learn the sizes, and waits for nothing; ``None`` makes exactly the room that is
                 needed.
-            num_sms: SMs that kernels that move rows of this exchange and its handle may occupy; ``None`` for the
-                library's choice. Routing takes up to 64 and staging all of them, for the first tens of microseconds.
+            num_sms: SMs on which rows of this exchange, and of later ones along its handle, are moved; ``None`` for
+                the library's choice. Routing takes up to 64 and staging all, for the first tens of microseconds.
 
         Raises:
             ValueError: before anything is sent, naming the argument, what was given and what is allowed.

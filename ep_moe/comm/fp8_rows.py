@@ -12,9 +12,8 @@ from torch import Tensor
 
 from ep_moe.comm.fp8 import BLOCK, dequantize_e4m3
 from ep_moe.comm.nvlink_wire import ELEMENTS
-from ep_moe.native import capability, find_entry_points, launch, pointer
+from ep_moe.native import find_entry_points, has_code_for, launch, pointer
 
-_CAPABILITY = (9, 0)  # the oldest that the library has code for
 _ALIGNMENT_BYTES = 16
 
 
@@ -89,7 +88,7 @@ def _usable(values: Tensor, dtype: torch.dtype) -> bool:
         and values.shape[1] % BLOCK == 0
         and values.is_contiguous()
         and values.data_ptr() % _ALIGNMENT_BYTES == 0
-        and capability(values.get_device()) >= _CAPABILITY
+        and has_code_for(values.get_device())
         and _find_library() is not None
     )
 

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from ep_moe.comm.layout import sum_by_token
 from ep_moe.comm.nvlink_wire import ELEMENTS
-from ep_moe.native import capability, find_entry_points, launch
+from ep_moe.native import find_entry_points, has_code_for, launch
 
-_CAPABILITY = (9, 0)  # the oldest that the library has code for
 _VECTOR_BYTES = 16
 _MOST_NODES = 32
 
@@ -90,7 +89,7 @@ def _usable(rows: Tensor, row_bytes: int, nodes: int) -> bool:
         and rows.dtype in ELEMENTS
         and row_bytes % _VECTOR_BYTES == 0
         and nodes <= _MOST_NODES
-        and capability(rows.get_device()) >= _CAPABILITY
+        and has_code_for(rows.get_device())
         and _find_library() is not None
     )
 

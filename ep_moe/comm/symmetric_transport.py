@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_moe.comm.nvlink_args import CommunicatorArgs
+from ep_moe.comm.nvlink_args import CHUNK_TOKENS, CommunicatorArgs
 from ep_moe.comm.nvlink_faults import FaultMonitor
 from ep_moe.comm.nvlink_sums import Summed
 from ep_moe.comm.symmetric import SymmetricBuffer, allocate_symmetric
 from ep_moe.comm.transport import NodeRoutes
 from ep_moe.native import launch, load_entry_points, pointer
 
-MAX_NODES, _PARTS, _SLOTS, _CHUNK_ROWS = 32, 4, 2, 32
+MAX_NODES, _PARTS, _SLOTS = 32, 4, 2
 _MOST_CHANNELS, _MOST_BLOCKS = 8, 64  # which leaves SMs to the kernels beside
 _OWN_BLOCKS = 16
 
@@ -294,7 +294,7 @@ def _width(tensor: Tensor) -> int:
 
 def _offsets(tensors: Sequence[Tensor]) -> list[int]:
     """Where the rows of each tensor begin in a slot, and the end."""
-    return list(accumulate((-(-_CHUNK_ROWS * _width(tensor) // 16) * 16 for tensor in tensors), initial=0))
+    return list(accumulate((-(-CHUNK_TOKENS * _width(tensor) // 16) * 16 for tensor in tensors), initial=0))
 
 
 def loopback_transport(

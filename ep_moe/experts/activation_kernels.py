@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ep_moe.comm.nvlink_wire import ELEMENTS
-from ep_moe.native import capability, find_entry_points, launch, pointer
+from ep_moe.native import find_entry_points, has_code_for, launch, pointer
 
 ACTIVATIONS = {"swiglu": 0, "geglu": 1, "gelu": 2, "relu": 3, "squared_relu": 4}  # Activation of pointwise.cuh
 _VECTOR_BYTES = 16
-_CAPABILITY = (9, 0)  # the oldest that the library has code for
 
 
 class ActivationArgs(ctypes.Structure):
@@ -57,7 +56,7 @@ def usable(x: Tensor, width: int) -> bool:
         and not torch.compiler.is_compiling()
         and type(x) in (Tensor, nn.Parameter)
         and _is_plain(x)
-        and capability(x.get_device()) >= _CAPABILITY
+        and has_code_for(x.get_device())
         and find_library() is not None
     )
 

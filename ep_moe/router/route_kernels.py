@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ep_moe.config import RouterConfig
-from ep_moe.native import capability, find_entry_points, launch
+from ep_moe.native import find_entry_points, has_code_for, launch
 
 _MAX_EXPERTS, _MAX_TOP_K, _MAX_GROUPS = 1024, 32, 32
-_CAPABILITY = (9, 0)  # the oldest that the library has code for
 _SOFTMAX, _PRE_SOFTMAX, _SIGMOID = range(3)  # Scoring of route.cu
 
 
@@ -56,7 +55,7 @@ def usable(logits: Tensor, top_k: int, router: RouterConfig) -> bool:
         and (router.num_groups or 0) <= _MAX_GROUPS
         and not torch.compiler.is_compiling()
         and type(logits) is Tensor
-        and capability(logits.get_device()) >= _CAPABILITY
+        and has_code_for(logits.get_device())
         and _find_library() is not None
     )
 
