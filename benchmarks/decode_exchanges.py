@@ -12,7 +12,10 @@ import torch.distributed as dist
 
 from ep_moe.comm import NvlinkCommunicator
 from ep_moe.comm.low_latency import Hook, ScaleFormat
+from ep_moe.comm.low_latency_reach import Reach, loopback_reach
 from ep_moe.comm.nvlink_low_latency import NvlinkLowLatencyCommunicator
+from ep_moe.comm.topology import Topology
+from ep_moe.native import NativeLibraryError
 from machine import Machine
 from problem import Problem, row_bytes
 from timing import Call
@@ -34,9 +37,23 @@ class Exchange:
     combine_send: Send | None = None
 
 
-def low_latency(machine: Machine, problem: Problem, max_tokens: int, fp8: bool, late: bool = False) -> Exchange:
-    """Our low-latency mode; routing weights travel with the rows, as a layer sends them, or ``late``, with the sums."""
-    communicator = low_latency_communicator(machine, max_tokens, problem.hidden, problem.experts)
+def low_latency(
+    machine: Machine, problem: Problem, max_tokens: int, fp8: bool, late: bool = False, nodes: str | None = None
+) -> Exchange:
+    """Our low-latency mode.
+
+    Args:
+        machine: whose ranks exchange.
+        problem: what.
+        max_tokens: room for them.
+        fp8: rows travel as e4m3.
+        late: routing weights travel with the sums; else with the rows, as a layer sends them.
+        nodes: what carries rows if every GPU poses as a node of its own: ``loopback`` or ``nvshmem``.
+
+    Raises:
+        SkippedError: without NVSHMEM where it is asked for.
+    """
+    communicator = low_latency_communicator(machine, max_tokens, problem.hidden, problem.experts, nodes)
     scales: ScaleFormat = "fp32" if fp8 else "none"
     x, topk_idx = problem.x, problem.topk_idx
     with_rows, with_sums = (None, problem.topk_weights) if late else (problem.topk_weights, None)
@@ -108,6 +125,8 @@ def deep_ep(machine: Machine, problem: Problem, max_tokens: int, fp8: bool) -> E
 EXCHANGES: dict[str, Callable[[Machine, Problem, int, bool], Exchange]] = {
     "low_latency": low_latency,
     "late_weights": functools.partial(low_latency, late=True),
+    "loopback": functools.partial(low_latency, nodes="loopback"),
+    "nvshmem": functools.partial(low_latency, nodes="nvshmem"),
     "normal": normal,
     "nccl": nccl,
     "deep_ep": deep_ep,
@@ -116,12 +135,29 @@ EXCHANGES: dict[str, Callable[[Machine, Problem, int, bool], Exchange]] = {
 
 @functools.cache
 def low_latency_communicator(
-    machine: Machine, max_tokens: int, hidden: int, experts: int
+    machine: Machine, max_tokens: int, hidden: int, experts: int, nodes: str | None = None
 ) -> NvlinkLowLatencyCommunicator:
-    """The one of these sizes; buffers are costly."""
+    """The one of these sizes; buffers are costly. ``nodes`` as of :func:`low_latency`."""
     return NvlinkLowLatencyCommunicator(
-        machine.group, machine.device, max_tokens=max_tokens, hidden=hidden, num_experts=experts
+        machine.group,
+        machine.device,
+        max_tokens=max_tokens,
+        hidden=hidden,
+        num_experts=experts,
+        reach=None if nodes is None else _reach_between_nodes(machine, nodes),
     )
+
+
+def _reach_between_nodes(machine: Machine, nodes: str) -> Reach:
+    topology = Topology(machine.ranks, 1)
+    if nodes == "loopback":
+        return loopback_reach(machine.group, topology, machine.device)
+    from ep_moe.comm.nvshmem import nvshmem_reach
+
+    try:
+        return nvshmem_reach(machine.group, topology, machine.device)
+    except NativeLibraryError as error:
+        raise SkippedError(str(error)) from error
 
 
 @functools.cache

@@ -7,7 +7,8 @@ or replayed as one CUDA graph, over 20; the slowest rank of each repeat counts, 
 receives in two launches, the hook called at once. ``send`` and ``receive`` are each of these launches alone, between
 two events, with a pause between them in which the data arrives; two events with nothing between them are ``nothing
 between events``, to be taken off. ``low_latency`` sends routing weights with the rows, as a layer does, and
-``late_weights`` with the sums, as programs written for DeepEP do. The floor is the remote bytes over the rate that
+``late_weights`` with the sums, as programs written for DeepEP do. In ``loopback`` and ``nvshmem`` every GPU poses as a
+node of its own: this says what puts cost, and nothing of a network. The floor is the remote bytes over the rate that
 copies between the GPUs reach here, without any latency; ``empty kernel`` is what a launch alone costs. What is compared
 does not do the same things: see ``decode_exchanges.py``. Where ranks share a GPU, times mean nothing.
 """
@@ -33,6 +34,7 @@ from timing import Call, Spread, capture, repeat, spread_of, time_call
 
 CALLS, SHARED_CALLS = 20, 2
 PAUSE_CYCLES = 100_000  # about 50 us: peers' data arrives, and the host gets ahead
+ONE_HOST = ["low_latency", "late_weights", "normal", "nccl", "deep_ep"]
 DTYPES = {"bf16": False, "fp8": True}  # bf16 first: graphs keep the buffers from growing later
 
 
@@ -106,6 +108,10 @@ def main() -> None:
     facts = {"link_gb_s": rates.link / 1e3, "memory_gb_s": rates.memory / 1e3, "symmetric_bytes": buffers}
     save("low_latency", arguments.out, machine, vars(arguments) | facts, lines, functools.partial(draw, lines))
     dist.barrier()
+    if "nvshmem" in arguments.communicators:
+        from ep_moe.comm.nvshmem import shutdown
+
+        shutdown()
     dist.destroy_process_group()
 
 
@@ -243,7 +249,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=7168)
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--experts", type=int, default=256)
-    parser.add_argument("--communicators", nargs="+", choices=list(EXCHANGES), default=list(EXCHANGES))
+    parser.add_argument("--communicators", nargs="+", choices=list(EXCHANGES), default=ONE_HOST)
     parser.add_argument("--out", type=Path, help="folder for low_latency.json and low_latency.png")
     add_ranks_argument(parser)
     return parser.parse_args()
