@@ -9,10 +9,15 @@
 // While one warpgroup promotes, the other multiplies (gemm_turns.cuh). Both count the same turns: a warpgroup that has
 // fewer units of a tile than the other passes its turn on.
 //
+// Every instruction that writes a register takes time from the multiply, whose sums go through the register file too:
+// a unit's four multiplies write 256 registers of a thread in 256 cycles, promotion 64. So the loop has little besides:
+// what all lanes of a warp have in common is kept in uniform registers.
+//
 // A tile may read rows of the next expert or beyond the last segment: they fall into result rows of their own, which
 // are never stored.
 #include <cuda_bf16.h>
 
+#include "gemm_result.cuh"
 #include "gemm_ring.cuh"
 #include "gemm_turns.cuh"
 #include "gemm_units.cuh"
@@ -51,7 +56,11 @@ constexpr int kUnitBytes = kUnit * kBlockK;  // in a stage
 constexpr int kRowBytes = kMaxTileUnits * kUnitBytes;
 constexpr int kWeightBytes = kFp8Columns * kBlockK;
 constexpr int kStageBytes = kRowBytes + kWeightBytes;
-constexpr int kSharedBytes = kSwizzleGroupBytes + kRingStages * kStageBytes;
+constexpr int kWarpRows = 16;       // of a unit, whose sums a warp has
+constexpr int kHalfRowBytes = 128;  // of a result
+constexpr int kWarpStagingBytes = kWarpRows * kHalfRowBytes;
+constexpr int kStagingBytes = kWarpgroup / 32 * kWarpStagingBytes;  // of a warpgroup
+constexpr int kSharedBytes = kSwizzleGroupBytes + kRingStages * kStageBytes + kMultipliers * kStagingBytes;
 static_assert(kStageBytes % kSwizzleGroupBytes == 0);
 constexpr int kScalesOfVector = 4;  // row scales are copied from a multiple of 16 bytes on
 constexpr int kStageScales = kMaxTileUnits * kUnit + kScalesOfVector;
@@ -68,7 +77,7 @@ struct Fp8Block {
   const UnitTable* table;
   Barriers* barriers;
   float (*row_scales)[kStageScales];  // of each stage, from that of the tile's row 0 rounded down to a vector on
-  uint32_t ring;                      // shared-memory address of the first stage
+  uint32_t ring;                      // shared-memory address of the first stage; the results' staging is behind them
   int blocks_k;
   int expert = 0;  // UnitTable::find
   Ring position;
@@ -102,44 +111,35 @@ __device__ __forceinline__ void copy_operands(Fp8Block& block) {
   }
 }
 
-// Exchanges a 4 x 4 matrix of words, a column a lane, with its transpose among four neighbouring lanes.
-__device__ __forceinline__ void transpose_in_quad(uint32_t (&words)[4]) {
+// Writes a unit's sums as bf16, half of a row at a time, by way of `staging`, of which each warp has its own part: what
+// a thread stores is 16 bytes of a whole line. `rows` of the unit are real. Chunk c of a staged row lies at c ^ (row %
+// 8), so that a matrix of 8 rows meets every bank once; its address is that of another chunk but for an exclusive or.
+__device__ __forceinline__ void store_unit(const float (&sums)[kFp8Columns / 2], uint32_t staging, __nv_bfloat16* out,
+                                           int64_t stride, int rows) {
+  const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 % 4 * kWarpRows;
+  const uint32_t mine = staging + first_row * kHalfRowBytes;
+  // The lane's row of a matrix: upper and lower 8 rows, then those of the 8 columns further on.
+  const int matrix = lane / 8, matrix_row = matrix % 2 * 8 + lane % 8;
+  const uint32_t written = mine + matrix_row * kHalfRowBytes + (matrix / 2 ^ matrix_row % 8) * 16;
+  const int row = lane / 8, chunk = lane % 8;  // of what the lane stores first; then every fourth row
+  const uint32_t read = mine + row * kHalfRowBytes + (chunk ^ row) * 16;
+  const int left = rows - first_row - row;
+  __nv_bfloat16* const first = out + (first_row + row) * stride + chunk * 8;
 #pragma unroll
-  for (int distance = 1; distance <= 2; distance *= 2) {
-    const bool upper = threadIdx.x & distance;
+  for (int half = 0; half < 2; ++half) {
+    __syncwarp();  // what was staged before has been read
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & distance) continue;
-      const uint32_t received = __shfl_xor_sync(~0u, upper ? words[i] : words[i + distance], distance);
-      if (upper) {
-        words[i] = received;
-      } else {
-        words[i + distance] = received;
-      }
+    for (int columns = 0; columns < 8; columns += 2) {
+      const float* d = &sums[(half * 8 + columns) * 4];
+      stmatrix<false>(written ^ (columns * 16), pack_bf16(d[0], d[1]), pack_bf16(d[2], d[3]), pack_bf16(d[4], d[5]),
+                      pack_bf16(d[6], d[7]));
     }
-  }
-}
-
-// Writes a unit's sums as bf16: 16 bytes a thread, 64 bytes a row at a time. `rows` of the unit are real.
-__device__ __forceinline__ void store_unit(const float (&sums)[kFp8Columns / 2], __nv_bfloat16* out, int64_t stride,
-                                           int rows) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    __syncwarp();
+    __nv_bfloat16* target = first + half * (kHalfRowBytes / 2);
 #pragma unroll
-  for (int below = 0; below < 2; ++below) {
-    const int row = warp * 16 + lane / 4 + below * 8;
-    __nv_bfloat16* target = out + row * stride + lane % 4 * 8;
-#pragma unroll
-    for (int part = 0; part < kFp8Columns / 32; ++part) {
-      uint32_t words[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int j = (part * 4 + i) * 4 + below * 2;
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(sums[j], sums[j + 1]);
-        words[i] = reinterpret_cast<const uint32_t&>(pair);
-      }
-      transpose_in_quad(words);
-      if (row < rows)
-        *reinterpret_cast<uint4*>(target + part * 32) = make_uint4(words[0], words[1], words[2], words[3]);
+    for (int below = 0; below < kWarpRows; below += 4, target += 4 * stride) {
+      const uint4 value = ld_shared((read ^ (below % 8 * 16)) + below * kHalfRowBytes);
+      if (below < left) *reinterpret_cast<uint4*>(target) = value;
     }
   }
 }
@@ -159,36 +159,39 @@ __device__ __forceinline__ void multiply_tile(Fp8Block& block, const UnitTile& t
 #pragma unroll
     for (int i = 0; i < kFp8Columns / 2; ++i) sums[unit][i] = 0.0f;
   }
+  const bool other_has_more = units * kMultipliers < tile.units();
   float next_scale = __ldg(weight_scales);  // a step ahead
 #pragma unroll 1
-  for (int k = 0; k < block.blocks_k; ++k) {
+  for (int left = block.blocks_k; left > 0; --left) {
     const float weight_scale = next_scale;
-    if (k + 1 < block.blocks_k) next_scale = __ldg(weight_scales + k + 1);
+    weight_scales += left > 1;
+    next_scale = __ldg(weight_scales);
     block.position.wait_full(*block.barriers);
-    const uint32_t stage = block.stage();
-    const float* row_scales = block.row_scales[block.position.stage] + first_scale;
+    const uint32_t place = uniform(block.position.stage);
+    const uint32_t stage = block.ring + place * kStageBytes;
+    const float* row_scales = block.row_scales[place] + first_scale;
     const uint64_t b = matrix_descriptor(stage + kRowBytes, 0);
+    const uint64_t first_a = matrix_descriptor(stage + warpgroup * kUnitBytes, 0);
 #pragma unroll
     for (int unit = 0; unit < units; ++unit) {
-      const int place = warpgroup + unit * kMultipliers;
-      const uint64_t a = matrix_descriptor(stage + place * kUnitBytes, 0);
+      const uint64_t a = first_a + unit * (kMultipliers * kUnitBytes >> 4);
       float products[kFp8Columns / 2];
       take_turn(warpgroup);
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         wgmma_e4m3(products, a + step * (kFp8MmaK >> 4), b + step * (kFp8MmaK >> 4), step > 0);
-        if (step % (kSteps / 2) == kSteps / 2 - 1) wgmma_commit_group();
+        if (step == 0 || step == kSteps - 1) wgmma_commit_group();
       }
-      wgmma_wait_group<1>();
-      pass_turn(warpgroup);
       const float above = row_scales[unit * kMultipliers * kUnit] * weight_scale;
       const float below = row_scales[unit * kMultipliers * kUnit + 8] * weight_scale;
+      wgmma_wait_group<1>();
+      pass_turn(warpgroup);
       wgmma_wait_group<0>();
       touch(products);
       if (unit == units - 1) {
         __syncwarp();
-        if (signals) mbarrier_arrive(&block.barriers->empty[block.position.stage]);
+        if (signals) mbarrier_arrive(&block.barriers->empty[place]);
       }
 #pragma unroll
       for (int i = 0; i < kFp8Columns / 2; i += 4) {
@@ -198,11 +201,11 @@ __device__ __forceinline__ void multiply_tile(Fp8Block& block, const UnitTile& t
         sums[unit][i + 3] += products[i + 3] * below;
       }
     }
-    if (units * kMultipliers < tile.units()) {  // the other one has a unit more
+    if (other_has_more) {
       take_turn(warpgroup);
       pass_turn(warpgroup);
     }
-    if (units == 0 && signals) mbarrier_arrive(&block.barriers->empty[block.position.stage]);
+    if (units == 0 && signals) mbarrier_arrive(&block.barriers->empty[place]);
     block.position.advance();
   }
 #pragma unroll
@@ -210,7 +213,8 @@ __device__ __forceinline__ void multiply_tile(Fp8Block& block, const UnitTile& t
     const int first = (warpgroup + unit * kMultipliers) * kUnit;
     __nv_bfloat16* out = static_cast<__nv_bfloat16*>(args.out) + static_cast<int64_t>(tile.row + first) * args.columns +
                          tile.weight_tile * kFp8Columns;
-    store_unit(sums[unit], out, args.columns, tile.tokens - first);
+    store_unit(sums[unit], block.ring + kRingStages * kStageBytes + warpgroup * kStagingBytes, out, args.columns,
+               tile.tokens - first);
   }
 }
 
@@ -246,7 +250,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1) fp8_gemm_kernel(const __grid_
   block.row_scales = row_scales;
   block.ring = (shared_address(dynamic_shared) + kSwizzleGroupBytes - 1) / kSwizzleGroupBytes * kSwizzleGroupBytes;
   block.blocks_k = args.reduction / kBlockK;
-  const int group = static_cast<int>(threadIdx.x / kWarpgroup) - 1;
+  const int group = uniform(static_cast<int>(threadIdx.x / kWarpgroup)) - 1;
   if (group < 0) {
     setmaxnreg_dec<kProducerRegisters>();
     if (threadIdx.x % kWarpgroup == 0) copy_operands(block);

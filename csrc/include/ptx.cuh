@@ -104,6 +104,10 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 // Waits until the kernel ahead has ended and its memory operations are visible.
 __device__ __forceinline__ void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
+// A value that all lanes of a warp have in common, in a way that the compiler knows of: what is worked out from it
+// stays in uniform registers.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(~0u, value, 0); }
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
