@@ -60,10 +60,15 @@ def format_line(line: Line) -> str:
         (line.exchanges_forward, line.exchanges_both),
         (line.computation_forward, line.computation_both),
     )
-    times = " | ".join(f"{forward:7.2f} {both:7.2f}" for forward, both in pairs)
-    ratios = f"{line.forward / line.gemms_forward:5.2f} {line.both / line.gemms_both:5.2f}"
-    hidden = f"{line.hidden_forward:5.0%} {line.hidden_both:5.0%}"
-    return f"{label} | {times} | {ratios} | {hidden} | {line.peak_gib:8.1f}"
+    ratios = (line.forward / line.gemms_forward, line.both / line.gemms_both)
+    cells = [f"{_cell(forward, '.2f', 7)} {_cell(both, '.2f', 7)}" for forward, both in pairs]
+    cells.append(f"{_cell(ratios[0], '.2f', 5)} {_cell(ratios[1], '.2f', 5)}")
+    cells.append(f"{_cell(line.hidden_forward, '.0%', 5)} {_cell(line.hidden_both, '.0%', 5)}")
+    return f"{label} | {' | '.join(cells)} | {line.peak_gib:8.1f}"
+
+
+def _cell(value: float, form: str, width: int) -> str:
+    return f"{'-' if math.isnan(value) else format(value, form):>{width}}"
 
 
 def draw(lines: list[Line], pyplot: Any) -> Any:

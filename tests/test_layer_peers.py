@@ -168,7 +168,7 @@ def test_lines_have_places_in_table_and_picture() -> None:
     line = Line("qwen3_235b", 128, "ep_moe", "native", forward=2.0, both=6.0, gemms_forward=1.0, gemms_both=4.0)
     skipped = replace(line, layer="megatron", forward=math.nan, both=math.nan, skipped="megatron-core is not installed")
     assert len(format_line(line)) == len(HEADER.splitlines()[1])
-    assert " 2.00  1.50 |" in format_line(line)
+    assert "|  2.00  1.50 |     -     - |" in format_line(line)
     assert format_line(skipped).endswith("megatron: skipped, megatron-core is not installed")
     pytest.importorskip("matplotlib").use("Agg")
     from matplotlib import pyplot
