@@ -25,7 +25,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.nn.functional import all_to_all_single
 
 from ep_moe import EPMoELayer
 
@@ -179,11 +178,13 @@ def all_gather(weights: Weights, top_k: int, group: dist.ProcessGroup) -> Peer:
     """The plain layer over all-gather and reduce-scatter."""
     local_experts = weights.fc1.shape[0]
     first = group.rank() * local_experts
+    gather = functools.partial(_all_gather, group=group)
+    scatter = functools.partial(_reduce_scatter, group=group)
 
     def run(x: Tensor) -> Tensor:
         topk_idx, topk_weights = _route(x, weights.router, top_k)
-        everyone, slot_weights = (_AllGather.apply(t, group) for t in (x, topk_weights))
-        local_idx = _all_gather(topk_idx, group).flatten() - first
+        everyone, slot_weights = (_Exchange.apply(t, gather, scatter) for t in (x, topk_weights))
+        local_idx = gather(topk_idx).flatten() - first
         elsewhere = (local_idx < 0) | (local_idx >= local_experts)
         local_idx.masked_fill_(elsewhere, local_experts)  # sorted behind all others
         counts = _count(local_idx, local_experts + 1)[:-1]
@@ -191,7 +192,7 @@ def all_gather(weights: Weights, top_k: int, group: dist.ProcessGroup) -> Peer:
         token = slots // top_k
         rows = _experts(everyone.index_select(0, token), counts.cumsum(0).int(), weights)
         rows = rows * slot_weights.flatten().index_select(0, slots).to(x.dtype).unsqueeze(1)
-        return _ReduceScatter.apply(torch.zeros_like(everyone).index_add(0, token, rows), group)
+        return _Exchange.apply(torch.zeros_like(everyone).index_add(0, token, rows), scatter, gather)
 
     return Peer("grouped_mm", run, (weights.router, weights.fc1, weights.fc2))
 
@@ -228,13 +229,6 @@ def _count(values: Tensor, most: int) -> Tensor:
     return values.new_zeros(most).scatter_add_(0, values, torch.ones_like(values))
 
 
-def _move(rows: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Rows to and from each rank, with autograd."""
-    out = rows.new_empty(sum(receive), rows.shape[1])
-    moved: Tensor = all_to_all_single(out, rows, receive, send, group=group)
-    return moved
-
-
 class _Gather(torch.autograd.Function):
     """``x[index]``, where each row of ``x`` is taken ``copies`` times.
 
@@ -256,41 +250,41 @@ class _Gather(torch.autograd.Function):
         return grad if ctx.copies == 1 else grad.view(-1, ctx.copies, grad.shape[1]).sum(1), None, None, None
 
 
-class _AllGather(torch.autograd.Function):
-    """Rows of all ranks; the gradients that ranks have of one row are added at its own."""
+class _Exchange(torch.autograd.Function):
+    """``there(x)``, whose gradient comes ``back``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _all_gather(x, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter(grad, ctx.group), None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    """The sums of all ranks' rows, each rank those of its own tokens."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _reduce_scatter(x, group)
+    def forward(ctx: Any, x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return there(x.contiguous())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_gather(grad, ctx.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.back(grad.contiguous()), None, None
+
+
+def _move(rows: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Rows to and from each rank, as many as the lists say; gradients go the other way."""
+    there = functools.partial(_all_to_all, receive=receive, send=send, group=group)
+    back = functools.partial(_all_to_all, receive=send, send=receive, group=group)
+    moved: Tensor = _Exchange.apply(rows, there, back)
+    return moved
+
+
+def _all_to_all(rows: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
+    out = rows.new_empty(sum(receive), rows.shape[1])
+    dist.all_to_all_single(out, rows, receive, send, group=group)
+    return out
 
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    dist.all_gather_into_tensor(out, x, group=group)
     return out
 
 
 def _reduce_scatter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    dist.reduce_scatter_tensor(out, x, group=group)
     return out
