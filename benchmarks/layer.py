@@ -1,4 +1,4 @@
-"""One MoE layer, forward and forward plus backward: the whole, its GEMMs alone, and where the rest goes.
+"""One MoE layer, forward and forward plus backward: the whole, its parts alone, and the layers of others beside it.
 
     python benchmarks/layer.py --ranks 2 --shapes deepseek_v3 mixtral_8x7b --overlap none wgrad --out results
 
@@ -9,6 +9,13 @@ layer's grouped GEMMs on rows of the same segments. ``--calls 1`` (the default) 
 shows all of the host's time; with more, calls follow each other as the layers of a model do, and the host runs ahead
 where it can.
 
+Besides the GEMMs, the layer's exchanges are timed without experts and its computation without exchanges; ``hidden`` is
+the share of the exchanges that the layer hides, which ``layer_parts.py`` defines.
+
+``--peers`` adds lines for Megatron-Core's own layer and for plain PyTorch over all-to-all and over all-gather
+(``layer_peers.py``), in bf16 with the same router, experts, tokens and gradients. Where one cannot run, its line says
+why. Beside each are the GEMMs of the first back end, as beside our first line of the shape: all ratios have one bound.
+
 ``--overlap`` takes strategies of docs/overlap.md, several joined by ``+``; experts in 4 chunks are ``expert_chunks:4``.
 With ``two_batch`` the tokens come as two halves in turns, forward only; hold it against ``halves``, the same two one
 after the other.
@@ -18,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import itertools
 import math
 from collections.abc import Callable
@@ -27,7 +35,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ep_moe import EPMoELayer
 from ep_moe.comm import ExpertSegments
@@ -43,6 +51,9 @@ from ep_moe.config import (
 from ep_moe.experts.gemm import grouped_linear
 from ep_moe.tracing import trace
 from ep_moe.two_batch import two_batch
+from layer_parts import Part, computation_alone, exchanges_alone, hidden_part
+from layer_peers import PEERS, PeerMissing, Weights, weights_of
+from layer_table import HEADER, Line, draw, format_line
 from machine import Machine, add_ranks_argument, launch, say, start
 from results import save
 from shapes import SHAPES, Shape, gemm_of, shapes_for
@@ -53,27 +64,11 @@ HALVES = ("halves", "two_batch")  # forward of two micro-batches
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line of the table; milliseconds, and GiB that a step takes beyond weights and inputs."""
-
-    shape: str
-    experts: int
-    backend: str
-    overlap: str
-    sms: int | None
-    forward: float
-    both: float
-    gemms_forward: float
-    gemms_both: float
-    peak_gib: float
-
-
-@dataclass(frozen=True)
 class Times:
-    """Milliseconds."""
+    """Milliseconds; NaN for what was not measured."""
 
-    forward: float
-    both: float
+    forward: float = math.nan
+    both: float = math.nan
 
 
 def main() -> None:
@@ -82,13 +77,13 @@ def main() -> None:
     launch(arguments.ranks)
     machine = start()
     say(f"{arguments.tokens} tokens a rank, bf16" + (", experts in FP8" if arguments.precision == "fp8" else ""))
-    say(
-        "shape             back end    overlap              SMs | layer: fwd  fwd+bwd | GEMMs: fwd  fwd+bwd | "
-        "ratio: fwd  both | peak GiB"
-    )
-    shapes = arguments.shapes or shapes_for(machine.ranks)
-    choices = itertools.product(shapes, arguments.backends, arguments.overlap, arguments.sms)
-    lines = [measure(name, backend, overlap, sms, arguments, machine) for name, backend, overlap, sms in choices]
+    say(HEADER)
+    lines: list[Line] = []
+    for name in arguments.shapes or shapes_for(machine.ranks):
+        choices = itertools.product(arguments.backends, arguments.overlap, arguments.sms)
+        ours = [measure(name, backend, overlap, sms, arguments, machine) for backend, overlap, sms in choices]
+        bound = Times(ours[0].gemms_forward, ours[0].gemms_both)
+        lines += [*ours, *measure_peers(name, bound, arguments, machine)]
     save("layer", arguments.out, machine, vars(arguments), lines, functools.partial(draw, lines))
     dist.barrier()
     dist.destroy_process_group()
@@ -97,18 +92,12 @@ def main() -> None:
 def measure(
     name: str, backend: str, overlap: str, sms: int | None, arguments: argparse.Namespace, machine: Machine
 ) -> Line:
-    """Measure and print one shape, back end and choice of strategies."""
-    shape, size, device = SHAPES[name], machine.ranks, machine.device
-    config = layer_config(shape, size, backend, overlap, sms, arguments)
-    torch.manual_seed(1)
-    layer = EPMoELayer(config, device=device, dtype=torch.bfloat16)
+    """Measure and print one shape, back end and choice of strategies of our layer."""
+    shape = SHAPES[name]
+    layer = build_layer(shape, backend, overlap, sms, arguments, machine)
     if arguments.main_grad:
         give_main_grads(layer)
-    torch.manual_seed(2 + dist.get_rank())
-    x = torch.randn(arguments.tokens, shape.hidden, device=device).bfloat16().requires_grad_()
-    grad = torch.randn_like(x)
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+    x, grad = make_inputs(shape, arguments, machine)
 
     def forward() -> object:
         halves = x.chunk(2)
@@ -118,25 +107,135 @@ def measure(
 
     def both() -> None:
         layer(x).backward(grad)
-        clear(layer, x)
+        clear(*layer.parameters(), x)
 
-    in_halves = overlap in HALVES
-    whole = time_both(lambda: without_grad(forward), None if in_halves else both, arguments.calls, machine)
+    call = None if overlap in HALVES else both
+    label = f"{backend}_{overlap.replace(':', '')}"
+    whole, peak = measure_whole(forward, call, f"{name}_{label}", layer, arguments, machine)
+    gemms = time_gemms(layer, shape, arguments.tokens * shape.top_k, backend, arguments.calls, machine)
+    exchanges = time_part(exchanges_alone(layer, x), arguments.calls, machine)
+    computation = time_part(computation_alone(layer, x), arguments.calls, machine)
+    line = Line(
+        name,
+        shape.local_experts * machine.ranks,
+        "ep_moe",
+        backend,
+        overlap,
+        sms,
+        whole.forward,
+        whole.both,
+        gemms.forward,
+        gemms.both,
+        exchanges.forward,
+        exchanges.both,
+        computation.forward,
+        computation.both,
+        hidden_part(whole.forward, computation.forward, exchanges.forward),
+        hidden_part(whole.both, computation.both, exchanges.both),
+        peak,
+    )
+    say(format_line(line))
+    return line
+
+
+def measure_peers(name: str, bound: Times, arguments: argparse.Namespace, machine: Machine) -> list[Line]:
+    """Measure and print the peers asked for, on the weights that our layer of the shape has."""
+    if not arguments.peers:
+        return []
+    shape = SHAPES[name]
+    weights = weights_of(build_layer(shape, arguments.backends[0], "none", None, arguments, machine))
+    lines = []
+    for peer in arguments.peers:
+        free_memory()  # of the one before
+        lines.append(measure_peer(name, peer, weights, bound, arguments, machine))
+        say(format_line(lines[-1]))
+    return lines
+
+
+def measure_peer(
+    name: str, kind: str, weights: Weights, bound: Times, arguments: argparse.Namespace, machine: Machine
+) -> Line:
+    """Measure one peer, whose weights and memory are gone afterwards; or say why not."""
+    shape = SHAPES[name]
+    line = Line(name, len(weights.router), kind, "")
+    try:
+        refuse_unlike_peers(arguments, machine)
+        peer = PEERS[kind](weights, shape.top_k, machine.group)
+    except PeerMissing as missing:
+        return replace(line, skipped=str(missing))
+    x, grad = make_inputs(shape, arguments, machine)
+
+    def both() -> None:
+        peer.run(x).backward(grad)
+        clear(*peer.parameters, x)
+
+    whole, peak = measure_whole(lambda: peer.run(x), both, f"{name}_{kind}", nn.Module(), arguments, machine)
+    return replace(
+        line,
+        backend=peer.experts,
+        forward=whole.forward,
+        both=whole.both,
+        gemms_forward=bound.forward,
+        gemms_both=bound.both,
+        peak_gib=peak,
+    )
+
+
+def refuse_unlike_peers(arguments: argparse.Namespace, machine: Machine) -> None:
+    """Raise :class:`PeerMissing` where peers would not do what our layer does."""
+    if machine.shared:
+        raise PeerMissing("ranks that share a GPU have no NCCL")
+    if arguments.shared_ffn:
+        raise PeerMissing("no shared experts")
+    if arguments.main_grad:
+        raise PeerMissing("gradients are written, not added to fp32")
+
+
+def measure_whole(
+    forward: Callable[[], object],
+    both: Callable[[], object] | None,
+    label: str,
+    layer: nn.Module,
+    arguments: argparse.Namespace,
+    machine: Machine,
+) -> tuple[Times, float]:
+    """Times of a layer and GiB over what is there before; with ``--trace`` a timeline too."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    whole = time_both(lambda: without_grad(forward), both, arguments.calls, machine)
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30
     if arguments.trace is not None:
-        path = arguments.trace / f"{name}_{backend}_{overlap.replace(':', '')}_rank{dist.get_rank()}.json"
+        path = arguments.trace / f"{label}_rank{dist.get_rank()}.json"
         with trace(path, layer) as profile:
-            without_grad(forward) if in_halves else both()
+            without_grad(forward) if both is None else both()
         say(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60))
         say(f"{hidden_share(read_spans(path)):.0%} of communication ran behind something else")
         if dist.get_rank() == 0:
             draw_traces([path])
-    gemms = time_gemms(layer, shape, arguments.tokens * shape.top_k, backend, arguments.calls, machine)
-    ratios = f"{whole.forward / gemms.forward:10.2f} {whole.both / gemms.both:5.2f}"
-    times = " | ".join(f"{t.forward:10.2f} {t.both:8.2f}" for t in (whole, gemms))
-    say(f"{name:<17} {backend:<11} {overlap:<20} {sms or '':>3} | {times} | {ratios} | {peak:8.1f}")
-    figures = (whole.forward, whole.both, gemms.forward, gemms.both, peak)
-    return Line(name, shape.local_experts * size, backend, overlap, sms, *figures)
+    return whole, peak
+
+
+def build_layer(
+    shape: Shape, backend: str, overlap: str, sms: int | None, arguments: argparse.Namespace, machine: Machine
+) -> EPMoELayer:
+    """Our layer; its weights depend on the shape alone."""
+    free_memory()
+    torch.manual_seed(1)
+    config = layer_config(shape, machine.ranks, backend, overlap, sms, arguments)
+    return EPMoELayer(config, device=machine.device, dtype=torch.bfloat16)
+
+
+def make_inputs(shape: Shape, arguments: argparse.Namespace, machine: Machine) -> tuple[Tensor, Tensor]:
+    """Tokens of this rank and the gradient of the result, the same for every layer."""
+    torch.manual_seed(2 + dist.get_rank())
+    x = torch.randn(arguments.tokens, shape.hidden, device=machine.device).bfloat16().requires_grad_()
+    return x, torch.randn_like(x)
+
+
+def free_memory() -> None:
+    """Return what layers before have left, some of it in cycles, to the GPU."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def layer_config(
@@ -200,7 +299,7 @@ def time_gemms(layer: EPMoELayer, shape: Shape, rows: int, backend: str, calls: 
 
     def both() -> None:
         torch.autograd.backward(forward(), (grad1, grad2))
-        clear(layer, first, second)
+        clear(fc1, fc2, first, second)
 
     return time_both(lambda: without_grad(forward), both, calls, machine)
 
@@ -211,11 +310,15 @@ def without_grad(call: Callable[[], object]) -> object:
         return call()
 
 
-def clear(layer: EPMoELayer, *tensors: Tensor) -> None:
+def clear(*leaves: Tensor) -> None:
     """Forget gradients, so that the next ones are written and not added."""
-    layer.zero_grad(set_to_none=True)
-    for tensor in tensors:
-        tensor.grad = None
+    for leaf in leaves:
+        leaf.grad = None
+
+
+def time_part(part: Part, calls: int, machine: Machine) -> Times:
+    """Times of a part of the layer."""
+    return time_both(lambda: without_grad(part.forward), part.both, calls, machine)
 
 
 def time_both(forward: Callable[[], object], both: Callable[[], object] | None, calls: int, machine: Machine) -> Times:
@@ -227,21 +330,6 @@ def time_both(forward: Callable[[], object], both: Callable[[], object] | None, 
         return time_call(functools.partial(repeat, call, calls), machine, calls=calls).median / 1e3
 
     return Times(milliseconds(forward), milliseconds(both))
-
-
-def draw(lines: list[Line], pyplot: Any) -> Any:
-    """Bars of the layer, a line where its GEMMs alone are."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(14, 5))
-    labels = [f"{x.shape}\n{x.backend}, {x.overlap}" + ("" if x.sms is None else f", {x.sms} SMs") for x in lines]
-    for axis, whole, gemms in ((axes[0], "forward", "gemms_forward"), (axes[1], "both", "gemms_both")):
-        axis.bar(labels, [getattr(x, whole) for x in lines], 0.6, label="layer")
-        for place, line in enumerate(lines):
-            least = getattr(line, gemms)
-            axis.hlines(least, place - 0.3, place + 0.3, color="black", label=None if place else "its GEMMs alone")
-        axis.set(title="forward" if whole == "forward" else "forward + backward", ylabel="ms")
-        axis.tick_params(axis="x", labelrotation=30, labelsize=7)
-        axis.legend()
-    return figure
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -262,6 +350,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--capacity-rows", type=int, help="rows to make room for; the host then waits for no sizes")
     parser.add_argument("--keep-activations", action="store_true", help="instead of computing them again in backward")
     parser.add_argument("--main-grad", action="store_true", help="add expert gradients to fp32 buffers")
+    parser.add_argument(
+        "--peers", nargs="*", choices=[*PEERS, "none"], default=list(PEERS), help="layers of others; none for none"
+    )
     parser.add_argument("--comm", choices=["auto", "portable", "nvlink"], default="auto")
     parser.add_argument("--tokens", type=int, default=4096, help="per rank")
     parser.add_argument("--calls", type=int, default=1, help="of the layer between two time stamps")
@@ -269,7 +360,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--trace", type=Path, help="folder for a timeline of each line, and its picture")
     parser.add_argument("--out", type=Path, help="folder for layer.json and layer.png")
     add_ranks_argument(parser)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.peers = [peer for peer in arguments.peers if peer != "none"]
+    return arguments
 
 
 if __name__ == "__main__":
