@@ -23,6 +23,7 @@ from ep_moe.comm import (
     communicator_factory,
     pipelined_hops,
     tally_exchange,
+    transport,
 )
 from ep_moe.comm.hops import Place
 from ep_moe.comm.nvlink_wire import WireFormat
@@ -154,19 +155,23 @@ def test_overlapping_hops_learn_sizes_in_one_exchange(ranks: int, per_node: int)
     assert run_ranks(ranks, _exchanges, per_node) == [(3, int(per_node > 1), 0, 1)] * ranks
 
 
-def _gathers(rank: int, world: int) -> tuple[int, int]:
+def _gathers(rank: int, world: int) -> tuple[int, int, int]:
+    """Of a dispatch whose hops follow each other, in FP8: collectives that gather, waits, collectives between nodes."""
     ours = make_communicator("two_hop", dist.group.WORLD)  # type: ignore[arg-type]
-    x, idx, weights = make_inputs(Case((7,) * world, num_experts=8, top_k=3, hidden=128), rank)
+    x, idx, weights = make_inputs(Case((7,) * world, num_experts=8, top_k=3, hidden=512), rank)
     with (
         mock.patch.object(dist, "all_gather_into_tensor", wraps=dist.all_gather_into_tensor) as gathers,
         mock.patch.object(tally_exchange, "_to_host", wraps=tally_exchange._to_host) as waits,
+        mock.patch.object(transport, "all_to_all_rows", wraps=transport.all_to_all_rows) as exchanges,
     ):
-        ours.dispatch(x, idx, weights, num_experts=8)
-    return sum(call.kwargs["group"] is dist.group.WORLD for call in gathers.call_args_list), waits.call_count
+        ours.dispatch(x, idx, weights, num_experts=8, fp8=True)
+    gathered = sum(call.kwargs["group"] is dist.group.WORLD for call in gathers.call_args_list)
+    return gathered, waits.call_count, exchanges.call_count
 
 
 def test_hops_in_turn_learn_sizes_in_one_collective() -> None:
-    assert run_ranks(4, _gathers) == [(1, 1)] * 4
+    # Then rows travel, and their scales with routing and weights.
+    assert run_ranks(4, _gathers) == [(1, 1, 2)] * 4
 
 
 def _out_of_range(rank: int, world: int, entry: int) -> list[str]:

@@ -86,7 +86,7 @@ def node_chunks(starts: list[tuple[int, ...]], bins: Tensor, rank: int, device: 
 
 
 def to_device(table: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the CPU on ``device``, for which the host does not wait."""
+    """A tensor of the CPU on ``device``, for which the host does not wait."""
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ep_moe.comm.communicator import Communicator, Dispatched, ReceivedRouting, RowLayout
 from ep_moe.comm.hops import Counts, Place
+from ep_moe.comm.node_chunks import to_device
 from ep_moe.comm.transport import NodeRoutes, NodeTransport
 from ep_moe.comm.two_hop_layout import inverse_of, order_of
 
@@ -145,7 +146,7 @@ class SequentialHops:
 def _order_on(device: torch.device, order: Tensor | None) -> _Order | None:
     if order is None:
         return None
-    order = order.to(device)
+    order = to_device(order, device)
     return _Order(order, inverse_of(order))
 
 
