@@ -169,14 +169,8 @@ class NvlinkCommunicator:
                     segments = ExpertSegments(places.counts, places.ends, None, places.row_of_slot.shape[0])
                     received = places.max_received
                     break
-                if sizes is None:
-                    try:
-                        most_tokens, found = self._host_counts.wait(local_experts)
-                    except ValueError:
-                        core.skip_dispatch()
-                        raise
-                else:
-                    most_tokens, found = 0, sizes  # buffers were made large enough before
+                # Buffers have been made large enough where sizes are known.
+                most_tokens, found = (0, sizes) if sizes is not None else self._host_counts.wait(local_experts)
                 if most_tokens <= core.max_tokens:
                     segments = ExpertSegments(places.counts, places.ends, found.padded(alignment))
                     received = found.received

@@ -102,6 +102,15 @@ class HostCounts:
             PeerTimeoutError: if the kernel does not run.
             ValueError: what the kernel found wrong with its arguments.
         """
+        try:
+            self._wait()
+        except ValueError:
+            self._core.skip_dispatch()
+            raise
+        _, most_tokens, *slots, received = self._memory[: 3 + local_experts].tolist()
+        return most_tokens, KnownSizes(tuple(slots), received)
+
+    def _wait(self) -> None:
         core = self._core
         # A kernel's own waits end in time; the margin is for kernels of others before it on the stream.
         limit = 10 * core.timeout_s
@@ -115,8 +124,6 @@ class HostCounts:
                 torch.cuda.synchronize(core.device)  # raises what went wrong on the device, if anything did
                 raise PeerTimeoutError(f"rank {core.rank}: the layout kernel did not run within {limit:g} s", core.rank)
         core.check()
-        _, most_tokens, *slots, received = self._memory[: 3 + local_experts].tolist()
-        return most_tokens, KnownSizes(tuple(slots), received)
 
 
 def lay_out(

@@ -50,7 +50,8 @@ class GatheredTallies:
 class PutTallies:
     """A :class:`TallyExchange` by our own kernel alone: to the ranks in one's place on every node, then on the node.
 
-    A rank that never comes is named as by any other exchange of that kernel.
+    A rank that never comes is named as by any other exchange of that kernel. No rank waits for ever: all launch the
+    exchange between nodes ahead of the one on the node, each alone on its stream.
     """
 
     def __init__(self, topology: Topology, between: SymmetricTransport, within: SymmetricTransport | None) -> None:
