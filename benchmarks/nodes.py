@@ -5,16 +5,19 @@
 Lines are those of ``benchmarks/normal.py``. `seq` is the same kernels one hop behind the other. Rows between "nodes"
 travel over NVLink here, by our stores (loopback) or by NVSHMEM's, so times say how the stages overlap and nothing of a
 network. Dispatch over nodes waits for the host, which learns sizes; `backward of combine` is a dispatch without.
+`call to return` is the host's part of a dispatch on an idle GPU: its one wait, and what it does before and after.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from ep_moe.comm import Communicator, NvlinkCommunicator
@@ -25,8 +28,9 @@ from ep_moe.comm.two_hop import two_hop_communicator
 from ep_moe.native import NativeLibraryError, open_nvshmem_library
 from machine import Machine, add_ranks_argument, launch, measure_rates, say, start
 from normal import Line, measure
-from problem import make_problem
+from problem import Problem, make_problem
 from results import save
+from timing import spread_of
 
 
 def main() -> None:
@@ -43,6 +47,7 @@ def main() -> None:
     for name, communicator in communicators(machine, topology, arguments.tokens):
         for fp8 in (False, True):
             lines += list(measure(name, communicator, problem, fp8, arguments.sms, rates, machine, []))
+            lines.append(host_part(name, communicator, problem, fp8, arguments.sms, machine))
     save("nodes", arguments.out, machine, vars(arguments), lines, functools.partial(draw, lines))
     dist.barrier()
     dist.destroy_process_group()
@@ -79,6 +84,26 @@ def communicators(machine: Machine, topology: Topology, tokens: int) -> Iterator
         from ep_moe.comm.nvshmem import shutdown
 
         shutdown()
+
+
+def host_part(
+    name: str, communicator: Communicator, problem: Problem, fp8: bool, sms: int | None, machine: Machine
+) -> Line:
+    """Time dispatches, each on an idle GPU, until the call returns."""
+
+    def once() -> list[float]:
+        torch.cuda.synchronize()
+        dist.barrier()
+        start = time.perf_counter()
+        communicator.dispatch(
+            problem.x, problem.topk_idx, problem.topk_weights, num_experts=problem.experts, fp8=fp8, num_sms=sms
+        )
+        return [(time.perf_counter() - start) * 1e3]
+
+    times, what = spread_of(once, machine)[0], "dispatch, call to return"
+    kind = f"{'fp8' if fp8 else 'bf16'} expert_major"
+    say(f"{name:<12} {kind:<18} {sms or '':>4} {what:<28} {times.median:8.1f} {times.least:8.1f} {times.most:8.1f} us")
+    return Line(name, kind, sms, what, times.median, times.least, times.most, 0.0)
 
 
 def draw(lines: list[Line], pyplot: Any) -> Any:

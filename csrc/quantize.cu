@@ -2,7 +2,8 @@
 // with one for each 128 x 128, as they lie and transposed.
 //
 // Rows: 16 lanes take 128 elements of eight rows in turn, so that all loads are in flight at once and a block column's
-// scales, which lie side by side for neighbouring rows, go out in one store.
+// scales, which lie side by side for neighbouring rows where a GEMM reads them, go out in one store. Rows that travel
+// have theirs by row.
 //
 // Weights: a block of threads takes 128 x 128 elements, kept in registers while their largest is sought. The transposed
 // copy goes through shared memory. Its scales are the same ones, transposed.
@@ -16,9 +17,10 @@ namespace ep_moe {
 struct QuantizeRowsArgs {
   const void* x;  // [rows][width]
   void* values;   // e4m3 [rows][width]
-  float* scales;  // [width / 128][scale_stride], by row
+  float* scales;  // of row r and block b of 128 elements: [r * row_stride + b * block_stride]
   RealRows real;
-  int64_t scale_stride;
+  int64_t row_stride;
+  int64_t block_stride;
   int32_t width;    // a multiple of 128
   int32_t element;  // Element of x
 };
@@ -105,7 +107,7 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(const __grid_co
         *reinterpret_cast<uint2*>(out) = pack_e4m3(values, scale.factor);
       }
     }
-    if (lane < count) args.scales[block * args.scale_stride + row + lane] = my_scale;
+    if (lane < count) args.scales[(row + lane) * args.row_stride + block * args.block_stride] = my_scale;
   }
 }
 

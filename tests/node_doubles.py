@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ep_moe.comm import Dispatched, PortableCommunicator, RowLayout
 from ep_moe.comm.node_chunks import NodeChunks
+from ep_moe.comm.nvlink_layout import KnownSizes
 from ep_moe.comm.nvlink_rows import RowSource
 from ep_moe.comm.nvlink_sums import Summed
 from ep_moe.comm.portable import PortableHandle
@@ -32,6 +33,7 @@ class TransportDouble:
         self._portable = PortableTransport(counterparts)
         self._node = dist.get_rank(counterparts)
         self.staged: list[Tensor] = []
+        self.exchanges = 0
 
     def __enter__(self) -> None: ...
 
@@ -39,9 +41,12 @@ class TransportDouble:
 
     def reserve(self, tensors: Sequence[Tensor]) -> None: ...
 
+    def check(self) -> None: ...
+
     def move(
         self, tensors: Sequence[Tensor], out: Sequence[Tensor], tokens: Tensor | None, send: Spans, recv: Spans
     ) -> None:
+        self.exchanges += 1
         rows = torch.cat(
             [torch.arange(first, first + count) for first, count in zip(send.first, send.counts, strict=True)]
         )
@@ -97,12 +102,20 @@ class NodeDouble:
         return self._tokens
 
     def dispatch_from_nodes(
-        self, rows: RowSource, topk_idx: Tensor, topk_weights: Tensor | None, nodes: NodeChunks, **options: Any
+        self,
+        rows: RowSource,
+        topk_idx: Tensor,
+        topk_weights: Tensor | None,
+        nodes: NodeChunks,
+        sizes: KnownSizes,
+        **options: Any,
     ) -> Dispatched:
         assert topk_idx.shape[0] == nodes.tokens <= nodes.most_tokens
         options.pop("num_sms")
         values, *scales = self._stage(rows, nodes.tokens)
         here = self._portable.dispatch(values, topk_idx, topk_weights, scales=scales[0] if scales else None, **options)
+        # The kernels are told these, and make just as much room.
+        assert list(sizes.slots) == here.segments.counts.tolist() and sizes.received == sum(here.handle.recv_counts)
         layouts: tuple[RowLayout, ...] = ("expert_major", "rows")
         places = {layout: self._places(here, nodes, layout) for layout in layouts}
         slots, received = places["expert_major"], places["rows"]
@@ -149,7 +162,9 @@ class NodeDouble:
         ranks, bins = self._portable.size, here.segments.counts.numel() + 1
         starts = ranks * (nodes.nodes + 1)
         first = nodes.table[:starts].view(ranks, nodes.nodes + 1)[self.rank].long()
-        shifts = nodes.table[starts:].view(ranks * nodes.nodes, bins).long()
+        shifts = torch.zeros(ranks * nodes.nodes, bins, dtype=torch.int64)
+        if nodes.shifts is not None:
+            shifts = nodes.table[starts:].view_as(shifts).long()
         # Every token says where it comes from.
         node = torch.searchsorted(first, torch.arange(nodes.tokens), right=True) - 1
         source = (self.rank * nodes.nodes + node).double()[:, None]

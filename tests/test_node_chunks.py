@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from ep_moe.comm.node_chunks import NodeChunks, node_chunks
+from ep_moe.comm.node_chunks import NodeChunks, node_chunks, node_starts
 
 Token = tuple[int, int, int, int]  # node, rank of the node, number among those it sent there, bin
 
@@ -15,6 +15,9 @@ Token = tuple[int, int, int, int]  # node, rank of the node, number among those 
 def _tables(chunks: NodeChunks, ranks: int, bins: int) -> tuple[list[list[int]], torch.Tensor]:
     starts = ranks * (chunks.nodes + 1)
     first = chunks.table[:starts].view(ranks, chunks.nodes + 1)
+    if ranks == 1:
+        assert chunks.shifts is None and chunks.table.numel() == starts
+        return first.tolist(), torch.zeros(ranks, chunks.nodes, bins, dtype=torch.int32)
     assert chunks.shifts == chunks.table.data_ptr() + 4 * starts
     return first.tolist(), chunks.table[starts:].view(ranks, chunks.nodes, bins)
 
@@ -34,7 +37,7 @@ def test_shifted_places_are_ordered_by_source_rank(nodes: int, ranks: int) -> No
     counts = torch.zeros(bins, nodes, ranks, dtype=torch.int64)
     for node, rank, _, bin in entries:
         counts[bin, node, rank] += 1
-    chunks = node_chunks(arriving, counts, 0, torch.device("cpu"))
+    chunks = node_chunks(node_starts(arriving), counts, 0, torch.device("cpu"))
     first, shifts = _tables(chunks, ranks, bins)
 
     for bin in range(bins):
@@ -47,7 +50,7 @@ def test_shifted_places_are_ordered_by_source_rank(nodes: int, ranks: int) -> No
 
 def test_nodes_start_at_a_chunk() -> None:
     arriving = torch.tensor([[33, 0], [0, 5], [64, 1]])  # of three nodes, to two ranks
-    chunks = node_chunks(arriving, torch.zeros(2, 3, 2, dtype=torch.int64), 1, torch.device("cpu"))
+    chunks = node_chunks(node_starts(arriving), torch.zeros(2, 3, 2, dtype=torch.int64), 1, torch.device("cpu"))
     first, _ = _tables(chunks, 2, 2)
     assert first == [[0, 64, 64, 128], [0, 0, 32, 64]]
     assert (chunks.first, chunks.tokens, chunks.most_tokens, chunks.most) == ((0, 0, 32, 64), 64, 128, 2)
@@ -55,5 +58,5 @@ def test_nodes_start_at_a_chunk() -> None:
 
 def test_no_tokens_at_all() -> None:
     zeros = torch.zeros(2, 2, dtype=torch.int64)
-    chunks = node_chunks(zeros, torch.zeros(3, 2, 2, dtype=torch.int64), 0, torch.device("cpu"))
+    chunks = node_chunks(node_starts(zeros), torch.zeros(3, 2, 2, dtype=torch.int64), 0, torch.device("cpu"))
     assert (chunks.tokens, chunks.most_tokens, chunks.most) == (0, 0, 0)

@@ -6,18 +6,12 @@ import pytest
 import torch
 
 from ep_moe.comm.layout import sum_by_token
-from ep_moe.comm.node_sum import places_of_tokens, sum_over_nodes
-
-
-def test_places_are_rows_of_a_node() -> None:
-    places = places_of_tokens(torch.tensor([0, 3, 1, 2, 3]), (2, 0, 3), 5)
-    assert places.tolist() == [[0, -1, -1, 1, -1], [-1] * 5, [-1, 0, 1, 2, -1]]
-    assert places.dtype == torch.int32
+from ep_moe.comm.node_sum import sum_over_nodes
 
 
 def test_no_rows_at_all() -> None:
     nothing = torch.zeros(0, dtype=torch.int64)
-    places = places_of_tokens(nothing, (0, 0), 3)
+    places = torch.full((2, 3), -1, dtype=torch.int32)
     assert sum_over_nodes([torch.zeros(0, 8), torch.zeros(0, 8)], nothing, places).tolist() == [[0.0] * 8] * 3
 
 
@@ -31,6 +25,7 @@ def test_kernel_equals_pytorch(dtype: torch.dtype, tokens: int, hidden: int, nod
     counts = sent.sum(1).tolist()
     of = torch.cat([of_node.nonzero().flatten() for of_node in sent])
     returned = [torch.randn(count, hidden, device="cuda", generator=generator).to(dtype) for count in counts]
-    got = sum_over_nodes(returned, of, places_of_tokens(of, counts, tokens))
+    places = torch.where(sent, sent.cumsum(1) - 1, -1).to(torch.int32)
+    got = sum_over_nodes(returned, of, places)
     assert torch.equal(got, sum_by_token(returned, of, tokens, torch.float32).to(dtype))
     assert not got[tokens // 2].any()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from test_between_nodes import nvshmem_missing
 
 from ep_moe.comm import Communicator, PeerTimeoutError, RowLayout
 from ep_moe.comm.nvlink import NvlinkCommunicator
+from ep_moe.comm.nvlink_layout import HostCounts
 from ep_moe.comm.symmetric_transport import loopback_transport
 from ep_moe.comm.topology import Topology, topology_of_group
 from ep_moe.comm.transport import NodeTransport
@@ -169,6 +171,68 @@ def test_overlap_changes_no_bit(ranks: int) -> None:
     assert all(not problems for problems in run_ranks(ranks, _sequential))
 
 
+def _waits(rank: int, world: int) -> list[tuple[str, int]]:
+    """How often the host waits in a dispatch; whatever else would wait for the GPU raises."""
+    on = rank_device("cuda", rank)
+    ours = two_hops(Topology(world, 1), on, max_tokens=512)
+    case = Case((300,) * world, num_experts=8 * world, top_k=4, hidden=512, dtype=torch.bfloat16)
+    x, idx, weights = (t.to(on) for t in make_inputs(case, rank))
+    found = []
+    for layout in LAYOUTS:
+        for fp8 in (False, True):
+            options = {"num_experts": case.num_experts, "layout": layout, "fp8": fp8}
+            ours.dispatch(x, idx, weights, **options)  # memory is allocated
+            with (
+                mock.patch.object(HostCounts, "wait", side_effect=AssertionError("sizes are known")),
+                mock.patch.object(torch.cuda.Event, "synchronize", autospec=True, side_effect=_wait) as waits,
+            ):
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    ours.dispatch(x, idx, weights, **options)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            found.append((f"{layout} fp8 {fp8}", waits.call_count))
+    torch.cuda.synchronize()
+    return found
+
+
+_wait = torch.cuda.Event.synchronize
+
+
+@pytest.mark.parametrize("ranks", gpu_ranks(2))
+def test_the_host_waits_once_in_a_dispatch(ranks: int) -> None:
+    for found in run_ranks(ranks, _waits):
+        assert len(found) == 4 and all(waits == 1 for _, waits in found), found
+
+
+def _wrong_expert(rank: int, world: int) -> list[str]:
+    """What a rank is told when another one chooses an expert that there is not, and whether all can go on."""
+    on = rank_device("cuda", rank)
+    topology = topology_of_group(dist.group.WORLD, max(world // 2, 1))  # type: ignore[arg-type]
+    ours = two_hops(topology, on, max_tokens=64)
+    case = Case((50,) * world, num_experts=4 * world, top_k=2, hidden=256, dtype=torch.bfloat16)
+    x, idx, _ = (t.to(on) for t in make_inputs(case, rank))
+    problems = []
+    for _ in range(3):
+        wrong = idx.clone()
+        wrong[7, 1] = case.num_experts + 3 if rank == world - 1 else 0
+        try:
+            ours.dispatch(x, wrong, None, num_experts=case.num_experts)
+        except ValueError as error:
+            problems += [str(error)] * (f"got {case.num_experts + 3} at rank {world - 1}" not in str(error))
+        else:
+            problems.append("not told")
+        got = ours.dispatch(x, idx, None, num_experts=case.num_experts)
+        if not torch.equal(ours.combine(got.rows, got.handle), 2 * x):
+            problems.append("wrong rows afterwards")
+    return problems
+
+
+@pytest.mark.parametrize("ranks", gpu_ranks(2, 4))
+def test_an_expert_out_of_range_is_named_at_all_ranks(ranks: int) -> None:
+    assert run_ranks(ranks, _wrong_expert) == [[]] * ranks
+
+
 def _two_under_way(rank: int, world: int, rounds: int) -> list[str]:
     """Two dispatches on two streams before either is combined; handles are used out of turn."""
     on = rank_device("cuda", rank)
@@ -214,6 +278,7 @@ def _absent(rank: int, world: int, call: str) -> tuple[int | None, str, float]:
     idx = torch.arange(world, device=on).expand(40, -1).contiguous()
     got = ours.dispatch(x, idx, None, num_experts=world)
     calls: dict[str, Callable[[], object]] = {
+        "counts": lambda: ours.dispatch(x, idx, None, num_experts=world),
         "dispatch": lambda: ours.dispatch_cached(x, got.handle),
         "combine": lambda: ours.combine(got.rows, got.handle),
     }
@@ -222,9 +287,9 @@ def _absent(rank: int, world: int, call: str) -> tuple[int | None, str, float]:
     torch.cuda.synchronize()
     start, named, message = time.monotonic(), None, ""
     if rank != world - 1:
-        calls[call]()
-        torch.cuda.synchronize()
         try:
+            calls[call]()
+            torch.cuda.synchronize()
             calls[call]()
         except PeerTimeoutError as error:
             named, message = error.rank, str(error)
@@ -233,7 +298,7 @@ def _absent(rank: int, world: int, call: str) -> tuple[int | None, str, float]:
     return named, message, waited
 
 
-@pytest.mark.parametrize("call", ["dispatch", "combine"])
+@pytest.mark.parametrize("call", ["counts", "dispatch", "combine"])
 def test_a_node_that_never_comes_is_named(call: str) -> None:
     (named, message, waited), _ = run_ranks(2, _absent, call)
     assert named == 1 and "rank 0 waited 2 s for rank 1" in message and "step: rows between nodes" in message

@@ -22,10 +22,13 @@ from ep_moe.comm import (
     PortableCommunicator,
     communicator_factory,
     pipelined_hops,
+    tally_exchange,
+    transport,
 )
 from ep_moe.comm.hops import Place
 from ep_moe.comm.nvlink_wire import WireFormat
 from ep_moe.comm.pipelined_hops import PipelinedHops
+from ep_moe.comm.tally_exchange import PutTallies
 from ep_moe.comm.topology import Topology, topology_of_group, topology_of_hosts
 from ep_moe.comm.transport import PortableTransport
 from ep_moe.comm.two_hop import TwoHopCommunicator, two_hop_communicator
@@ -70,8 +73,9 @@ def overlapping(rank: int, world: int, per_node: int) -> Communicator:
     )
     transport = TransportDouble(counterparts)
     hops = PipelinedHops(Place(rank, topology), NodeDouble(here, transport), transport)  # type: ignore[arg-type]
+    tallies = PutTallies(topology, transport, TransportDouble(here) if per_node > 1 else None)  # type: ignore[arg-type]
     assert dist.group.WORLD is not None
-    return TwoHopCommunicator(dist.group.WORLD, topology, hops)
+    return TwoHopCommunicator(dist.group.WORLD, topology, hops, tallies)
 
 
 def _compare(rank: int, world: int, kind: str, first_seed: int, count: int) -> list[str]:
@@ -79,10 +83,12 @@ def _compare(rank: int, world: int, kind: str, first_seed: int, count: int) -> l
     return _differences(ours, rank, world, first_seed, count)
 
 
-def _compare_overlapping(rank: int, world: int, per_node: int, first_seed: int, count: int) -> list[str]:
-    def any_device(x: torch.Tensor, dtypes: object, *, scaled: bool) -> WireFormat:
-        return WireFormat(x.shape[1] * x.element_size(), x.shape[1] // 128 if scaled else 0)
+def any_device(x: torch.Tensor, dtypes: object, *, scaled: bool) -> WireFormat:
+    """``wire_format`` of rows that need not be on a GPU."""
+    return WireFormat(x.shape[1] * x.element_size(), x.shape[1] // 128 if scaled else 0)
 
+
+def _compare_overlapping(rank: int, world: int, per_node: int, first_seed: int, count: int) -> list[str]:
     with mock.patch.object(pipelined_hops, "wire_format", any_device):
         return _differences(overlapping(rank, world, per_node), rank, world, first_seed, count)
 
@@ -125,6 +131,69 @@ def test_two_hops_equal_one_bit_by_bit(ranks: int, kind: str) -> None:
 def test_what_overlapping_hops_move_equals_one_hop_bit_by_bit(ranks: int, per_node: int) -> None:
     for problems in run_ranks(ranks, _compare_overlapping, per_node, 300 * ranks, 25):
         assert not problems, "\n".join(problems[:5])
+
+
+def _exchanges(rank: int, world: int, per_node: int) -> tuple[int, int, int, int]:
+    """Of a dispatch whose hops overlap: exchanges between nodes and on the node, collectives besides, and waits."""
+    ours = overlapping(rank, world, per_node)
+    between, within = ours._tallies._between, ours._tallies._within  # type: ignore[attr-defined]
+    x, idx, weights = make_inputs(Case((40,) * world, num_experts=4 * world, top_k=3, hidden=128), rank)
+    with (
+        mock.patch.object(pipelined_hops, "wire_format", any_device),
+        mock.patch.object(dist, "all_gather_into_tensor", wraps=dist.all_gather_into_tensor) as gathers,
+        mock.patch.object(tally_exchange, "_to_host", wraps=tally_exchange._to_host) as waits,
+    ):
+        ours.dispatch(x, idx, weights, num_experts=4 * world, fp8=True)
+    # Doubles of a node's kernels gather among themselves.
+    collectives = sum(call.kwargs["group"] is dist.group.WORLD for call in gathers.call_args_list)
+    return between.exchanges, 0 if within is None else within.exchanges, collectives, waits.call_count
+
+
+@pytest.mark.parametrize(("ranks", "per_node"), [(2, 1), (4, 2)])
+def test_overlapping_hops_learn_sizes_in_one_exchange(ranks: int, per_node: int) -> None:
+    # Between nodes: counts, routing, rows.
+    assert run_ranks(ranks, _exchanges, per_node) == [(3, int(per_node > 1), 0, 1)] * ranks
+
+
+def _gathers(rank: int, world: int) -> tuple[int, int, int]:
+    """Of a dispatch whose hops follow each other, in FP8: collectives that gather, waits, collectives between nodes."""
+    ours = make_communicator("two_hop", dist.group.WORLD)  # type: ignore[arg-type]
+    x, idx, weights = make_inputs(Case((7,) * world, num_experts=8, top_k=3, hidden=512), rank)
+    with (
+        mock.patch.object(dist, "all_gather_into_tensor", wraps=dist.all_gather_into_tensor) as gathers,
+        mock.patch.object(tally_exchange, "_to_host", wraps=tally_exchange._to_host) as waits,
+        mock.patch.object(transport, "all_to_all_rows", wraps=transport.all_to_all_rows) as exchanges,
+    ):
+        ours.dispatch(x, idx, weights, num_experts=8, fp8=True)
+    gathered = sum(call.kwargs["group"] is dist.group.WORLD for call in gathers.call_args_list)
+    return gathered, waits.call_count, exchanges.call_count
+
+
+def test_hops_in_turn_learn_sizes_in_one_collective() -> None:
+    # Then rows travel, and their scales with routing and weights.
+    assert run_ranks(4, _gathers) == [(1, 1, 2)] * 4
+
+
+def _out_of_range(rank: int, world: int, entry: int) -> list[str]:
+    """What ranks are told when one of them chooses an expert that there is not, and whether they can go on."""
+    x, idx, _ = make_inputs(Case((5,) * world, num_experts=8, top_k=2, hidden=8), rank)
+    wrong = idx.clone()
+    if rank == 1:
+        wrong[2, 0] = entry
+    told = []
+    for ours in (make_communicator("two_hop", dist.group.WORLD), overlapping(rank, world, 2)):  # type: ignore[arg-type]
+        with pytest.raises(ValueError) as caught:
+            ours.dispatch(x, wrong, None, num_experts=8)
+        told.append(str(caught.value))
+        with mock.patch.object(pipelined_hops, "wire_format", any_device):
+            ours.dispatch(x, idx, None, num_experts=8)
+    return told
+
+
+@pytest.mark.parametrize("entry", [8, -2])
+def test_an_expert_out_of_range_is_named_at_all_ranks(entry: int) -> None:
+    message = f"topk_idx: expected experts in [0, 8) (moe.num_experts) or -1, got {entry} at rank 1 of the group"
+    assert run_ranks(4, _out_of_range, entry) == [[message] * 2] * 4
 
 
 @pytest.mark.parametrize(

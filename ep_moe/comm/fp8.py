@@ -11,6 +11,12 @@ E4M3_MAX = 448.0
 MIN_AMAX = 1e-4
 
 
+def check_blocks(hidden: int) -> None:
+    """Raise ``ValueError`` unless rows of ``hidden`` channels divide into blocks."""
+    if hidden % BLOCK:
+        raise ValueError(f"x: expected a hidden size that is a multiple of {BLOCK} for fp8, got {hidden}")
+
+
 def quantize_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise rows to e4m3.
 
@@ -25,8 +31,7 @@ def quantize_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: if ``hidden`` is not a multiple of 128.
     """
     rows, hidden = x.shape
-    if hidden % BLOCK:
-        raise ValueError(f"x: expected a hidden size that is a multiple of {BLOCK} for fp8, got {hidden}")
+    check_blocks(hidden)
     blocks = x.to(torch.float32).view(rows, hidden // BLOCK, BLOCK)
     amax = blocks.abs().amax(dim=-1, keepdim=True).clamp(min=MIN_AMAX)
     # Division by a Python number is a multiplication by its reciprocal on some devices, which rounds differently;

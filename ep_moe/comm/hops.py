@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,17 +19,25 @@ from ep_moe.comm.transport import NodeRoutes
 
 @dataclass(frozen=True)
 class Counts:
-    """What every rank sends: int64 on the CPU, the first dimension the sending rank.
+    """What the host knows of a dispatch; int64 on the CPU.
 
     Attributes:
-        nodes: ``[ranks, nodes]``, rows to each node.
-        ranks: ``[ranks, ranks]``, rows that each rank receives in the end.
-        experts: ``[ranks, num_experts]``, slots of each expert.
+        nodes: ``[ranks, nodes]``, rows that each rank sends to each node.
+        bins: ``[local experts + 1, ranks]``: slots of each of this rank's experts, then its rows, by source rank.
     """
 
     nodes: Tensor
-    ranks: Tensor
-    experts: Tensor
+    bins: Tensor
+
+    @property
+    def slots(self) -> Tensor:
+        """``[local experts, ranks]``, slots by source rank."""
+        return self.bins[:-1]
+
+    @property
+    def rows(self) -> Tensor:
+        """``[1, ranks]``, received rows by source rank."""
+        return self.bins[-1:]
 
 
 class Hops(Protocol):
@@ -59,7 +68,7 @@ class Hops(Protocol):
             topk_idx: as of a communicator's dispatch, as are the others; values are in range.
             topk_weights: likewise.
             routes: of tokens to nodes.
-            counts: of all ranks.
+            counts: of this dispatch.
             num_experts: of all ranks.
             layout: likewise.
             alignment: likewise.
@@ -107,19 +116,8 @@ class Place:
         return self.topology.node_of(self.rank)
 
     def experts(self, topk_idx: Tensor, num_experts: int) -> Tensor:
-        """int64, the experts of ``topk_idx`` among those of the node, -1 for others."""
-        here = num_experts // self.topology.nodes
-        local = topk_idx.to(torch.int64) - self.node * here
-        return torch.where((local >= 0) & (local < here), local, -1)
-
-    def slot_counts(self, counts: Counts, num_experts: int) -> Tensor:
-        """int64 ``[local experts, ranks]``, slots by source rank."""
-        here = num_experts // self.topology.ranks
-        return counts.experts[:, self.rank * here : (self.rank + 1) * here].t().contiguous()
-
-    def row_counts(self, counts: Counts) -> Tensor:
-        """int64 ``[1, ranks]``, received rows by source rank."""
-        return counts.ranks[None, :, self.rank].contiguous()
+        """int64, the experts of ``topk_idx`` (in range, or -1) among those of the node, -1 for others."""
+        return _experts_of_node(self.node, self.topology.nodes, num_experts, topk_idx.device)[topk_idx]
 
     @contextmanager
     def ranks_named(self) -> Iterator[None]:
@@ -131,3 +129,12 @@ class Place:
             raise PeerTimeoutError(
                 f"node {self.node}, whose rank {error.rank} is rank {rank}: {error}", rank
             ) from error
+
+
+@functools.lru_cache(maxsize=64)
+def _experts_of_node(node: int, nodes: int, num_experts: int, device: torch.device) -> Tensor:
+    """int64 ``[num_experts + 1]``: of each expert its number among those of a node or -1; the last is that of -1."""
+    here = num_experts // nodes
+    table = torch.full((num_experts + 1,), -1, dtype=torch.int64, device=device)
+    table[node * here : (node + 1) * here] = torch.arange(here, device=device)
+    return table

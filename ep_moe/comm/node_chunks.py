@@ -8,6 +8,7 @@ order of source ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -20,8 +21,8 @@ class NodeChunks:
     """Tokens of the ranks of a node, by the node that sent them.
 
     Attributes:
-        table: int32 on the device: where tokens start, ``[ranks, nodes + 1]``, then the shifts of rows,
-            ``[ranks, nodes, local experts + 1]``.
+        table: int32 on the device: where tokens start, ``[ranks, nodes + 1]``, then, if there are several ranks, the
+            shifts of rows, ``[ranks, nodes, local experts + 1]``.
         nodes: that tokens come from.
         most: chunks that a node sent to a rank.
         first: where each node's tokens start at this rank, and the end of the last.
@@ -45,31 +46,48 @@ class NodeChunks:
         return native.NodeChunks(self.table.data_ptr(), self.nodes, self.most)
 
     @property
-    def shifts(self) -> int:
-        """Address of the shifts."""
-        return self.table.data_ptr() + 4 * self._ranks * (self.nodes + 1)
+    def shifts(self) -> int | None:
+        """Address of the shifts; ``None`` where rows are in order without."""
+        return None if self._ranks == 1 else self.table.data_ptr() + 4 * self._ranks * (self.nodes + 1)
 
 
-def node_chunks(arriving: Tensor, bins: Tensor, rank: int, device: torch.device) -> NodeChunks:
-    """Lay out the tokens of a node's ranks.
+def node_starts(arriving: Tensor) -> list[tuple[int, ...]]:
+    """Where each node's tokens start among those of a rank, and the end of the last, for each rank of this node.
 
     Args:
         arriving: int64 ``[nodes, ranks]`` on the CPU, tokens that each node sends to each rank of this node.
+    """
+    size = native.CHUNK_TOKENS
+    return [
+        tuple(accumulate((-(-tokens // size) * size for tokens in of_rank), initial=0))
+        for of_rank in arriving.t().tolist()
+    ]
+
+
+def node_chunks(starts: list[tuple[int, ...]], bins: Tensor, rank: int, device: torch.device) -> NodeChunks:
+    """Lay out the tokens of a node's ranks.
+
+    Args:
+        starts: of :func:`node_starts`.
         bins: int64 ``[local experts + 1, nodes, ranks]`` on the CPU: slots of each of this rank's experts, then its
             rows, by source rank.
         rank: this one's place on the node.
         device: of the table.
     """
-    nodes, ranks = arriving.shape
-    chunks = -(-arriving.t() // native.CHUNK_TOKENS)
-    first = torch.zeros(ranks, nodes + 1, dtype=torch.int64)
-    first[:, 1:] = (chunks * native.CHUNK_TOKENS).cumsum(1)
-    by_node = _starts(bins).transpose(1, 2)
-    shifts = (by_node - _starts(bins.transpose(1, 2))).permute(1, 2, 0)
-    table = torch.cat([first.flatten(), shifts.flatten()]).to(torch.int32)
-    if device.type == "cuda":
-        table = table.pin_memory().to(device, non_blocking=True)
-    return NodeChunks(table, nodes, int(chunks.max()), tuple(first[rank].tolist()), int(first[:, -1].max()), ranks)
+    ranks, nodes = len(starts), len(starts[0]) - 1
+    table = torch.tensor(starts, dtype=torch.int32).flatten()
+    if ranks > 1:
+        by_node = _starts(bins).transpose(1, 2)
+        shifts = (by_node - _starts(bins.transpose(1, 2))).permute(1, 2, 0)
+        table = torch.cat([table, shifts.flatten().to(torch.int32)])
+    most = max(end - start for of_rank in starts for start, end in pairwise(of_rank)) // native.CHUNK_TOKENS
+    most_tokens = max(of_rank[-1] for of_rank in starts)
+    return NodeChunks(to_device(table, device), nodes, most, starts[rank], most_tokens, ranks)
+
+
+def to_device(table: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on ``device``, for which the host does not wait."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 def _starts(counts: Tensor) -> Tensor:

@@ -32,31 +32,13 @@ class NodeSumArgs(ctypes.Structure):
     )
 
 
-def places_of_tokens(tokens: Tensor, counts: Sequence[int], num_tokens: int) -> Tensor:
-    """Where the row is that a node returns for a token.
-
-    Args:
-        tokens: int64 ``[sent]``, the token of each row, by node.
-        counts: rows of each node.
-        num_tokens: in all.
-
-    Returns:
-        int32 ``[nodes, num_tokens]``, the row among those of the node, or -1.
-    """
-    places = tokens.new_full((len(counts), num_tokens), -1, dtype=torch.int32)
-    rows = torch.arange(max(counts), dtype=torch.int32, device=tokens.device)
-    for of_node, sent in zip(places, tokens.split(list(counts)), strict=True):
-        of_node[sent] = rows[: sent.shape[0]]
-    return places
-
-
 def sum_over_nodes(returned: Sequence[Tensor], tokens: Tensor, places: Tensor) -> Tensor:
     """Add the rows of each token in ascending order of nodes, in fp32 (fp64 of fp64 rows), and round once.
 
     Args:
         returned: from each node ``[rows, hidden]``.
         tokens: int64 ``[all rows]``, the token of each.
-        places: of :func:`places_of_tokens`.
+        places: int32 ``[nodes, tokens]``, where among a node's rows that of a token is, or -1.
 
     Returns:
         ``[tokens, hidden]`` in the dtype of the rows; zero for tokens without a row.

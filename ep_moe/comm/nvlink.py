@@ -19,7 +19,7 @@ from ep_moe.comm.expert_groups import expert_groups
 from ep_moe.comm.node_chunks import NodeChunks
 from ep_moe.comm.nvlink_core import NvlinkCore
 from ep_moe.comm.nvlink_handle import NvlinkHandle
-from ep_moe.comm.nvlink_layout import HostCounts, lay_out
+from ep_moe.comm.nvlink_layout import HostCounts, KnownSizes, lay_out
 from ep_moe.comm.nvlink_rows import LocalRows, RowSource
 from ep_moe.comm.nvlink_sums import SumFlags, Summed
 from ep_moe.comm.nvlink_wire import ELEMENTS, SHARED_BYTES, wire_format
@@ -102,22 +102,31 @@ class NvlinkCommunicator:
         return self._dispatch(rows, topk_idx, topk_weights, groups=groups, num_experts=num_experts, **options)
 
     def dispatch_from_nodes(
-        self, rows: RowSource, topk_idx: Tensor, topk_weights: Tensor | None, nodes: NodeChunks, **options: Any
+        self,
+        rows: RowSource,
+        topk_idx: Tensor,
+        topk_weights: Tensor | None,
+        nodes: NodeChunks,
+        sizes: KnownSizes,
+        **options: Any,
     ) -> Dispatched:
         """:meth:`dispatch` of tokens that come from nodes, while they come; rows are ordered by their source ranks.
+
+        The host waits for nothing: it has learnt the sizes from the nodes.
 
         Args:
             rows: of the tokens, with a place for each of ``nodes.tokens``.
             topk_idx: int64 ``[nodes.tokens, top_k]``, expert of this node or -1; all are in range.
             topk_weights: ``[nodes.tokens, top_k]`` or ``None``.
             nodes: that tokens come from; the same on all ranks but for this rank's part.
+            sizes: of what arrives here.
             **options: as of :meth:`dispatch`, without ``scales`` and ``fp8``.
         """
         core = self._core
         core.reserve(nodes.most_tokens, topk_idx.shape[1], rows.wire.bytes)
         if nodes.most_tokens > core.max_tokens:
             core.grow(nodes.most_tokens)
-        return self._dispatch(rows, topk_idx, topk_weights, groups=1, nodes=nodes, **options)[0]
+        return self._dispatch(rows, topk_idx, topk_weights, groups=1, nodes=nodes, sizes=sizes, **options)[0]
 
     def _dispatch(
         self,
@@ -128,6 +137,7 @@ class NvlinkCommunicator:
         groups: int,
         num_experts: int,
         nodes: NodeChunks | None = None,
+        sizes: KnownSizes | None = None,
         layout: RowLayout = "expert_major",
         alignment: int = 1,
         max_rows: int | None = None,
@@ -151,6 +161,7 @@ class NvlinkCommunicator:
                     max_rows=max_rows,
                     host_counts=self._host_counts,
                     nodes=nodes,
+                    sizes=sizes,
                 )
                 # Staging needs no sizes: it runs beside the layout and while the host waits for them.
                 source.stage(core, early=True)
@@ -158,16 +169,11 @@ class NvlinkCommunicator:
                     segments = ExpertSegments(places.counts, places.ends, None, places.row_of_slot.shape[0])
                     received = places.max_received
                     break
-                try:
-                    most_tokens, counts = self._host_counts.wait(local_experts)
-                except ValueError:
-                    core.skip_dispatch()
-                    raise
+                # Buffers have been made large enough where sizes are known.
+                most_tokens, found = (0, sizes) if sizes is not None else self._host_counts.wait(local_experts)
                 if most_tokens <= core.max_tokens:
-                    *sizes, received = counts
-                    if alignment > 1:
-                        sizes = [-(-size // alignment) * alignment for size in sizes]
-                    segments = ExpertSegments(places.counts, places.ends, tuple(sizes))
+                    segments = ExpertSegments(places.counts, places.ends, found.padded(alignment))
+                    received = found.received
                     break
                 core.grow(most_tokens)  # all ranks have learnt the same number
             routes = NvlinkHandle(

@@ -60,6 +60,25 @@ class RowPlaces:
         return ReceivedRouting(self.received_topk_idx[:received], weights, self.rows_per_rank)
 
 
+@dataclass(frozen=True)
+class KnownSizes:
+    """What arrives at this rank, where the host knows before the layout.
+
+    Attributes:
+        slots: of each local expert, without padding.
+        received: rows.
+    """
+
+    slots: tuple[int, ...]
+    received: int
+
+    def padded(self, alignment: int) -> tuple[int, ...]:
+        """Length of each expert's segment."""
+        if alignment == 1:
+            return self.slots
+        return tuple(-(-slots // alignment) * alignment for slots in self.slots)
+
+
 class HostCounts:
     """Pinned host memory in which a layout kernel tells sizes: ``LayoutArgs::host_counts``."""
 
@@ -73,16 +92,25 @@ class HostCounts:
         self._ready.value = 0
         return self._memory.data_ptr()
 
-    def wait(self, local_experts: int) -> tuple[int, list[int]]:
+    def wait(self, local_experts: int) -> tuple[int, KnownSizes]:
         """Wait until the layout kernel has counted: the one wait of the host.
 
         Returns:
-            The most tokens of any rank, and the slots of each local expert, then the received rows.
+            The most tokens of any rank, and what arrives here.
 
         Raises:
             PeerTimeoutError: if the kernel does not run.
             ValueError: what the kernel found wrong with its arguments.
         """
+        try:
+            self._wait()
+        except ValueError:
+            self._core.skip_dispatch()
+            raise
+        _, most_tokens, *slots, received = self._memory[: 3 + local_experts].tolist()
+        return most_tokens, KnownSizes(tuple(slots), received)
+
+    def _wait(self) -> None:
         core = self._core
         # A kernel's own waits end in time; the margin is for kernels of others before it on the stream.
         limit = 10 * core.timeout_s
@@ -96,8 +124,6 @@ class HostCounts:
                 torch.cuda.synchronize(core.device)  # raises what went wrong on the device, if anything did
                 raise PeerTimeoutError(f"rank {core.rank}: the layout kernel did not run within {limit:g} s", core.rank)
         core.check()
-        _, most_tokens, *counts = self._memory[: 3 + local_experts].tolist()
-        return most_tokens, counts
 
 
 def lay_out(
@@ -111,11 +137,13 @@ def lay_out(
     max_rows: int | None,
     host_counts: HostCounts,
     nodes: NodeChunks | None = None,
+    sizes: KnownSizes | None = None,
 ) -> RowPlaces:
     """Launch the exchange of routing: where every arriving row goes, and the weight of each slot.
 
     Without ``max_rows`` the kernel tells ``host_counts`` how many rows there are, and places have room for as many as
-    can arrive. Tokens that came from ``nodes`` get places by the ranks they came from.
+    can arrive, or exactly as many as there are where the host has learnt their ``sizes`` before: then it is told
+    nothing. Tokens that came from ``nodes`` get places by the ranks they came from.
     """
     local_experts, max_tokens = num_experts // core.size, core.max_tokens
     tokens, top_k = topk_idx.shape
@@ -124,6 +152,8 @@ def lay_out(
     most_rows = most_received * top_k + local_experts * (alignment - 1)
     if max_rows is not None and layout == "rows":
         most_received = max_rows
+    elif max_rows is None and sizes is not None:
+        most_rows, most_received = sum(sizes.padded(alignment)), sizes.received
     elif max_rows is not None:
         most_rows, most_received = max_rows, min(max_rows, most_received)
     comm = core.arguments(_ROUTING_SMS)
@@ -167,7 +197,7 @@ def lay_out(
         counts=places.counts.data_ptr(),
         ends=places.ends.data_ptr(),
         histogram=histogram.data_ptr(),
-        host_counts=host_counts.expect() if max_rows is None else None,
+        host_counts=host_counts.expect() if max_rows is None and sizes is None else None,
         tokens=tokens,
         top_k=top_k,
         num_experts=num_experts,

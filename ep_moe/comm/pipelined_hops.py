@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from ep_moe.comm.communicator import Dispatched, RowLayout
 from ep_moe.comm.hops import Counts, Place
-from ep_moe.comm.node_chunks import node_chunks
+from ep_moe.comm.node_chunks import node_chunks, node_starts
 from ep_moe.comm.nvlink import NvlinkCommunicator
 from ep_moe.comm.nvlink_core import NvlinkCore
 from ep_moe.comm.nvlink_handle import NvlinkHandle
+from ep_moe.comm.nvlink_layout import KnownSizes
 from ep_moe.comm.nvlink_sums import Summed
 from ep_moe.comm.nvlink_wire import MOVED, WireFormat, wire_format
 from ep_moe.comm.symmetric_transport import Spans, SymmetricTransport
@@ -111,34 +111,37 @@ class PipelinedHops:
         assert routes.tokens is not None
         here = num_experts // nodes
         node.check_limits(topk_idx, here, max_rows)
-        arriving = counts.nodes[:, place.node].view(nodes, ranks)
-        bins = torch.cat([place.slot_counts(counts, num_experts), place.row_counts(counts)])
-        chunks = node_chunks(arriving, bins.view(-1, nodes, ranks), node.rank, node.device)
-        sent, arrived = Spans.packed(routes.send_counts), Spans(chunks.first[:-1], routes.recv_counts)
+        starts = node_starts(counts.nodes[:, place.node].view(nodes, ranks))
+        *first, num_arrived = starts[node.rank]
+        sent, arrived = Spans.packed(routes.send_counts), Spans(tuple(first), routes.recv_counts)
         rows = _ArrivingRows(transport, payload, routes.tokens, sent, arrived)
-        routing = [topk_idx.to(torch.int32)]
+        routing = [topk_idx]
         # Places without a token are routed nowhere.
-        arrived_routing = [routing[0].new_full((chunks.tokens, topk_idx.shape[1]), -1)]
+        arrived_routing = [topk_idx.new_full((num_arrived, topk_idx.shape[1]), -1)]
         if topk_weights is not None:
             routing.append(topk_weights)
-            arrived_routing.append(topk_weights.new_zeros(chunks.tokens, topk_idx.shape[1]))
+            arrived_routing.append(topk_weights.new_zeros(num_arrived, topk_idx.shape[1]))
         with transport:
             transport.reserve(payload)
             transport.reserve(routing)
             transport.move(routing, arrived_routing, routes.tokens, sent, arrived)
+            # While that is under way.
+            chunks = node_chunks(starts, counts.bins.view(-1, nodes, ranks), node.rank, node.device)
+            *slots, received = counts.bins.sum(1).tolist()
             with place.ranks_named():
                 dispatched = node.dispatch_from_nodes(
                     rows,
                     place.experts(arrived_routing[0], num_experts),
                     None if topk_weights is None else arrived_routing[1],
                     chunks,
+                    KnownSizes(tuple(slots), received),
                     num_experts=here,
                     layout=layout,
                     alignment=alignment,
                     max_rows=max_rows,
                     num_sms=num_sms,
                 )
-        handle = PipelinedHandle(routes.tokens, sent, arrived, chunks.tokens, dispatched.handle)
+        handle = PipelinedHandle(routes.tokens, sent, arrived, num_arrived, dispatched.handle)
         return replace(dispatched, handle=handle)
 
     def dispatch_cached(self, x: Tensor, handle: PipelinedHandle, layout: RowLayout) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ep_moe.comm.communicator import Communicator, Dispatched, ReceivedRouting, RowLayout
 from ep_moe.comm.hops import Counts, Place
+from ep_moe.comm.node_chunks import to_device
 from ep_moe.comm.transport import NodeRoutes, NodeTransport
 from ep_moe.comm.two_hop_layout import inverse_of, order_of
 
@@ -103,10 +104,9 @@ class SequentialHops:
             )
         # With room to spare these may be more than arrive, in either layout.
         num_slots, received = here.segments.num_rows, here.handle.num_rows("rows")
-        slot_counts, row_counts = place.slot_counts(counts, num_experts), place.row_counts(counts)
         device = topk_idx.device
-        slots = _order_on(device, order_of(slot_counts, place.topology, alignment=alignment, capacity=num_slots))
-        rows = _order_on(device, order_of(row_counts, place.topology, capacity=received))
+        slots = _order_on(device, order_of(counts.slots, place.topology, alignment=alignment, capacity=num_slots))
+        rows = _order_on(device, order_of(counts.rows, place.topology, capacity=received))
         return _in_order(here, SequentialHandle(routes, here.handle, slots, rows), layout)
 
     def dispatch_cached(self, x: Tensor, handle: SequentialHandle, layout: RowLayout) -> Tensor:
@@ -146,7 +146,7 @@ class SequentialHops:
 def _order_on(device: torch.device, order: Tensor | None) -> _Order | None:
     if order is None:
         return None
-    order = order.to(device)
+    order = to_device(order, device)
     return _Order(order, inverse_of(order))
 
 

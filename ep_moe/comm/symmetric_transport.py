@@ -130,6 +130,7 @@ class SymmetricTransport:
         """
         if len(ranks) > MAX_NODES:
             raise ValueError(f"ranks: expected at most {MAX_NODES} nodes, got {len(ranks)}")
+        self.timeout_s = timeout_s
         self._library, self._allocate = library, allocate
         self._device, self._node, self._nodes = device, node, len(ranks)
         self._channels = max(min(_MOST_CHANNELS, _MOST_BLOCKS // (2 * max(self._nodes - 1, 1))), 1)

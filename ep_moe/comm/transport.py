@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ep_moe.comm.all_to_all import all_to_all_rows
 
+_NARROW_BYTES = 256  # of rows that are copied once more rather than have a collective of their own
+
 
 @dataclass(frozen=True)
 class NodeRoutes:
@@ -57,9 +59,33 @@ class PortableTransport:
         self._group = counterparts
 
     def exchange(self, tensors: Sequence[Tensor], routes: NodeRoutes) -> list[Tensor]:
-        """See :meth:`NodeTransport.exchange`."""
-        # FP8 dtypes lack most operations; as bytes they move like any other.
-        moved = [t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in tensors]
-        chosen = moved if routes.tokens is None else [tensor[routes.tokens] for tensor in moved]
-        arrived = [all_to_all_rows(rows, routes.send_counts, routes.recv_counts, self._group) for rows in chosen]
-        return [rows.view(tensor.dtype) for rows, tensor in zip(arrived, tensors, strict=True)]
+        """See :meth:`NodeTransport.exchange`; a collective for each tensor of wide rows, and one for all others."""
+        # As bytes, for FP8 dtypes lack most operations.
+        chosen = [_as_bytes(tensor) for tensor in tensors]
+        if routes.tokens is not None:
+            chosen = [rows[routes.tokens] for rows in chosen]
+        narrow = [place for place, rows in enumerate(chosen) if rows.shape[1] <= _NARROW_BYTES]
+        arrived: list[Tensor] = [
+            rows if place in narrow else self._move(rows, routes) for place, rows in enumerate(chosen)
+        ]
+        if narrow:
+            widths = [chosen[place].shape[1] for place in narrow]
+            together = self._move(torch.cat([chosen[place] for place in narrow], dim=1), routes)
+            for place, rows in zip(narrow, together.split(widths, dim=1), strict=True):
+                arrived[place] = rows.clone(memory_format=torch.contiguous_format)
+        return [_of_dtype(rows, tensor) for rows, tensor in zip(arrived, tensors, strict=True)]
+
+    def _move(self, rows: Tensor, routes: NodeRoutes) -> Tensor:
+        return all_to_all_rows(rows, routes.send_counts, routes.recv_counts, self._group)
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """uint8 ``[rows, bytes of a row]`` of a contiguous tensor; without elements any strides count as that."""
+    if tensor.numel():
+        return tensor.view(torch.uint8)
+    return tensor.new_empty(tensor.shape[0], tensor.shape[1] * tensor.element_size(), dtype=torch.uint8)
+
+
+def _of_dtype(rows: Tensor, like: Tensor) -> Tensor:
+    """Bytes as rows of another tensor's dtype."""
+    return rows.view(like.dtype) if rows.numel() else like.new_empty(rows.shape[0], like.shape[1])

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_moe.comm.all_to_all import staging_device
 from ep_moe.comm.communicator import (
     CapacityError,
     Communicator,
@@ -28,17 +27,20 @@ from ep_moe.comm.communicator import (
     ExpertSegments,
     RowLayout,
     check_dispatch_shapes,
-    check_expert_range,
     exchange_signature,
 )
-from ep_moe.comm.fp8 import quantize_e4m3
+from ep_moe.comm.fp8 import check_blocks
+from ep_moe.comm.fp8_quantize import quantize_rows
 from ep_moe.comm.hops import Counts, Hops, Place
-from ep_moe.comm.layout import SendLayout, send_layout, sum_by_token
-from ep_moe.comm.node_sum import places_of_tokens, sum_over_nodes
+from ep_moe.comm.layout import sum_by_token
+from ep_moe.comm.node_chunks import to_device
+from ep_moe.comm.node_sum import sum_over_nodes
 from ep_moe.comm.nvlink import NvlinkCommunicator
 from ep_moe.comm.pipelined_hops import PipelinedHops
+from ep_moe.comm.routing_tally import TallyFormat, route_tokens
 from ep_moe.comm.sequential_hops import SequentialHops
-from ep_moe.comm.symmetric_transport import SymmetricTransport
+from ep_moe.comm.symmetric_transport import SymmetricTransport, loopback_transport
+from ep_moe.comm.tally_exchange import GatheredTallies, PutTallies, TallyExchange
 from ep_moe.comm.topology import Topology
 from ep_moe.comm.transport import NodeRoutes, NodeTransport
 from ep_moe.comm.undivided import UndividedExchanges
@@ -78,19 +80,20 @@ class TwoHopCommunicator(UndividedExchanges):
     ``max_rows``, so a dispatch cannot be captured in a CUDA graph.
     """
 
-    def __init__(self, group: dist.ProcessGroup, topology: Topology, hops: Hops) -> None:
+    def __init__(self, group: dist.ProcessGroup, topology: Topology, hops: Hops, tallies: TallyExchange) -> None:
         """Compose.
 
         Args:
             group: all ranks.
             topology: of these ranks.
             hops: among the ranks in this rank's place on every node, and among those of its node.
+            tallies: among all ranks.
         """
         self.group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.topology = topology
-        self._hops = hops
+        self._hops, self._tallies = hops, tallies
         self._place = Place(self.rank, topology)
 
     def dispatch(
@@ -113,16 +116,18 @@ class TwoHopCommunicator(UndividedExchanges):
             raise ValueError(
                 "dispatch: over several nodes it cannot be captured in a CUDA graph, for the host learns sizes"
             )
-        check_expert_range(topk_idx, num_experts)
-        payload = [*quantize_e4m3(x)] if fp8 else [x] if scales is None else [x, scales]
-        to_nodes = send_layout(topk_idx, num_experts, self.topology.nodes)
-        to_ranks = send_layout(topk_idx, num_experts, self.size)
-        counts = self._exchange_counts(to_nodes, to_ranks, exchange_signature(x, topk_idx, topk_weights, fp8))
-        routes = self._routes(counts, to_nodes.tokens)
-        row_counts = self._place.row_counts(counts)
-        slot_counts = self._place.slot_counts(counts, num_experts)
-        sizes = tuple(-(-count // alignment) * alignment for count in slot_counts.sum(1).tolist())
-        needed = int(row_counts.sum()) if layout == "rows" else sum(sizes)
+        if fp8:
+            check_blocks(x.shape[1])
+        signature = exchange_signature(x, topk_idx, topk_weights, fp8)
+        form = TallyFormat(self.topology, num_experts // self.size)
+        routed = route_tokens(topk_idx, form, signature)
+        everyone = self._tallies.share(routed.tally)
+        # Needs no sizes: it runs while the host waits for them.
+        payload = [*quantize_rows(x.contiguous())] if fp8 else [x] if scales is None else [x, scales]
+        counts = form.read(everyone(), self.rank, signature)
+        routes = self._routes(counts, routed.sent)
+        sizes = tuple(-(-count // alignment) * alignment for count in counts.slots.sum(1).tolist())
+        needed = int(counts.rows.sum()) if layout == "rows" else sum(sizes)
         here = self._hops.dispatch(
             [part.contiguous() for part in payload],
             topk_idx.contiguous(),
@@ -140,10 +145,10 @@ class TwoHopCommunicator(UndividedExchanges):
         segments = replace(here.segments, sizes=sizes) if max_rows is None else here.segments
         routing = here.routing
         if routing is not None:
-            routing = replace(routing, rows_per_rank=row_counts.flatten().to(x.device))
+            routing = replace(routing, rows_per_rank=to_device(counts.rows.flatten(), x.device))
         shape = (topk_idx.shape[0], topk_idx.shape[1])
-        places = places_of_tokens(to_nodes.tokens, routes.send_counts, shape[0])
-        handle = TwoHopHandle(shape, routes, to_nodes.tokens, places, here.handle, segments)
+        assert routes.tokens is not None
+        handle = TwoHopHandle(shape, routes, routes.tokens, routed.places, here.handle, segments)
         return replace(here, segments=segments, handle=handle, routing=routing)
 
     def dispatch_cached(self, x: Tensor, handle: TwoHopHandle, layout: RowLayout = "expert_major") -> Tensor:
@@ -174,29 +179,13 @@ class TwoHopCommunicator(UndividedExchanges):
         returned = self._hops.combine_weights(row_weights, handle.hops)
         return sum_by_token(returned, handle.tokens, handle.shape[0], row_weights.dtype)
 
-    def _routes(self, counts: Counts, tokens: Tensor) -> NodeRoutes:
-        """Where ``tokens`` (int64 ``[sent]``, by node) go, and how many rows come."""
+    def _routes(self, counts: Counts, sent: Tensor) -> NodeRoutes:
+        """Where tokens go, the first of ``sent``, and how many rows come."""
         topology = self.topology
-        arriving = counts.nodes[topology.counterparts(self.rank), topology.node_of(self.rank)]
-        return NodeRoutes(tokens, tuple(counts.nodes[self.rank].tolist()), tuple(arriving.tolist()))
-
-    def _exchange_counts(self, to_nodes: SendLayout, to_ranks: SendLayout, signature: list[int]) -> Counts:
-        """Tell every rank what this one sends; the host waits for it."""
-        header = torch.tensor(signature, dtype=torch.int64, device=to_nodes.tokens.device)
-        parts = [to_nodes.rows_per_rank, to_ranks.rows_per_rank, to_ranks.rows_per_expert, header]
-        mine = torch.cat(parts)
-        mine = mine.to(staging_device(self.group, mine.device))
-        everyone = mine.new_empty(self.size * mine.numel())
-        dist.all_gather_into_tensor(everyone, mine, group=self.group)
-        table = everyone.view(self.size, -1).cpu()
-        nodes, ranks, experts, headers = table.split([part.numel() for part in parts], dim=1)
-        for rank, line in enumerate(headers.tolist()):
-            if line != signature:
-                raise ValueError(
-                    f"dispatch: rank {rank} of the group passed (hidden, top_k, dtype, weights, fp8) = {line}, "
-                    f"rank {self.rank} {signature}: all ranks must agree"
-                )
-        return Counts(nodes, ranks, experts)
+        nodes: list[list[int]] = counts.nodes.tolist()
+        own, leaving = topology.node_of(self.rank), nodes[self.rank]
+        arriving = tuple(nodes[rank][own] for rank in topology.counterparts(self.rank))
+        return NodeRoutes(sent[: sum(leaving)], tuple(leaving), arriving)
 
 
 def two_hop_communicator(
@@ -228,8 +217,17 @@ def two_hop_communicator(
     )
     assert node is not None and counterparts is not None
     here, between, place = node_communicator(node), transport(counterparts), Place(rank, topology)
-    hops: Hops = SequentialHops(place, here, between)
-    overlap &= topology.nodes > 1
-    if overlap and isinstance(here, NvlinkCommunicator) and isinstance(between, SymmetricTransport):
-        hops = PipelinedHops(place, here, between)
-    return TwoHopCommunicator(group, topology, hops)
+    if (
+        overlap
+        and topology.nodes > 1
+        and isinstance(here, NvlinkCommunicator)
+        and isinstance(between, SymmetricTransport)
+    ):
+        within = None
+        if topology.ranks_per_node > 1:
+            ranks = topology.ranks_of_node(place.node)
+            within = loopback_transport(node, ranks, here.device, timeout_s=between.timeout_s)
+        return TwoHopCommunicator(
+            group, topology, PipelinedHops(place, here, between), PutTallies(topology, between, within)
+        )
+    return TwoHopCommunicator(group, topology, SequentialHops(place, here, between), GatheredTallies(group))

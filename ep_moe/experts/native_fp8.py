@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ep_moe.comm import PackedSegments
 from ep_moe.comm.fp8 import BLOCK
+from ep_moe.comm.fp8_quantize import QuantizeRowsArgs
 from ep_moe.comm.nvlink_wire import ELEMENTS
 from ep_moe.experts import native_fp8_activation, native_fp8_wgrad, native_gemm
 from ep_moe.experts.fp8 import Fp8Gemm, Fp8Rows, Fp8Weight, Fp8WeightPair, Segments, empty_scales
-from ep_moe.experts.native_real_rows import RealRows, real_rows
+from ep_moe.experts.native_real_rows import real_rows
 from ep_moe.native import launch, load_entry_points
 
 
@@ -39,20 +40,6 @@ class GroupedFp8Args(ctypes.Structure):
         ("blocks", c_int32),
         ("room", c_int32),
         ("reserved", c_int32),
-    )
-
-
-class QuantizeRowsArgs(ctypes.Structure):
-    """``QuantizeRowsArgs`` of ``quantize.cu``, which says what each field means."""
-
-    _fields_ = (
-        ("x", c_void_p),
-        ("values", c_void_p),
-        ("scales", c_void_p),
-        ("real", RealRows),
-        ("scale_stride", c_int64),
-        ("width", c_int32),
-        ("element", c_int32),
     )
 
 
@@ -82,7 +69,8 @@ def quantize_rows(rows: Tensor, segments: Segments) -> Fp8Rows:
         values=values.data_ptr(),
         scales=scales.data_ptr(),
         real=real_rows(segments, rows.shape[0]),
-        scale_stride=scales.stride(0),
+        row_stride=scales.stride(1),
+        block_stride=scales.stride(0),
         width=rows.shape[1],
         element=ELEMENTS[rows.dtype],
     )

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ep_moe.comm import ExpertSegments
+from ep_moe.comm.fp8_quantize import RealRows
 from ep_moe.experts import native_gemm
 from ep_moe.experts.activation import is_gated
 from ep_moe.experts.activation_kernels import ACTIVATIONS, as_fp32
 from ep_moe.experts.fp8 import Fp8ActivationGradients, Fp8Rows, Segments, empty_scales
-from ep_moe.experts.native_real_rows import RealRows, real_rows
+from ep_moe.experts.native_real_rows import real_rows
 from ep_moe.native import launch, load_entry_points, pointer
 
 
