@@ -58,8 +58,9 @@ from machine import Machine, add_ranks_argument, launch, say, start
 from results import save
 from shapes import SHAPES, Shape, gemm_of, shapes_for
 from timeline import draw_traces, hidden_share, read_spans
-from timing import repeat, time_call
+from timing import meet, repeat, time_call
 
+TRACE_HEAD_START_CYCLES = 40_000_000  # some 20 ms: a profiled step is launched meanwhile, where no size is waited for
 HALVES = ("halves", "two_batch")  # forward of two micro-batches
 
 
@@ -207,6 +208,8 @@ def measure_whole(
     if arguments.trace is not None:
         path = arguments.trace / f"{label}_rank{dist.get_rank()}.json"
         with trace(path, layer) as profile:
+            meet(machine)
+            torch.cuda._sleep(TRACE_HEAD_START_CYCLES)
             without_grad(forward) if both is None else both()
         say(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60))
         say(f"{hidden_share(read_spans(path)):.0%} of communication ran behind something else")

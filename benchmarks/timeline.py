@@ -3,7 +3,8 @@
     python benchmarks/timeline.py results/trace/*.json
 
 Each ``NAME.json``, as ``benchmarks/layer.py --trace`` and ``ep_moe.tracing.trace`` write it, gets a ``NAME.png`` beside
-it. Copies and memory fills count as other work.
+it. Copies and memory fills count as other work. What precedes the last delay of the GPU (``torch.cuda._sleep``) is left
+out: behind one, the host is as far ahead as in a long run, and gaps between kernels are not its own.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _EXCHANGES = (
     "node_exchange_kernel",
 )
 _ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
+_DELAY = "spin_kernel"
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Span:
 
 
 def read_spans(path: Path) -> list[Span]:
-    """All work on the GPU in a trace, by start.
+    """All work on the GPU in a trace, behind its last delay if there is one, by start.
 
     Raises:
         ValueError: if there is none.
@@ -48,6 +50,8 @@ def read_spans(path: Path) -> list[Span]:
     events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("cat") in _ON_GPU]
     if not events:
         raise ValueError(f"{path}: no work on a GPU in this trace")
+    begin = max((event["ts"] + event["dur"] for event in events if _DELAY in event["name"]), default=0.0)
+    events = [event for event in events if event["ts"] >= begin]
     first = min(event["ts"] for event in events)
     spans = [
         Span(event["args"]["stream"], event["ts"] - first, event["dur"], kind_of(event["name"])) for event in events

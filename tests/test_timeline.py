@@ -46,8 +46,14 @@ def test_a_trace_becomes_a_picture(tmp_path: Path) -> None:
         {"cat": "kernel", "name": name, "ts": 1000.0 + 10 * i, "dur": 5.0, "args": {"stream": 7 + i % 2}}
         for i, name in enumerate(names)
     ]
+    delay = "at::cuda::(anonymous namespace)::spin_kernel(long)"
+    before = [  # which is left out
+        {"cat": "kernel", "name": name, "ts": ts, "dur": 100.0, "args": {"stream": 7}}
+        for ts, name in ((600.0, delay), (700.0, names[0]), (850.0, delay))
+    ]
     path = tmp_path / "layer.json"
-    path.write_text(json.dumps({"traceEvents": [*reversed(events), {"cat": "cpu_op", "name": "x", "ts": 0.0}]}))
+    events_of_host = [{"cat": "cpu_op", "name": "x", "ts": 0.0}]
+    path.write_text(json.dumps({"traceEvents": [*reversed(events), *before, *events_of_host]}))
     assert read_spans(path) == [
         Span(7, 0.0, 5.0, "GEMM"),
         Span(8, 10.0, 5.0, "GEMM"),
