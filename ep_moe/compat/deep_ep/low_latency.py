@@ -2,72 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ep_moe.comm import LowLatencyCommunicator, PackedRows
+from ep_moe.comm import LowLatencyCommunicator
 from ep_moe.comm.fp8 import BLOCK
 from ep_moe.comm.low_latency import Hook, ScaleFormat
-from ep_moe.compat.deep_ep.events import StreamsOfHandle
+from ep_moe.compat.deep_ep.events import UsedByStreams
+from ep_moe.native import stream_handle
 
 Rows = Tensor | tuple[Tensor, Tensor]
 
 
-class LowLatencyHandle(tuple[Tensor, Tensor, int, int, int]):
+class LowLatencyHandle(UsedByStreams, tuple[Tensor, Tensor, int, int, int]):
     """``(src_info, layout_range, max_tokens, hidden, num_experts)``, and what combine needs.
 
     Attributes:
         communicator: that has the routes.
         routes: its name for them.
         combine_rows: the tensor that experts were told to write to, if any.
-        streams: that its tensors have been used on.
     """
 
     communicator: LowLatencyCommunicator
     routes: Any
-    combine_rows: Tensor | None
-    streams: StreamsOfHandle
-
-    @classmethod
-    def of(cls, communicator: LowLatencyCommunicator, packed: PackedRows) -> LowLatencyHandle:
-        """The handle of what a dispatch returned."""
-        routes = packed.handle
-        sizes = (communicator.max_tokens, communicator.hidden, communicator.num_experts)
-        handle = cls((routes.source_token, routes.ranges, *sizes))
-        handle.communicator, handle.routes, handle.combine_rows = communicator, routes, None
-        handle.streams = StreamsOfHandle(routes.source_token.device)
-        return handle
-
-    def use(self) -> None:
-        """The current stream uses its tensors."""
-        self.streams.add_current(self.routes)
+    combine_rows: Tensor | None = None
 
 
-class Sent(NamedTuple):
-    """A dispatch; see ``Buffer.low_latency_dispatch``.
-
-    Attributes:
-        rows: the rows, or rows and scales.
-        counts: int32 ``[local_experts]``.
-        handle: for :func:`combine`.
-        routes: the communicator's part of the handle.
-        hook: receives, if the dispatch only sent.
-    """
-
-    rows: Rows
-    counts: Tensor
-    handle: LowLatencyHandle
-    routes: Any
-    hook: Hook | None
+Sent = tuple[Rows, Tensor, LowLatencyHandle, Hook | None]
 
 
 def dispatch(
     communicator: LowLatencyCommunicator,
     x: Tensor,
     topk_idx: Tensor,
-    *,
     received: Tensor | None,
     wait_ns: Tensor | None,
     use_fp8: bool,
@@ -77,20 +46,33 @@ def dispatch(
 ) -> Sent:
     """Bring each token to all its experts; with ``split`` only send, until the hook is called.
 
+    Returns:
+        The rows, or rows and scales; int32 ``[local_experts]``, rows of each expert; the handle for :func:`combine`;
+        the hook that receives, if this only sent.
+
     Raises:
         ValueError: if arguments do not fit.
     """
-    if use_fp8 and use_ue8m0 and not round_scale:
+    if use_ue8m0 and use_fp8 and not round_scale:
         raise ValueError("use_ue8m0: needs round_scale=True, UE8M0 scales being powers of two")
     scale_format: ScaleFormat = "none" if not use_fp8 else "ue8m0" if round_scale else "fp32"
-    named: dict[str, Any] = {"scale_format": scale_format, "received": received, "wait_ns": wait_ns}
     hook: Hook | None = None
     if split:
-        packed, hook = communicator.dispatch_send(x, topk_idx, **named)
+        packed, hook = communicator.dispatch_send(
+            x, topk_idx, scale_format=scale_format, received=received, wait_ns=wait_ns
+        )
     else:
-        packed = communicator.dispatch(x, topk_idx, **named)
-    scales = packed.scales
-    if scales is not None and round_scale and not use_ue8m0:
+        packed = communicator.dispatch(x, topk_idx, scale_format=scale_format, received=received, wait_ns=wait_ns)
+    routes, rows, scales = packed.handle, packed.rows, packed.scales
+    handle = LowLatencyHandle(
+        (routes.source_token, routes.ranges, communicator.max_tokens, communicator.hidden, communicator.num_experts)
+    )
+    handle.communicator, handle.routes = communicator, routes
+    if rows.is_cuda:
+        handle.home = stream_handle(rows.device.index)
+    if scales is None:
+        return rows, packed.counts, handle, hook
+    if round_scale and not use_ue8m0:
         exponents = scales
         shape = (*exponents.shape[:2], communicator.hidden // BLOCK)
         scales = torch.empty(shape, dtype=torch.float32, device=exponents.device)
@@ -98,8 +80,7 @@ def dispatch(
             _unpack(exponents, scales)
         else:
             hook = _receive_and_unpack(hook, exponents, scales)
-    rows: Rows = packed.rows if scales is None else (packed.rows, scales)
-    return Sent(rows, packed.counts, LowLatencyHandle.of(communicator, packed), packed.handle, hook)
+    return (rows, scales), packed.counts, handle, hook
 
 
 def combine(
@@ -107,7 +88,6 @@ def combine(
     topk_idx: Tensor,
     topk_weights: Tensor,
     handle: LowLatencyHandle,
-    *,
     zero_copy: bool,
     out: Tensor | None,
     wait_ns: Tensor | None,
@@ -122,11 +102,12 @@ def combine(
         if handle.combine_rows is None:
             raise ValueError("zero_copy: call get_next_low_latency_combine_buffer(handle) first, and write there")
         x = handle.combine_rows
+    if handle.home is not None:
+        handle.use(handle.routes, x.device)
     communicator = handle.communicator
-    named: dict[str, Any] = {"out": out, "wait_ns": wait_ns}
     if split:
-        return communicator.combine_send(x, topk_idx, topk_weights, handle.routes, **named)
-    return communicator.combine(x, topk_idx, topk_weights, handle.routes, **named), None
+        return communicator.combine_send(x, topk_idx, topk_weights, handle.routes, out=out, wait_ns=wait_ns)
+    return communicator.combine(x, topk_idx, topk_weights, handle.routes, out=out, wait_ns=wait_ns), None
 
 
 def combine_buffer(handle: LowLatencyHandle) -> Tensor:

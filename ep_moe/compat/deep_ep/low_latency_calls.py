@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ep_moe.comm.low_latency import Hook
 from ep_moe.compat.deep_ep import low_latency
 from ep_moe.compat.deep_ep.config import low_latency_size_hint
-from ep_moe.compat.deep_ep.events import EventOverlap
+from ep_moe.compat.deep_ep.events import EventOverlap, NothingToWaitFor
 from ep_moe.compat.deep_ep.exchanges import Exchanges
 from ep_moe.compat.deep_ep.low_latency import LowLatencyHandle
 
@@ -64,28 +66,36 @@ class LowLatencyCalls:
             ValueError: before anything is sent, naming the argument, what was given and what is allowed.
             PeerTimeoutError: if a rank did not come; by this call or a later one.
         """
-        _check_not_both(async_finish, return_recv_hook)
-        sizes = (num_max_dispatch_tokens_per_rank, x.shape[-1], num_experts)
-        communicator = self._exchanges.low_latency_communicator(x.device, *sizes)
-        inputs = [x, topk_idx, cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats]
-        sent, event = self._exchanges.stream.run(
-            x.device,
-            lambda: low_latency.dispatch(
-                communicator,
-                x,
-                topk_idx,
-                received=cumulative_local_expert_recv_stats,
-                wait_ns=dispatch_wait_recv_cost_stats,
-                use_fp8=use_fp8,
-                round_scale=round_scale,
-                use_ue8m0=use_ue8m0,
-                split=return_recv_hook,
-            ),
-            inputs,
-            None,
-            async_finish,
+        if async_finish and return_recv_hook:
+            raise _both()
+        exchanges = self._exchanges
+        communicator = exchanges.low_latency.get((x.device, num_max_dispatch_tokens_per_rank, x.shape[-1], num_experts))
+        if communicator is None:
+            communicator = exchanges.low_latency_communicator(
+                x.device, num_max_dispatch_tokens_per_rank, x.shape[-1], num_experts
+            )
+        received, wait_ns = cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats
+        if not async_finish:
+            rows, counts, handle, hook = low_latency.dispatch(
+                communicator, x, topk_idx, received, wait_ns, use_fp8, round_scale, use_ue8m0, return_recv_hook
+            )
+            return rows, counts, handle, NothingToWaitFor(), hook
+        operation = partial(
+            low_latency.dispatch,
+            communicator,
+            x,
+            topk_idx,
+            received,
+            wait_ns,
+            use_fp8,
+            round_scale,
+            use_ue8m0,
+            split=False,
         )
-        return sent.rows, sent.counts, sent.handle, event, sent.hook
+        (rows, counts, handle, hook), event = exchanges.stream.run(
+            x.device, operation, [x, topk_idx, received, wait_ns], None, async_finish
+        )
+        return rows, counts, handle, event, hook
 
     def low_latency_combine(
         self,
@@ -121,34 +131,33 @@ class LowLatencyCalls:
             NotImplementedError: for ``use_logfmt``.
             ValueError, PeerTimeoutError: as :meth:`low_latency_dispatch`.
         """
-        self._exchanges.check_alive()
-        _check_not_both(async_finish, return_recv_hook)
+        if async_finish and return_recv_hook:
+            raise _both()
         if use_logfmt:
             raise NotImplementedError("use_logfmt: LogFMT is not offered; combine sends bf16")
-        handle = _low_latency_handle(handle)
-        (combined, hook), event = self._exchanges.stream.run(
-            x.device,
-            lambda: low_latency.combine(
-                x,
-                topk_idx,
-                topk_weights,
-                handle,
-                zero_copy=zero_copy,
-                out=out,
-                wait_ns=combine_wait_recv_cost_stats,
-                split=return_recv_hook,
-            ),
-            [x, topk_idx, topk_weights, handle.combine_rows, out, combine_wait_recv_cost_stats],
-            None,
-            async_finish,
-            handle.use,
+        exchanges, wait_ns = self._exchanges, combine_wait_recv_cost_stats
+        if exchanges.destroyed:
+            exchanges.check_alive()
+        if not isinstance(handle, LowLatencyHandle):
+            raise _no_handle(handle)
+        if not async_finish:
+            combined, hook = low_latency.combine(
+                x, topk_idx, topk_weights, handle, zero_copy, out, wait_ns, return_recv_hook
+            )
+            return combined, NothingToWaitFor(), hook
+        operation = partial(
+            low_latency.combine, x, topk_idx, topk_weights, handle, zero_copy, out, wait_ns, split=False
         )
+        inputs = [x, topk_idx, topk_weights, handle.combine_rows, out, wait_ns]
+        (combined, hook), event = exchanges.stream.run(x.device, operation, inputs, None, async_finish)
         return combined, event, hook
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> Tensor:
         """Where experts may write for ``zero_copy``: bf16 ``[local_experts, ranks * max_tokens, hidden]``."""
         self._exchanges.check_alive()
-        return low_latency.combine_buffer(_low_latency_handle(handle))
+        if not isinstance(handle, LowLatencyHandle):
+            raise _no_handle(handle)
+        return low_latency.combine_buffer(handle)
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Nothing to do: the modes do not share memory, and every exchange leaves its own clean."""
@@ -183,12 +192,9 @@ class LowLatencyCalls:
             self.low_latency_update_mask_buffer(rank, False)
 
 
-def _low_latency_handle(handle: LowLatencyHandle) -> LowLatencyHandle:
-    if not isinstance(handle, LowLatencyHandle):
-        raise ValueError(f"handle: expected what low_latency_dispatch returned, got {type(handle).__name__}")
-    return handle
+def _no_handle(handle: object) -> ValueError:
+    return ValueError(f"handle: expected what low_latency_dispatch returned, got {type(handle).__name__}")
 
 
-def _check_not_both(async_finish: bool, return_recv_hook: bool) -> None:
-    if async_finish and return_recv_hook:
-        raise ValueError("async_finish, return_recv_hook: at most one; a hook receives on the stream that calls it")
+def _both() -> ValueError:
+    return ValueError("async_finish, return_recv_hook: at most one; a hook receives on the stream that calls it")

@@ -26,32 +26,27 @@ class RoutingCountsArgs(ctypes.Structure):
     )
 
 
-def usable(topk_idx: Tensor) -> bool:
-    """Whether the kernel can count these entries: on a GPU, where the CUDA library is."""
-    return topk_idx.is_cuda and _find_library() is not None
-
-
-def count(topk_idx: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`ep_moe.compat.deep_ep.normal.dispatch_layout`, for entries of which :func:`usable` holds."""
-    library, topk_idx = _find_library(), topk_idx.contiguous()
-    assert library is not None  # usable() has seen to it
-    counts = torch.zeros(ranks + num_experts, dtype=torch.int32, device=topk_idx.device)
-    in_rank = torch.empty(topk_idx.shape[0], ranks, dtype=torch.bool, device=topk_idx.device)
+def count(library: ctypes.CDLL, topk_idx: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`ep_moe.compat.deep_ep.normal.dispatch_layout`, for entries on a GPU."""
+    topk_idx, device = topk_idx.contiguous(), topk_idx.device
+    tokens, top_k = topk_idx.shape
+    counts = torch.empty(ranks + num_experts, dtype=torch.int32, device=device)
+    in_rank = torch.empty(tokens, ranks, dtype=torch.bool, device=device)
     arguments = RoutingCountsArgs(
         topk_idx=topk_idx.data_ptr(),
         counts=counts.data_ptr(),
         in_rank=in_rank.data_ptr(),
-        tokens=topk_idx.shape[0],
-        top_k=topk_idx.shape[1],
+        tokens=tokens,
+        top_k=top_k,
         ranks=ranks,
         experts_per_rank=num_experts // ranks,
     )
-    launch(library, "routing_counts", arguments, topk_idx.device)
-    per_rank, per_expert = counts.split((ranks, num_experts))
+    launch(library, "routing_counts", arguments, device)
+    per_rank, per_expert = counts.split_with_sizes((ranks, num_experts))
     return per_rank, per_expert, in_rank
 
 
 @functools.cache
-def _find_library() -> ctypes.CDLL | None:
+def find_library() -> ctypes.CDLL | None:
     """The CUDA library with the signature of the kernel declared, or ``None`` where there is none."""
     return find_entry_points({"routing_counts": RoutingCountsArgs}, "layouts are counted without their CUDA kernel")
