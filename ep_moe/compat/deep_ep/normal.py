@@ -25,8 +25,8 @@ _WORDS = 4  # columns of the second tensor come in multiples of this: rows of 16
 
 
 # What a dispatch brings: the rows, or rows and scales; int64 [rows, top_k] local expert or -1, None if only ranks were
-# known; fp32 [rows, top_k] weights or None; tokens of each local expert, padded to the alignment, empty if the host does
-# not know; the handle for dispatch_cached and combine.
+# known; fp32 [rows, top_k] weights or None; tokens of each local expert, padded to the alignment, empty if the host
+# does not know; the handle for dispatch_cached and combine.
 Received = tuple[Rows, Tensor | None, Tensor | None, list[int], NormalHandle]
 
 

@@ -42,8 +42,7 @@ def count(library: ctypes.CDLL, topk_idx: Tensor, num_experts: int, ranks: int) 
         experts_per_rank=num_experts // ranks,
     )
     launch(library, "routing_counts", arguments, device)
-    per_rank, per_expert = counts.split_with_sizes((ranks, num_experts))
-    return per_rank, per_expert, in_rank
+    return counts[:ranks], counts[ranks:], in_rank
 
 
 @functools.cache
