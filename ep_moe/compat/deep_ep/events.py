@@ -5,7 +5,8 @@ Without CUDA everything is done when a call returns: events hold nothing and wai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -106,7 +107,7 @@ class CommunicationStream:
             result = operation()
             event = EventOverlap(EventHandle() if async_finish else None)
         record_use(inputs, beside)
-        record_use([result], current)
+        record_use(_with_handles(result), current)
         if not async_finish:
             current.wait_stream(beside)
         return result, event
@@ -120,7 +121,7 @@ class NothingToWaitFor(EventOverlap):
     __init__ = object.__init__
 
 
-class UsedByStreams:
+class UsedByStreams(ABC):
     """Base of handles: the allocator is told once of each stream that uses their tensors.
 
     Attributes:
@@ -130,11 +131,15 @@ class UsedByStreams:
     home: int | None = None
     _told: frozenset[int] = frozenset()
 
-    def use(self, tensors: Any, device: torch.device) -> None:
-        """The current stream uses ``tensors``, a tensor or what holds some, on the GPU ``device``."""
+    @abstractmethod
+    def tensors(self) -> Any:
+        """What it holds: tensors, or tuples, lists and dataclasses of them."""
+
+    def use(self, device: torch.device) -> None:
+        """The current stream of the GPU ``device`` uses the tensors; called if it is not :attr:`home`."""
         stream = stream_handle(device.index)
-        if stream != self.home and stream not in self._told:
-            record_use([tensors], torch.cuda.current_stream(device))
+        if stream not in self._told:
+            record_use([self.tensors()], torch.cuda.current_stream(device))
             self._told |= {stream}
 
 
@@ -143,3 +148,9 @@ def record_use(values: Iterable[Any], stream: torch.cuda.Stream) -> None:
     for tensor in tensors_in(list(values)):
         if tensor.is_cuda:
             tensor.record_stream(stream)
+
+
+def _with_handles(result: Any) -> Iterator[Any]:
+    """A result, or those of a tuple, and of handles among them what they hold, which some make up when asked for."""
+    for item in result if isinstance(result, tuple) else (result,):
+        yield item.tensors() if isinstance(item, UsedByStreams) else item

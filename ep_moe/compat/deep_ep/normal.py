@@ -148,8 +148,8 @@ def dispatch_by_rank(
 def dispatch_cached(x: Rows, handle: NormalHandle) -> Rows:
     """Send ``x`` along the routes of an earlier dispatch: the same rows in the same order."""
     data, scales = x if isinstance(x, tuple) else (x, None)
-    if handle.home is not None:
-        handle.use(handle.routes, data.device)
+    if handle.home is not None and handle.home != stream_handle(data.device.index):
+        handle.use(data.device)
     if scales is None and data.element_size() != 1:
         return handle.communicator.dispatch_cached(data, handle.routes, "rows")
     _check_rows(data, scales)
@@ -179,8 +179,8 @@ def combine(
             )
     if bias:
         _check_bias(bias, [handle.tokens, x.shape[1]], x.device)
-    if handle.home is not None:
-        handle.use(handle.routes, x.device)
+    if handle.home is not None and handle.home != stream_handle(x.device.index):
+        handle.use(x.device)
     out = handle.communicator.combine(x, handle.routes, "rows")
     weights = None
     if topk_weights is not None:

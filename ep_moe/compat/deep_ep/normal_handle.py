@@ -34,6 +34,10 @@ class NormalHandle(UsedByStreams, tuple[Any, ...]):
     rows_per_rank: Tensor
     _matrix: Tensor | None = None
 
+    def tensors(self) -> Any:
+        """The routes and what the matrix is made of."""
+        return self.routes, self.rows_per_rank
+
     @property
     def rank_prefix_matrix(self) -> Tensor:
         """int32 ``[ranks, ranks]``; this rank's column counts rows from ranks 0 to i, others hold -1."""
