@@ -5,7 +5,6 @@ Without CUDA everything is done when a call returns: events hold nothing and wai
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -121,7 +120,7 @@ class NothingToWaitFor(EventOverlap):
     __init__ = object.__init__
 
 
-class UsedByStreams(ABC):
+class UsedByStreams:
     """Base of handles: the allocator is told once of each stream that uses their tensors.
 
     Attributes:
@@ -131,9 +130,9 @@ class UsedByStreams(ABC):
     home: int | None = None
     _told: frozenset[int] = frozenset()
 
-    @abstractmethod
     def tensors(self) -> Any:
         """What it holds: tensors, or tuples, lists and dataclasses of them."""
+        raise NotImplementedError
 
     def use(self, device: torch.device) -> None:
         """The current stream of the GPU ``device`` uses the tensors; called if it is not :attr:`home`."""

@@ -24,6 +24,10 @@ class Exchanges:
         size: ranks of the group.
         stream: of operations that the caller's stream does not wait for.
         masked: ranks that low-latency exchanges leave out.
+        normal: the communicators that there are, by device; :meth:`communicator` makes others.
+        low_latency: likewise, by device, most tokens, hidden size and experts.
+        room: the most ``num_worst_tokens`` for which there is room, by device.
+        destroyed: whether :meth:`destroy` has been called.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -47,7 +51,7 @@ class Exchanges:
         self.stream = CommunicationStream()
         self.masked: set[int] = set()
         self.normal: dict[torch.device, Communicator] = {}
-        self._room: dict[torch.device, int] = {}
+        self.room: dict[torch.device, int] = {}
         self.low_latency: dict[tuple[torch.device, int, int, int], LowLatencyCommunicator] = {}
         self.destroyed = False
 
@@ -79,11 +83,10 @@ class Exchanges:
         return self.low_latency[key]
 
     def make_room(self, x: Tensor, num_worst_tokens: int, experts: int, top_k: int) -> None:
-        """The share of each rank in ``num_worst_tokens``; collective when it has to grow, on all ranks then."""
+        """More than :attr:`room`: the share of each rank in ``num_worst_tokens``; collective, on all ranks then."""
         share = -(-num_worst_tokens // self.size)
-        if share > self._room.get(x.device, 0):
-            normal.make_room(self.communicator(x.device), x, share, experts, top_k)
-            self._room[x.device] = share
+        normal.make_room(self.communicator(x.device), x, share, experts, top_k)
+        self.room[x.device] = share * self.size
 
     def mask(self, rank: int, masked: bool) -> None:
         """Leave a rank out of low-latency exchanges, or let it take part again."""
@@ -96,7 +99,7 @@ class Exchanges:
         for device in self.normal.keys() | {key[0] for key in self.low_latency}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-        for kept in (self.normal, self._room, self.low_latency):
+        for kept in (self.normal, self.room, self.low_latency):
             kept.clear()
         self.destroyed = True
 

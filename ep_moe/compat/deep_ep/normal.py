@@ -15,7 +15,6 @@ from torch.nn.functional import pad
 
 from ep_moe.comm import Communicator
 from ep_moe.comm.fp8 import BLOCK
-from ep_moe.compat.deep_ep import routing_counts
 from ep_moe.compat.deep_ep.normal_handle import NormalHandle
 from ep_moe.native import stream_handle
 
@@ -28,28 +27,6 @@ _WORDS = 4  # columns of the second tensor come in multiples of this: rows of 16
 # known; fp32 [rows, top_k] weights or None; tokens of each local expert, padded to the alignment, empty if the host
 # does not know; the handle for dispatch_cached and combine.
 Received = tuple[Rows, Tensor | None, Tensor | None, list[int], NormalHandle]
-
-
-def dispatch_layout(topk_idx: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens per rank int32 ``[ranks]``, per expert int32 ``[num_experts]``, and bool ``[tokens, ranks]``.
-
-    Raises:
-        ValueError: if the arguments do not fit together.
-    """
-    if topk_idx.dim() != 2 or topk_idx.dtype != torch.int64:
-        raise ValueError(f"topk_idx: expected int64 [tokens, top_k], got {topk_idx.dtype} {list(topk_idx.shape)}")
-    if num_experts < 1 or num_experts % ranks:
-        raise ValueError(f"num_experts: expected a multiple of the {ranks} ranks of the group, got {num_experts}")
-    if topk_idx.is_cuda and (library := routing_counts.find_library()) is not None:
-        return routing_counts.count(library, topk_idx, num_experts, ranks)
-    device = topk_idx.device
-    owners = topk_idx.div(num_experts // ranks, rounding_mode="floor")  # -1 stays -1
-    in_rank = (owners.unsqueeze(2) == torch.arange(ranks, device=device)).any(1)
-    # One place more on both sides, for what is no expert; dispatch reports those behind the last.
-    places = topk_idx.flatten().clamp(-1, num_experts) + 1
-    per_expert = torch.zeros(num_experts + 2, dtype=torch.int32, device=device)
-    per_expert.scatter_add_(0, places, torch.ones(1, dtype=torch.int32, device=device).expand_as(places))
-    return in_rank.sum(0, dtype=torch.int32), per_expert[1:-1], in_rank
 
 
 def dispatch(

@@ -12,6 +12,7 @@ from ep_moe.compat.deep_ep.events import EventOverlap, NothingToWaitFor
 from ep_moe.compat.deep_ep.exchanges import Exchanges
 from ep_moe.compat.deep_ep.normal import Rows
 from ep_moe.compat.deep_ep.normal_handle import NormalHandle
+from ep_moe.compat.deep_ep.routing_counts import count
 
 Dispatched = tuple[Rows, Tensor | None, Tensor | None, list[int] | None, NormalHandle, EventOverlap]
 
@@ -71,9 +72,9 @@ class NormalCalls:
         if exchanges.destroyed:
             exchanges.check_alive()
         if previous_event is None and not async_finish:
-            per_rank, per_expert, in_rank = normal.dispatch_layout(topk_idx, num_experts, exchanges.size)
+            per_rank, per_expert, in_rank = count(topk_idx, num_experts, exchanges.size)
             return per_rank, None, per_expert, in_rank, NothingToWaitFor()
-        operation = partial(normal.dispatch_layout, topk_idx, num_experts, exchanges.size)
+        operation = partial(count, topk_idx, num_experts, exchanges.size)
         (per_rank, per_expert, in_rank), event = exchanges.stream.run(
             topk_idx.device, operation, [topk_idx], previous_event, async_finish
         )
@@ -144,7 +145,7 @@ class NormalCalls:
         if num_tokens_per_expert is None:
             raise ValueError("num_tokens_per_expert: needed without handle; get_dispatch_layout returns it")
         num_experts = num_tokens_per_expert.shape[0]
-        if num_worst_tokens:
+        if num_worst_tokens > exchanges.room.get(data.device, 0):
             top_k = exchanges.size if topk_idx is None else topk_idx.shape[1]
             exchanges.make_room(data, num_worst_tokens, num_experts, top_k)
         num_sms = self.num_sms if config is None else config.num_sms
