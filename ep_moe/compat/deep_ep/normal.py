@@ -79,9 +79,8 @@ def dispatch(
     rows: Rows = arrived.rows
     handle, routing = NormalHandle((None, arrived.handle)), arrived.routing
     assert routing is not None
-    handle.communicator, handle.routes, handle.num_rows = communicator, arrived.handle, arrived.rows.shape[0]
-    handle.tokens, handle.top_k = topk_idx.shape
-    handle.rows_per_rank = routing.rows_per_rank
+    handle.communicator, handle.routes, handle.num_rows = communicator, arrived.handle, arrived.rows.size(0)
+    handle.sent, handle.rows_per_rank = topk_idx.shape, routing.rows_per_rank
     if data.is_cuda:
         handle.home = stream_handle(data.device.index)
     if scales_beside is not None:
@@ -148,14 +147,14 @@ def combine(
     if x.dim() != 2 or x.shape[0] != handle.num_rows:
         raise ValueError(f"x: expected [{handle.num_rows}, hidden] as dispatched, got {list(x.shape)}")
     if topk_weights is not None:
-        expected = [handle.num_rows, handle.top_k]
+        expected = [handle.num_rows, handle.sent[1]]
         if topk_weights.dtype != torch.float32 or list(topk_weights.shape) != expected:
             raise ValueError(
                 f"topk_weights: expected torch.float32 {expected} as dispatched, "
                 f"got {topk_weights.dtype} {list(topk_weights.shape)}"
             )
     if bias:
-        _check_bias(bias, [handle.tokens, x.shape[1]], x.device)
+        _check_bias(bias, [handle.sent[0], x.shape[1]], x.device)
     if handle.home is not None and handle.home != stream_handle(x.device.index):
         handle.use(x.device)
     out = handle.communicator.combine(x, handle.routes, "rows")

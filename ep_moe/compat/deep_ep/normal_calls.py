@@ -144,8 +144,8 @@ class NormalCalls:
             return rows, None, None, None, handle, event
         if num_tokens_per_expert is None:
             raise ValueError("num_tokens_per_expert: needed without handle; get_dispatch_layout returns it")
-        num_experts = num_tokens_per_expert.shape[0]
-        if num_worst_tokens > exchanges.room.get(data.device, 0):
+        num_experts = num_tokens_per_expert.size(0)
+        if num_worst_tokens and num_worst_tokens > exchanges.room.get(data.device, 0):
             top_k = exchanges.size if topk_idx is None else topk_idx.shape[1]
             exchanges.make_room(data, num_worst_tokens, num_experts, top_k)
         num_sms = self.num_sms if config is None else config.num_sms

@@ -21,16 +21,14 @@ class NormalHandle(UsedByStreams, tuple[Any, ...]):
         communicator: that has the routes.
         routes: its name for them.
         num_rows: rows of tensors here.
-        tokens: that this rank dispatched.
-        top_k: experts per token.
+        sent: ``[tokens, top_k]`` that this rank dispatched.
         rows_per_rank: int64 ``[ranks]``, rows from each rank.
     """
 
     communicator: Communicator
     routes: Any
     num_rows: int
-    tokens: int
-    top_k: int
+    sent: torch.Size
     rows_per_rank: Tensor
     _matrix: Tensor | None = None
 
