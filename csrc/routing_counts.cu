@@ -1,7 +1,7 @@
 // Counts of a routing: tokens that go to each rank, entries of each expert, and which token goes to which rank.
 //
 // A thread takes a token at a time; a block counts in shared memory and adds its counts to those of all blocks at the
-// end. No order matters: all are sums of integers.
+// end. No order matters among blocks: all are sums of integers, from the zeros that the stream writes ahead of them.
 #include <algorithm>
 
 #include "launch.cuh"
@@ -10,7 +10,7 @@ namespace ep_moe {
 
 struct RoutingCountsArgs {
   const int64_t* topk_idx;  // [tokens][top_k]; entries that are no expert count nowhere
-  int32_t* counts;          // out [ranks + experts], zero before: tokens of each rank, then entries of each expert
+  int32_t* counts;          // out [ranks + experts]: tokens of each rank, then entries of each expert
   bool* in_rank;            // out [tokens][ranks]
   int32_t tokens;
   int32_t top_k;
@@ -49,12 +49,14 @@ __global__ void __launch_bounds__(kThreads) routing_counts_kernel(const __grid_c
 }  // namespace
 }  // namespace ep_moe
 
-// Runs the kernel above; the counts must fit the shared memory of a block.
+// Zeroes the counts and runs the kernel above; they must fit the shared memory of a block.
 EP_MOE_API const char* ep_moe_routing_counts(const ep_moe::RoutingCountsArgs* args, cudaStream_t stream) {
   using namespace ep_moe;
-  if (args->tokens == 0) return nullptr;
-  const int blocks = std::min((args->tokens + kThreads - 1) / kThreads, kMaxBlocks);
   const int bins = args->ranks * (args->experts_per_rank + 1);
+  // A memset costs the host a small part of what an operation of PyTorch does.
+  const cudaError_t error = cudaMemsetAsync(args->counts, 0, bins * sizeof(int32_t), stream);
+  if (error != cudaSuccess || args->tokens == 0) return error_text(error, "routing counts");
+  const int blocks = std::min((args->tokens + kThreads - 1) / kThreads, kMaxBlocks);
   return launch("routing counts kernel", routing_counts_kernel, *args, blocks, kThreads, bins * 4, LaunchMode::kPlain,
                 stream);
 }

@@ -169,7 +169,7 @@ def launch(library: ctypes.CDLL, name: str, arguments: ctypes.Structure, device:
         RuntimeError: what the entry point reports.
     """
     index = device.index
-    if index != torch.cuda.current_device():
+    if index != torch._C._cuda_getDevice():  # torch.cuda.current_device, without asking whether CUDA is initialised
         with torch.cuda.device(index):
             return launch(library, name, arguments, device)
     error = getattr(library, f"ep_moe_{name}")(ctypes.byref(arguments), stream_handle(index))

@@ -149,6 +149,41 @@ def test_layout(device: str, pattern: str) -> None:
     assert run_ranks(2, _layout, device, replace(BASE, pattern=pattern)) == [[], []]
 
 
+@pytest.mark.parametrize("device", DEEP_EP_DEVICES)
+def test_layout_of_no_tokens(device: str) -> None:
+    assert run_ranks(2, _layout, device, replace(BASE, tokens=(0, 5))) == [[], []]
+
+
+def _layout_in_used_memory(rank: int, world: int) -> list[int]:
+    """Calls whose results get the memory of other results, and one in a CUDA graph that is replayed."""
+    on, buffer = use_deep_ep("cuda", rank), make_buffer()
+    idx = make_inputs(BASE, rank)[1].to(on)
+
+    def counts() -> Tensor:
+        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, BASE.num_experts)
+        return torch.cat([per_rank, per_expert, in_rank.flatten().int()])
+
+    want, wrong = counts(), 0
+    for _ in range(20):
+        used = [torch.full((size,), -1, dtype=torch.int32, device=on) for size in (2, 8, 10, 32, 128) for _ in range(9)]
+        del used
+        wrong += int(not torch.equal(counts(), want))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = counts()
+    for _ in range(3):
+        graph.replay()
+        wrong += int(not torch.equal(captured, want))
+    moved = torch.stack([torch.zeros_like(idx), idx], 2)[..., 1]  # not contiguous
+    per_expert = buffer.get_dispatch_layout(moved, BASE.num_experts)[2]
+    return [wrong, int(not torch.equal(per_expert, want[world : world + BASE.num_experts]))]
+
+
+@pytest.mark.gpu
+def test_layout_in_used_memory() -> None:
+    assert run_ranks(2, _layout_in_used_memory) == [[0, 0], [0, 0]]
+
+
 def _scaled(rank: int, world: int, device: str, column_major: bool) -> list[str]:
     """Rows of e4m3 with scales; they tell their source."""
     on, buffer, case = use_deep_ep(device, rank), make_buffer(), replace(BASE, hidden=256)

@@ -182,7 +182,9 @@ class NvlinkCommunicator:
             rows, row_scales, steps = self._pull(source, routes, layout, groups, early=True)
         weights = None
         if topk_weights is not None and places.slot_weights is not None:
-            weights = places.slot_weights[: segments.num_rows].to(topk_weights.dtype)
+            weights = places.slot_weights[: segments.num_rows]
+            if topk_weights.dtype != weights.dtype:
+                weights = weights.to(topk_weights.dtype)
         row_of_slot = places.row_of_slot[: segments.num_rows]
         routing = places.routing(received, None if topk_weights is None else topk_weights.dtype)
         return Dispatched(rows, row_scales, weights, segments, row_of_slot, routes, routing), steps
@@ -281,7 +283,7 @@ class NvlinkCommunicator:
         num_sms = handle.num_sms or combine_sms(self.size, handle.experts_per_rank, handle.top_k, layout)
         self._core.reserve(handle.tokens, handle.top_k, wire.bytes)
         out = torch.empty(handle.tokens, rows.shape[1], dtype=rows.dtype, device=self.device)
-        places = handle.places(layout)
+        places, width = handle.places(layout)
         arguments = native.CombineArgs(
             comm=self._core.arguments(num_sms),
             slots=places.data_ptr(),
@@ -294,7 +296,7 @@ class NvlinkCommunicator:
             element=ELEMENTS[rows.dtype],
             tokens=handle.tokens,
             slot_tokens=places.shape[1],
-            width=places.shape[2],
+            width=width,
         )
         return out, arguments
 
@@ -337,7 +339,7 @@ class NvlinkCommunicator:
             early: beside the layout kernel ahead of staging.
         """
         wire = source.wire
-        segments, num_rows, places = handle.segments, handle.num_rows(layout), handle.places(layout)
+        segments, num_rows, (places, width) = handle.segments, handle.num_rows(layout), handle.places(layout)
         num_sms = handle.num_sms or dispatch_sms(self.size, handle.experts_per_rank, handle.top_k, layout)
         rows = torch.empty(num_rows, source.hidden, dtype=source.dtype, device=self.device)
         scales = None
@@ -355,7 +357,7 @@ class NvlinkCommunicator:
             row_bytes=wire.row_bytes,
             row_scales=wire.scales,
             slot_tokens=places.shape[1],
-            width=places.shape[2],
+            width=width,
             num_rows=num_rows,
             warps=warps,
             stages=min(SHARED_BYTES // (warps * wire.bytes), _MAX_STAGES),

@@ -52,9 +52,9 @@ class NvlinkHandle:
         """Rows of a tensor in ``layout``."""
         return self.num_received if layout == "rows" else self.segments.num_rows
 
-    def places(self, layout: RowLayout) -> Tensor:
-        """Where each arrived token's row goes: ``[ranks, slot_tokens, places of a token]``."""
-        return self.rows.unsqueeze(2) if layout == "rows" else self.slots
+    def places(self, layout: RowLayout) -> tuple[Tensor, int]:
+        """Where each arrived token's row goes, ``[ranks, slot_tokens, ...]``, and the places of a token."""
+        return (self.rows, 1) if layout == "rows" else (self.slots, self.top_k)
 
     def ranges(self, layout: RowLayout, groups: int) -> list[ExpertRange]:
         """The local experts with whose groups the launches of an exchange move tokens."""

@@ -56,7 +56,9 @@ class RowPlaces:
             return None
         weights = None
         if self.received_topk_weights is not None:
-            weights = self.received_topk_weights[:received].to(dtype)
+            weights = self.received_topk_weights[:received]
+            if dtype != weights.dtype:
+                weights = weights.to(dtype)
         return ReceivedRouting(self.received_topk_idx[:received], weights, self.rows_per_rank)
 
 

@@ -31,6 +31,7 @@ from ep_moe.comm.nvlink_faults import FaultMonitor
 from ep_moe.comm.nvlink_rounds import Rounds
 from ep_moe.comm.symmetric import SymmetricBuffer
 from ep_moe.native import current_stream, launch, pointer, stream_handle
+from ep_moe.streams import tensors_in
 
 _SCALE_FORMATS: dict[ScaleFormat, int] = {"none": 0, "fp32": 1, "ue8m0": 2}
 _TABLE_BYTES = 96 * 1024  # of shared memory: two blocks share a multiprocessor
@@ -106,6 +107,8 @@ class NvlinkLowLatencyCommunicator:
         self.max_tokens, self.hidden, self.num_experts = max_tokens, hidden, num_experts
         self._timeout_s = timeout_s
         self._workspace = torch.zeros(native.WORKSPACE_WORDS, dtype=torch.int32, device=device)
+        # Where kernels write the number of a round that they also receive, so that nobody asks for it.
+        self._unread = torch.zeros(1, dtype=torch.int32, device=device)
         self._faults = FaultMonitor(
             self.rank,
             timeout_s,
@@ -235,7 +238,7 @@ class NvlinkLowLatencyCommunicator:
             scales = empty(local_experts, places, blocks, dtype=torch.float32)
         elif scale_format == "ue8m0":
             scales = empty(local_experts, places, -(-blocks // 4))
-        counts, number = empty(local_experts), empty(1)
+        counts, number = empty(local_experts), empty(1) if split else self._unread
         handle = NvlinkLowLatencyHandle(
             source_token=empty(local_experts, places),
             ranges=empty(local_experts, self.size, dtype=torch.int64),
@@ -266,8 +269,7 @@ class NvlinkLowLatencyCommunicator:
                 scale_format=_SCALE_FORMATS[scale_format],
                 table_bytes=table_bytes if table_bytes <= _TABLE_BYTES else 0,
             )
-            results = [rows, counts, handle.ranges, handle.source_token, handle.slots, number]
-            results += [t for t in (scales, handle.weights, received, wait_ns) if t is not None]
+            results = (rows, counts, handle, number, scales, received, wait_ns)
             hook = self._start("dispatch", arguments, self._dispatches, split, results)
         return PackedRows(rows, scales, counts, handle), hook
 
@@ -288,7 +290,7 @@ class NvlinkLowLatencyCommunicator:
         tokens, top_k = topk_idx.shape
         if out is None:
             out = torch.empty(tokens, self.hidden, dtype=torch.bfloat16, device=self.device)
-        number = torch.empty(1, dtype=torch.int32, device=self.device)
+        number = torch.empty(1, dtype=torch.int32, device=self.device) if split else self._unread
         with self._lock:
             arguments = native.LowLatencyCombineArgs(
                 ll=self._common,
@@ -303,8 +305,7 @@ class NvlinkLowLatencyCommunicator:
                 tokens=tokens,
                 top_k=top_k,
             )
-            results = [out, number, topk_idx] + ([] if wait_ns is None else [wait_ns])
-            hook = self._start("combine", arguments, self._combines, split, results)
+            hook = self._start("combine", arguments, self._combines, split, (out, number, topk_idx, wait_ns))
         return out, hook
 
     def _start(
@@ -313,17 +314,20 @@ class NvlinkLowLatencyCommunicator:
         arguments: native.LowLatencyDispatchArgs | native.LowLatencyCombineArgs,
         rounds: Rounds,
         split: bool,
-        used_by_receive: list[Tensor],
+        used_by_receive: tuple[object, ...],
     ) -> Hook:
         """Launch the send, or with it the receive; returns what launches the receive, which then must be called."""
         self._faults.check()
-        if torch.cuda.is_current_stream_capturing():
+        capturing = torch.cuda.is_current_stream_capturing()
+        if capturing:
             self._captured = True
-        arguments.ll.phases = native.SEND if split else native.SEND | native.RECEIVE
-        number = rounds.send(lambda: self._launch(name, arguments))
+        work = (launch, self._reach.library, f"{self._reach.prefix}_{name}", arguments, self.device)
         if not split:
-            rounds.receive(number, _nothing)
+            arguments.ll.phases = native.SEND | native.RECEIVE
+            rounds.exchange(capturing, *work)
             return _nothing
+        arguments.ll.phases = native.SEND
+        number = rounds.send(capturing, *work)
         home, called = stream_handle(self.device.index), False
 
         def hook() -> None:
@@ -334,16 +338,13 @@ class NvlinkLowLatencyCommunicator:
                 called = True
                 self._faults.check()
                 arguments.ll.phases = native.RECEIVE
-                rounds.receive(number, lambda: self._launch(name, arguments))
+                rounds.receive(number, torch.cuda.is_current_stream_capturing(), *work)
                 stream = current_stream(self.device.index)
                 if stream.cuda_stream != home:
-                    for tensor in used_by_receive:
+                    for tensor in tensors_in(used_by_receive):
                         tensor.record_stream(stream)
 
         return hook
-
-    def _launch(self, name: str, arguments: ctypes.Structure) -> None:
-        launch(self._reach.library, f"{self._reach.prefix}_{name}", arguments, self.device)
 
     def _check_device(self, x: Tensor) -> None:
         if x.device != self.device:

@@ -5,7 +5,7 @@ Without CUDA everything is done when a call returns: events hold nothing and wai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -78,9 +78,10 @@ class CommunicationStream:
         inputs: Iterable[Any],
         previous_event: EventOverlap | None,
         async_finish: bool,
-        use_handle: Callable[[], None] | None = None,
     ) -> tuple[T, EventOverlap]:
-        """Run ``operation``, on the communication stream if ``previous_event`` or ``async_finish`` is given.
+        """Run ``operation`` on the communication stream, for a call with ``previous_event`` or ``async_finish``.
+
+        Other calls need none of this: they run where the caller's tensors are used anyway.
 
         Args:
             device: of the tensors.
@@ -88,18 +89,12 @@ class CommunicationStream:
             inputs: all tensors of the caller that it uses, within tuples, lists and dataclasses.
             previous_event: waited for before, instead of everything that is on the current stream.
             async_finish: leave it to the caller to wait for the event.
-            use_handle: told that the current stream uses a handle, whose tensors may come from another one.
 
         Returns:
             What ``operation`` returned, and the event after it, which holds nothing unless ``async_finish``.
         """
         if device.type != "cuda":
             return operation(), EventOverlap(EventHandle() if async_finish else None)
-        if not async_finish and previous_event is None:
-            # Tensors of the caller are used where the caller uses them: nothing to record.
-            if use_handle is not None:
-                use_handle()
-            return operation(), EventOverlap()
         current = torch.cuda.current_stream(device.index)
         beside = self.of(device)
         before = None if previous_event is None or previous_event.event is None else previous_event.event.event
@@ -108,33 +103,43 @@ class CommunicationStream:
         else:
             beside.wait_event(before)
         with torch.cuda.stream(beside):
-            if use_handle is not None:
-                use_handle()
             result = operation()
             event = EventOverlap(EventHandle() if async_finish else None)
         record_use(inputs, beside)
-        record_use([result], current)
+        record_use(_with_handles(result), current)
         if not async_finish:
             current.wait_stream(beside)
         return result, event
 
 
-class StreamsOfHandle:
-    """On which streams the tensors of a handle have been used, so that the allocator is told once for each."""
+class NothingToWaitFor(EventOverlap):
+    """Of an operation that the current stream has waited for. Most are, so this one is made without Python code."""
 
-    def __init__(self, device: torch.device) -> None:
-        """They have just been made, on the current stream of ``device``."""
-        self._device = device
-        self._known = {stream_handle(device.index)} if device.type == "cuda" else set()
+    event = None
+    extra_tensors = None
+    __init__ = object.__init__
 
-    def add_current(self, tensors: Any) -> None:
-        """The current stream uses ``tensors``, a tensor or what holds some."""
-        if self._device.type != "cuda":
-            return
-        stream = stream_handle(self._device.index)
-        if stream not in self._known:
-            record_use([tensors], torch.cuda.current_stream(self._device))
-            self._known.add(stream)
+
+class UsedByStreams:
+    """Base of handles: the allocator is told once of each stream that uses their tensors.
+
+    Attributes:
+        home: the stream they were made on, which it knows; ``None`` on a CPU.
+    """
+
+    home: int | None = None
+    _told: frozenset[int] = frozenset()
+
+    def tensors(self) -> Any:
+        """What it holds: tensors, or tuples, lists and dataclasses of them."""
+        raise NotImplementedError
+
+    def use(self, device: torch.device) -> None:
+        """The current stream of the GPU ``device`` uses the tensors; called if it is not :attr:`home`."""
+        stream = stream_handle(device.index)
+        if stream not in self._told:
+            record_use([self.tensors()], torch.cuda.current_stream(device))
+            self._told |= {stream}
 
 
 def record_use(values: Iterable[Any], stream: torch.cuda.Stream) -> None:
@@ -142,3 +147,9 @@ def record_use(values: Iterable[Any], stream: torch.cuda.Stream) -> None:
     for tensor in tensors_in(list(values)):
         if tensor.is_cuda:
             tensor.record_stream(stream)
+
+
+def _with_handles(result: Any) -> Iterator[Any]:
+    """A result, or those of a tuple, and of handles among them what they hold, which some make up when asked for."""
+    for item in result if isinstance(result, tuple) else (result,):
+        yield item.tensors() if isinstance(item, UsedByStreams) else item

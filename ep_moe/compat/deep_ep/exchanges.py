@@ -24,6 +24,10 @@ class Exchanges:
         size: ranks of the group.
         stream: of operations that the caller's stream does not wait for.
         masked: ranks that low-latency exchanges leave out.
+        normal: the communicators that there are, by device; :meth:`communicator` makes others.
+        low_latency: likewise, by device, most tokens, hidden size and experts.
+        room: the most ``num_worst_tokens`` for which there is room, by device.
+        destroyed: whether :meth:`destroy` has been called.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -46,23 +50,23 @@ class Exchanges:
         self.size = dist.get_world_size(group)
         self.stream = CommunicationStream()
         self.masked: set[int] = set()
-        self._communicators: dict[torch.device, Communicator] = {}
-        self._room: dict[torch.device, int] = {}
-        self._low_latency: dict[tuple[torch.device, int, int, int], LowLatencyCommunicator] = {}
-        self._destroyed = False
+        self.normal: dict[torch.device, Communicator] = {}
+        self.room: dict[torch.device, int] = {}
+        self.low_latency: dict[tuple[torch.device, int, int, int], LowLatencyCommunicator] = {}
+        self.destroyed = False
 
     def check_alive(self) -> None:
         """Raise ``RuntimeError`` after :meth:`destroy`."""
-        if self._destroyed:
+        if self.destroyed:
             raise RuntimeError("this Buffer has been destroyed")
 
     def communicator(self, device: torch.device) -> Communicator:
         """That of normal mode, for tensors on ``device``; collective when it is the first time."""
         self.check_alive()
-        if device not in self._communicators:
+        if device not in self.normal:
             refuse_capture("a Buffer is used for the first time")
-            self._communicators[device] = self._factory.build(device)
-        return self._communicators[device]
+            self.normal[device] = self._factory.build(device)
+        return self.normal[device]
 
     def low_latency_communicator(
         self, device: torch.device, max_tokens: int, hidden: int, num_experts: int
@@ -70,35 +74,34 @@ class Exchanges:
         """That of low-latency mode, for exchanges of these sizes; collective when it is the first time."""
         self.check_alive()
         key = (device, max_tokens, hidden, num_experts)
-        if key not in self._low_latency:
+        if key not in self.low_latency:
             refuse_capture("a Buffer is used for the first time with these sizes")
             communicator = self._factory.build_low_latency(*key)
             for rank in self.masked:
                 communicator.mask_rank(rank)
-            self._low_latency[key] = communicator
-        return self._low_latency[key]
+            self.low_latency[key] = communicator
+        return self.low_latency[key]
 
     def make_room(self, x: Tensor, num_worst_tokens: int, experts: int, top_k: int) -> None:
-        """The share of each rank in ``num_worst_tokens``; collective when it has to grow, on all ranks then."""
+        """More than :attr:`room`: the share of each rank in ``num_worst_tokens``; collective, on all ranks then."""
         share = -(-num_worst_tokens // self.size)
-        if share > self._room.get(x.device, 0):
-            normal.make_room(self.communicator(x.device), x, share, experts, top_k)
-            self._room[x.device] = share
+        normal.make_room(self.communicator(x.device), x, share, experts, top_k)
+        self.room[x.device] = share * self.size
 
     def mask(self, rank: int, masked: bool) -> None:
         """Leave a rank out of low-latency exchanges, or let it take part again."""
-        for communicator in self._low_latency.values():
+        for communicator in self.low_latency.values():
             communicator.mask_rank(rank, masked)
         (self.masked.add if masked else self.masked.discard)(rank)
 
     def destroy(self) -> None:
         """Let go of all memory, once the devices are done with it."""
-        for device in self._communicators.keys() | {key[0] for key in self._low_latency}:
+        for device in self.normal.keys() | {key[0] for key in self.low_latency}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-        for kept in (self._communicators, self._room, self._low_latency):
+        for kept in (self.normal, self.room, self.low_latency):
             kept.clear()
-        self._destroyed = True
+        self.destroyed = True
 
 
 def refuse_capture(what: str) -> None:

@@ -1,132 +1,36 @@
-"""Low-latency mode: the formats and handles of DeepEP over a low-latency communicator."""
+"""Low-latency mode: the handles and scales of DeepEP over a low-latency communicator."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ep_moe.comm import LowLatencyCommunicator, PackedRows
+from ep_moe.comm import LowLatencyCommunicator
 from ep_moe.comm.fp8 import BLOCK
-from ep_moe.comm.low_latency import Hook, ScaleFormat
-from ep_moe.compat.deep_ep.events import StreamsOfHandle
+from ep_moe.comm.low_latency import Hook
+from ep_moe.compat.deep_ep.events import UsedByStreams
 
 Rows = Tensor | tuple[Tensor, Tensor]
 
 
-class LowLatencyHandle(tuple[Tensor, Tensor, int, int, int]):
+class LowLatencyHandle(UsedByStreams, tuple[Tensor, Tensor, int, int, int]):
     """``(src_info, layout_range, max_tokens, hidden, num_experts)``, and what combine needs.
 
     Attributes:
         communicator: that has the routes.
         routes: its name for them.
         combine_rows: the tensor that experts were told to write to, if any.
-        streams: that its tensors have been used on.
     """
 
     communicator: LowLatencyCommunicator
     routes: Any
-    combine_rows: Tensor | None
-    streams: StreamsOfHandle
+    combine_rows: Tensor | None = None
 
-    @classmethod
-    def of(cls, communicator: LowLatencyCommunicator, packed: PackedRows) -> LowLatencyHandle:
-        """The handle of what a dispatch returned."""
-        routes = packed.handle
-        sizes = (communicator.max_tokens, communicator.hidden, communicator.num_experts)
-        handle = cls((routes.source_token, routes.ranges, *sizes))
-        handle.communicator, handle.routes, handle.combine_rows = communicator, routes, None
-        handle.streams = StreamsOfHandle(routes.source_token.device)
-        return handle
-
-    def use(self) -> None:
-        """The current stream uses its tensors."""
-        self.streams.add_current(self.routes)
-
-
-class Sent(NamedTuple):
-    """A dispatch; see ``Buffer.low_latency_dispatch``.
-
-    Attributes:
-        rows: the rows, or rows and scales.
-        counts: int32 ``[local_experts]``.
-        handle: for :func:`combine`.
-        routes: the communicator's part of the handle.
-        hook: receives, if the dispatch only sent.
-    """
-
-    rows: Rows
-    counts: Tensor
-    handle: LowLatencyHandle
-    routes: Any
-    hook: Hook | None
-
-
-def dispatch(
-    communicator: LowLatencyCommunicator,
-    x: Tensor,
-    topk_idx: Tensor,
-    *,
-    received: Tensor | None,
-    wait_ns: Tensor | None,
-    use_fp8: bool,
-    round_scale: bool,
-    use_ue8m0: bool,
-    split: bool,
-) -> Sent:
-    """Bring each token to all its experts; with ``split`` only send, until the hook is called.
-
-    Raises:
-        ValueError: if arguments do not fit.
-    """
-    if use_fp8 and use_ue8m0 and not round_scale:
-        raise ValueError("use_ue8m0: needs round_scale=True, UE8M0 scales being powers of two")
-    scale_format: ScaleFormat = "none" if not use_fp8 else "ue8m0" if round_scale else "fp32"
-    named: dict[str, Any] = {"scale_format": scale_format, "received": received, "wait_ns": wait_ns}
-    hook: Hook | None = None
-    if split:
-        packed, hook = communicator.dispatch_send(x, topk_idx, **named)
-    else:
-        packed = communicator.dispatch(x, topk_idx, **named)
-    scales = packed.scales
-    if scales is not None and round_scale and not use_ue8m0:
-        exponents = scales
-        shape = (*exponents.shape[:2], communicator.hidden // BLOCK)
-        scales = torch.empty(shape, dtype=torch.float32, device=exponents.device)
-        if hook is None:
-            _unpack(exponents, scales)
-        else:
-            hook = _receive_and_unpack(hook, exponents, scales)
-    rows: Rows = packed.rows if scales is None else (packed.rows, scales)
-    return Sent(rows, packed.counts, LowLatencyHandle.of(communicator, packed), packed.handle, hook)
-
-
-def combine(
-    x: Tensor,
-    topk_idx: Tensor,
-    topk_weights: Tensor,
-    handle: LowLatencyHandle,
-    *,
-    zero_copy: bool,
-    out: Tensor | None,
-    wait_ns: Tensor | None,
-    split: bool,
-) -> tuple[Tensor, Hook | None]:
-    """Sum each token's rows, times their weights, at its rank; with ``split`` only send, until the hook is called.
-
-    Raises:
-        ValueError: if arguments do not fit.
-    """
-    if zero_copy:
-        if handle.combine_rows is None:
-            raise ValueError("zero_copy: call get_next_low_latency_combine_buffer(handle) first, and write there")
-        x = handle.combine_rows
-    communicator = handle.communicator
-    named: dict[str, Any] = {"out": out, "wait_ns": wait_ns}
-    if split:
-        return communicator.combine_send(x, topk_idx, topk_weights, handle.routes, **named)
-    return communicator.combine(x, topk_idx, topk_weights, handle.routes, **named), None
+    def tensors(self) -> Any:
+        """The routes, of which the first two of the tuple are parts."""
+        return self.routes
 
 
 def combine_buffer(handle: LowLatencyHandle) -> Tensor:
@@ -134,6 +38,20 @@ def combine_buffer(handle: LowLatencyHandle) -> Tensor:
     if handle.combine_rows is None:
         handle.combine_rows = handle.communicator.combine_buffer(handle.routes)
     return handle.combine_rows
+
+
+def unpack_scales(exponents: Tensor, hidden: int, receive: Hook | None) -> tuple[Tensor, Hook | None]:
+    """UE8M0 exponents of rows ``[..., hidden]``, four to an int32, as fp32 scales, for programs that want these.
+
+    Returns:
+        Fp32 ``[..., hidden / 128]``, and what receives them, if ``receive`` has to be called for the exponents.
+    """
+    shape = (*exponents.shape[:2], hidden // BLOCK)
+    scales = torch.empty(shape, dtype=torch.float32, device=exponents.device)
+    if receive is None:
+        _unpack(exponents, scales)
+        return scales, None
+    return scales, _receive_and_unpack(receive, exponents, scales)
 
 
 def _unpack(exponents: Tensor, scales: Tensor) -> None:

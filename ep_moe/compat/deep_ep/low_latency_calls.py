@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from ep_moe.comm.low_latency import Hook
-from ep_moe.compat.deep_ep import low_latency
+from ep_moe.comm.low_latency import Hook, ScaleFormat
 from ep_moe.compat.deep_ep.config import low_latency_size_hint
-from ep_moe.compat.deep_ep.events import EventOverlap
+from ep_moe.compat.deep_ep.events import EventOverlap, NothingToWaitFor
 from ep_moe.compat.deep_ep.exchanges import Exchanges
-from ep_moe.compat.deep_ep.low_latency import LowLatencyHandle
+from ep_moe.compat.deep_ep.low_latency import LowLatencyHandle, Rows, combine_buffer, unpack_scales
+from ep_moe.native import stream_handle
 
 
 class LowLatencyCalls:
@@ -38,7 +40,7 @@ class LowLatencyCalls:
         use_ue8m0: bool = False,
         async_finish: bool = False,
         return_recv_hook: bool = False,
-    ) -> tuple[low_latency.Rows, Tensor, LowLatencyHandle, EventOverlap, Hook | None]:
+    ) -> tuple[Rows, Tensor, LowLatencyHandle, EventOverlap, Hook | None]:
         """Bring each token to all its experts, in fixed shapes; can be captured in a CUDA graph once it has run.
 
         Args:
@@ -64,28 +66,40 @@ class LowLatencyCalls:
             ValueError: before anything is sent, naming the argument, what was given and what is allowed.
             PeerTimeoutError: if a rank did not come; by this call or a later one.
         """
-        _check_not_both(async_finish, return_recv_hook)
-        sizes = (num_max_dispatch_tokens_per_rank, x.shape[-1], num_experts)
-        communicator = self._exchanges.low_latency_communicator(x.device, *sizes)
-        inputs = [x, topk_idx, cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats]
-        sent, event = self._exchanges.stream.run(
-            x.device,
-            lambda: low_latency.dispatch(
-                communicator,
-                x,
-                topk_idx,
-                received=cumulative_local_expert_recv_stats,
-                wait_ns=dispatch_wait_recv_cost_stats,
-                use_fp8=use_fp8,
-                round_scale=round_scale,
-                use_ue8m0=use_ue8m0,
-                split=return_recv_hook,
-            ),
-            inputs,
-            None,
-            async_finish,
+        if async_finish and return_recv_hook:
+            raise _both()
+        exchanges, most = self._exchanges, num_max_dispatch_tokens_per_rank
+        communicator = exchanges.low_latency.get((x.device, most, x.shape[-1], num_experts))
+        if communicator is None:
+            communicator = exchanges.low_latency_communicator(x.device, most, x.shape[-1], num_experts)
+        received, wait_ns = cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats
+        if async_finish:
+            given = (x, topk_idx, most, num_experts, received, wait_ns, use_fp8, round_scale, use_ue8m0)
+            operation = partial(LowLatencyCalls.low_latency_dispatch, self, *given)
+            (rows, counts, handle, _, _), event = exchanges.stream.run(x.device, operation, given, None, True)
+            return rows, counts, handle, event, None
+        if use_ue8m0 and use_fp8 and not round_scale:
+            raise ValueError("use_ue8m0: needs round_scale=True, UE8M0 scales being powers of two")
+        scale_format: ScaleFormat = "none" if not use_fp8 else "ue8m0" if round_scale else "fp32"
+        hook: Hook | None = None
+        if return_recv_hook:
+            packed, hook = communicator.dispatch_send(
+                x, topk_idx, scale_format=scale_format, received=received, wait_ns=wait_ns
+            )
+        else:
+            packed = communicator.dispatch(x, topk_idx, scale_format=scale_format, received=received, wait_ns=wait_ns)
+        routes, scales = packed.handle, packed.scales
+        handle = LowLatencyHandle(
+            (routes.source_token, routes.ranges, communicator.max_tokens, communicator.hidden, communicator.num_experts)
         )
-        return sent.rows, sent.counts, sent.handle, event, sent.hook
+        handle.communicator, handle.routes = communicator, routes
+        if x.is_cuda:
+            handle.home = stream_handle(x.device.index)
+        if scales is None:
+            return packed.rows, packed.counts, handle, NothingToWaitFor(), hook
+        if round_scale and not use_ue8m0:
+            scales, hook = unpack_scales(scales, communicator.hidden, hook)
+        return (packed.rows, scales), packed.counts, handle, NothingToWaitFor(), hook
 
     def low_latency_combine(
         self,
@@ -121,34 +135,46 @@ class LowLatencyCalls:
             NotImplementedError: for ``use_logfmt``.
             ValueError, PeerTimeoutError: as :meth:`low_latency_dispatch`.
         """
-        self._exchanges.check_alive()
-        _check_not_both(async_finish, return_recv_hook)
+        if async_finish and return_recv_hook:
+            raise _both()
         if use_logfmt:
             raise NotImplementedError("use_logfmt: LogFMT is not offered; combine sends bf16")
-        handle = _low_latency_handle(handle)
-        (combined, hook), event = self._exchanges.stream.run(
-            x.device,
-            lambda: low_latency.combine(
-                x,
-                topk_idx,
-                topk_weights,
-                handle,
-                zero_copy=zero_copy,
+        exchanges, wait_ns = self._exchanges, combine_wait_recv_cost_stats
+        if exchanges.destroyed:
+            exchanges.check_alive()
+        if not isinstance(handle, LowLatencyHandle):
+            raise _no_handle(handle)
+        if zero_copy:
+            if handle.combine_rows is None:
+                raise ValueError("zero_copy: call get_next_low_latency_combine_buffer(handle) first, and write there")
+            x = handle.combine_rows
+        if async_finish:
+            operation = partial(
+                LowLatencyCalls.low_latency_combine,
+                *(self, x, topk_idx, topk_weights, handle),
                 out=out,
-                wait_ns=combine_wait_recv_cost_stats,
-                split=return_recv_hook,
-            ),
-            [x, topk_idx, topk_weights, handle.combine_rows, out, combine_wait_recv_cost_stats],
-            None,
-            async_finish,
-            handle.use,
-        )
-        return combined, event, hook
+                combine_wait_recv_cost_stats=wait_ns,
+            )
+            inputs = (x, topk_idx, topk_weights, out, wait_ns)
+            (combined, _, _), event = exchanges.stream.run(x.device, operation, inputs, None, True)
+            return combined, event, None
+        if handle.home is not None and handle.home != stream_handle(x.device.index):
+            handle.use(x.device)
+        communicator = handle.communicator
+        if return_recv_hook:
+            combined, hook = communicator.combine_send(
+                x, topk_idx, topk_weights, handle.routes, out=out, wait_ns=wait_ns
+            )
+            return combined, NothingToWaitFor(), hook
+        combined = communicator.combine(x, topk_idx, topk_weights, handle.routes, out=out, wait_ns=wait_ns)
+        return combined, NothingToWaitFor(), None
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> Tensor:
         """Where experts may write for ``zero_copy``: bf16 ``[local_experts, ranks * max_tokens, hidden]``."""
         self._exchanges.check_alive()
-        return low_latency.combine_buffer(_low_latency_handle(handle))
+        if not isinstance(handle, LowLatencyHandle):
+            raise _no_handle(handle)
+        return combine_buffer(handle)
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Nothing to do: the modes do not share memory, and every exchange leaves its own clean."""
@@ -183,12 +209,9 @@ class LowLatencyCalls:
             self.low_latency_update_mask_buffer(rank, False)
 
 
-def _low_latency_handle(handle: LowLatencyHandle) -> LowLatencyHandle:
-    if not isinstance(handle, LowLatencyHandle):
-        raise ValueError(f"handle: expected what low_latency_dispatch returned, got {type(handle).__name__}")
-    return handle
+def _no_handle(handle: object) -> ValueError:
+    return ValueError(f"handle: expected what low_latency_dispatch returned, got {type(handle).__name__}")
 
 
-def _check_not_both(async_finish: bool, return_recv_hook: bool) -> None:
-    if async_finish and return_recv_hook:
-        raise ValueError("async_finish, return_recv_hook: at most one; a hook receives on the stream that calls it")
+def _both() -> ValueError:
+    return ValueError("async_finish, return_recv_hook: at most one; a hook receives on the stream that calls it")

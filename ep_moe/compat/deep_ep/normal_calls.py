@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 from torch import Tensor
 
 from ep_moe.compat.deep_ep import normal
 from ep_moe.compat.deep_ep.config import DEFAULT_NUM_SMS, Config
-from ep_moe.compat.deep_ep.events import EventOverlap
+from ep_moe.compat.deep_ep.events import EventOverlap, NothingToWaitFor
 from ep_moe.compat.deep_ep.exchanges import Exchanges
-from ep_moe.compat.deep_ep.normal import Routes, Rows
+from ep_moe.compat.deep_ep.normal import Rows
 from ep_moe.compat.deep_ep.normal_handle import NormalHandle
+from ep_moe.compat.deep_ep.routing_counts import count
 
 Dispatched = tuple[Rows, Tensor | None, Tensor | None, list[int] | None, NormalHandle, EventOverlap]
 
@@ -67,13 +68,15 @@ class NormalCalls:
         Raises:
             ValueError: if the arguments do not fit together.
         """
-        self._exchanges.check_alive()
-        (per_rank, per_expert, in_rank), event = self._exchanges.stream.run(
-            topk_idx.device,
-            lambda: normal.dispatch_layout(topk_idx, num_experts, self._exchanges.size),
-            [topk_idx],
-            previous_event,
-            async_finish,
+        exchanges = self._exchanges
+        if exchanges.destroyed:
+            exchanges.check_alive()
+        if previous_event is None and not async_finish:
+            per_rank, per_expert, in_rank = count(topk_idx, num_experts, exchanges.size)
+            return per_rank, None, per_expert, in_rank, NothingToWaitFor()
+        operation = partial(count, topk_idx, num_experts, exchanges.size)
+        (per_rank, per_expert, in_rank), event = exchanges.stream.run(
+            topk_idx.device, operation, [topk_idx], previous_event, async_finish
         )
         return per_rank, None, per_expert, in_rank, event
 
@@ -125,39 +128,43 @@ class NormalCalls:
             CapacityError: if more than ``num_worst_tokens`` rows arrived; on GPUs by a later call.
         """
         data = x[0] if isinstance(x, tuple) else x
-        communicator = self._exchanges.communicator(data.device)
+        exchanges, here = self._exchanges, previous_event is None and not async_finish
+        communicator = exchanges.normal.get(data.device)
+        if communicator is None:
+            communicator = exchanges.communicator(data.device)
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
                 raise ValueError("topk_idx, topk_weights: must be None with handle, which has the routes")
-            routes = _routes(handle)
-            rows, event = self._exchanges.stream.run(
-                data.device, lambda: normal.dispatch_cached(x, routes), [x], previous_event, async_finish, routes.use
-            )
+            if not isinstance(handle, NormalHandle):
+                raise _no_handle(handle)
+            if here:
+                return normal.dispatch_cached(x, handle), None, None, None, handle, NothingToWaitFor()
+            again = partial(normal.dispatch_cached, x, handle)
+            rows, event = exchanges.stream.run(data.device, again, [x], previous_event, async_finish)
             return rows, None, None, None, handle, event
         if num_tokens_per_expert is None:
             raise ValueError("num_tokens_per_expert: needed without handle; get_dispatch_layout returns it")
-        named: dict[str, Any] = {
-            "num_worst_tokens": num_worst_tokens,
-            "num_sms": (config or Config(self.num_sms)).sm_budget,
-        }
-
-        def operation() -> normal.Received:
-            num_experts = num_tokens_per_expert.shape[0]
-            if num_worst_tokens:
-                top_k = self._exchanges.size if topk_idx is None else topk_idx.shape[1]
-                self._exchanges.make_room(data, num_worst_tokens, num_experts, top_k)
-            if topk_idx is None:
-                return normal.dispatch_by_rank(
-                    communicator, x, is_token_in_rank, num_tokens_per_expert, alignment=expert_alignment, **named
-                )
-            return normal.dispatch(
-                communicator, x, topk_idx, topk_weights, num_experts=num_experts, alignment=expert_alignment, **named
+        num_experts = num_tokens_per_expert.size(0)
+        if num_worst_tokens and num_worst_tokens > exchanges.room.get(data.device, 0):
+            top_k = exchanges.size if topk_idx is None else topk_idx.shape[1]
+            exchanges.make_room(data, num_worst_tokens, num_experts, top_k)
+        num_sms = self.num_sms if config is None else config.num_sms
+        budget = None if num_sms == DEFAULT_NUM_SMS else num_sms
+        if here and topk_idx is not None:
+            rows, topk_idx, topk_weights, counts, handle = normal.dispatch(
+                communicator, x, topk_idx, topk_weights, num_experts, expert_alignment, num_worst_tokens, budget
             )
-
+            return rows, topk_idx, topk_weights, counts, handle, NothingToWaitFor()
+        sizes = (expert_alignment, num_worst_tokens, budget)
+        if topk_idx is None:
+            operation = partial(
+                normal.dispatch_by_rank, communicator, x, is_token_in_rank, num_tokens_per_expert, *sizes
+            )
+        else:
+            operation = partial(normal.dispatch, communicator, x, topk_idx, topk_weights, num_experts, *sizes)
         inputs = [x, topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert]
-        arrived, event = self._exchanges.stream.run(data.device, operation, inputs, previous_event, async_finish)
-        handle = NormalHandle.of(arrived)
-        return arrived.rows, arrived.topk_idx, arrived.topk_weights, arrived.tokens_per_expert, handle, event
+        received, event = exchanges.stream.run(data.device, operation, inputs, previous_event, async_finish)
+        return (*received, event)
 
     def combine(
         self,
@@ -189,21 +196,21 @@ class NormalCalls:
         Raises:
             ValueError: if arguments do not fit the handle.
         """
-        self._exchanges.check_alive()
-        routes = _routes(handle)
+        exchanges = self._exchanges
+        if exchanges.destroyed:
+            exchanges.check_alive()
+        if not isinstance(handle, NormalHandle):
+            raise _no_handle(handle)
         biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
-        (out, weights), event = self._exchanges.stream.run(
-            x.device,
-            lambda: normal.combine(x, routes, topk_weights, biases),
-            [x, topk_weights, biases],
-            previous_event,
-            async_finish,
-            routes.use,
+        if previous_event is None and not async_finish:
+            out, weights = normal.combine(x, handle, topk_weights, biases)
+            return out, weights, NothingToWaitFor()
+        operation = partial(normal.combine, x, handle, topk_weights, biases)
+        (out, weights), event = exchanges.stream.run(
+            x.device, operation, [x, topk_weights, biases], previous_event, async_finish
         )
         return out, weights, event
 
 
-def _routes(handle: NormalHandle) -> Routes:
-    if not isinstance(handle, NormalHandle):
-        raise ValueError(f"handle: expected what dispatch returned, got {type(handle).__name__}")
-    return handle.routes
+def _no_handle(handle: object) -> ValueError:
+    return ValueError(f"handle: expected what dispatch returned, got {type(handle).__name__}")

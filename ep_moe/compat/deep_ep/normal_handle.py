@@ -8,34 +8,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ep_moe.compat.deep_ep.normal import Received, Routes
+from ep_moe.comm import Communicator
+from ep_moe.compat.deep_ep.events import UsedByStreams
 
 
-class NormalHandle(tuple[Any, ...]):
+class NormalHandle(UsedByStreams, tuple[Any, ...]):
     """``(rank_prefix_matrix, routes)``; the matrix is computed when it is asked for, which few programs do.
 
+    Until then ``None`` stands for it in the tuple below.
+
     Attributes:
-        routes: for the calls that take the handle.
+        communicator: that has the routes.
+        routes: its name for them.
+        num_rows: rows of tensors here.
+        sent: ``[tokens, top_k]`` that this rank dispatched.
+        rows_per_rank: int64 ``[ranks]``, rows from each rank.
     """
 
-    routes: Routes
-    _rows_per_rank: Tensor
-    _matrix: Tensor | None
+    communicator: Communicator
+    routes: Any
+    num_rows: int
+    sent: torch.Size
+    rows_per_rank: Tensor
+    _matrix: Tensor | None = None
 
-    @classmethod
-    def of(cls, arrived: Received) -> NormalHandle:
-        """The handle of what a dispatch brought."""
-        handle = cls((None, arrived.routes))
-        handle.routes, handle._rows_per_rank, handle._matrix = arrived.routes, arrived.rows_per_rank, None
-        return handle
+    def tensors(self) -> Any:
+        """The routes and what the matrix is made of."""
+        return self.routes, self.rows_per_rank
 
     @property
     def rank_prefix_matrix(self) -> Tensor:
         """int32 ``[ranks, ranks]``; this rank's column counts rows from ranks 0 to i, others hold -1."""
         if self._matrix is None:
-            rows = self._rows_per_rank
+            rows = self.rows_per_rank
             self._matrix = torch.full((len(rows), len(rows)), -1, dtype=torch.int32, device=rows.device)
-            self._matrix[:, self.routes.communicator.rank] = rows.cumsum(0)
+            self._matrix[:, self.communicator.rank] = rows.cumsum(0)
         return self._matrix
 
     def __getitem__(self, place: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The kernel of ``Buffer.get_dispatch_layout``, ``csrc/routing_counts.cu``: whether it fits, and launching it."""
+"""The counts of ``Buffer.get_dispatch_layout``, by the kernel in ``csrc/routing_counts.cu`` where there is one."""
 
 from __future__ import annotations
 
@@ -26,29 +26,47 @@ class RoutingCountsArgs(ctypes.Structure):
     )
 
 
-def usable(topk_idx: Tensor) -> bool:
-    """Whether the kernel can count these entries: on a GPU, where the CUDA library is."""
-    return topk_idx.is_cuda and _find_library() is not None
-
-
 def count(topk_idx: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`ep_moe.compat.deep_ep.normal.dispatch_layout`, for entries of which :func:`usable` holds."""
-    library, topk_idx = _find_library(), topk_idx.contiguous()
-    assert library is not None  # usable() has seen to it
-    counts = torch.zeros(ranks + num_experts, dtype=torch.int32, device=topk_idx.device)
-    in_rank = torch.empty(topk_idx.shape[0], ranks, dtype=torch.bool, device=topk_idx.device)
+    """Tokens per rank int32 ``[ranks]``, per expert int32 ``[num_experts]``, and bool ``[tokens, ranks]``.
+
+    One function, for each that a call passes through costs as much as a tensor.
+
+    Raises:
+        ValueError: if the arguments do not fit together.
+    """
+    if topk_idx.dim() != 2 or topk_idx.dtype != torch.int64:
+        raise ValueError(f"topk_idx: expected int64 [tokens, top_k], got {topk_idx.dtype} {list(topk_idx.shape)}")
+    if num_experts < 1 or num_experts % ranks:
+        raise ValueError(f"num_experts: expected a multiple of the {ranks} ranks of the group, got {num_experts}")
+    library = _find_library() if topk_idx.is_cuda else None
+    if library is None:
+        return _count_by_operations(topk_idx, num_experts, ranks)
+    topk_idx, device = topk_idx.contiguous(), topk_idx.device
+    tokens, top_k = topk_idx.shape
+    counts = torch.empty(ranks + num_experts, dtype=torch.int32, device=device)
+    in_rank = torch.empty(tokens, ranks, dtype=torch.bool, device=device)
     arguments = RoutingCountsArgs(
         topk_idx=topk_idx.data_ptr(),
         counts=counts.data_ptr(),
         in_rank=in_rank.data_ptr(),
-        tokens=topk_idx.shape[0],
-        top_k=topk_idx.shape[1],
+        tokens=tokens,
+        top_k=top_k,
         ranks=ranks,
         experts_per_rank=num_experts // ranks,
     )
-    launch(library, "routing_counts", arguments, topk_idx.device)
-    per_rank, per_expert = counts.split((ranks, num_experts))
-    return per_rank, per_expert, in_rank
+    launch(library, "routing_counts", arguments, device)
+    return counts[:ranks], counts[ranks:], in_rank
+
+
+def _count_by_operations(topk_idx: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    device = topk_idx.device
+    owners = topk_idx.div(num_experts // ranks, rounding_mode="floor")  # -1 stays -1
+    in_rank = (owners.unsqueeze(2) == torch.arange(ranks, device=device)).any(1)
+    # One place more on both sides, for what is no expert; dispatch reports those behind the last.
+    places = topk_idx.flatten().clamp(-1, num_experts) + 1
+    per_expert = torch.zeros(num_experts + 2, dtype=torch.int32, device=device)
+    per_expert.scatter_add_(0, places, torch.ones(1, dtype=torch.int32, device=device).expand_as(places))
+    return in_rank.sum(0, dtype=torch.int32), per_expert[1:-1], in_rank
 
 
 @functools.cache
