@@ -5,15 +5,14 @@
 // two threads share anything.
 #include <algorithm>
 
+#include "buffer.cuh"
 #include "element.cuh"
 #include "launch.cuh"
 
 namespace ep_moe {
 
-constexpr int kMostNodes = 32;
-
 struct NodeSumArgs {
-  const uint8_t* rows[kMostNodes];  // of each node, [returned][row_bytes]
+  const uint8_t* rows[kMaxNodes];  // of each node, [returned][row_bytes]
   const int32_t* places;            // [nodes][tokens]: the token's row among those of the node, or -1
   uint8_t* out;                     // [tokens][row_bytes]
   int32_t row_bytes;                // a multiple of 16

@@ -9,12 +9,12 @@
 #include <climits>
 #include <cstdint>
 
+#include "buffer.cuh"
 #include "launch.cuh"
 
 namespace ep_moe {
 
 constexpr int kSignatureWords = 5;
-constexpr int kMaxTallyNodes = 32;  // a bit each
 
 // A tally, int32: bins [ranks][experts_per_rank + 1], the entries of each expert of a rank, then the tokens that go to
 // the rank; [nodes], the tokens that go to each node; 1; the lowest entry below -1, or 0; the highest entry beyond the
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads) routing_tally_kernel(const __grid_co
 EP_MOE_API const char* ep_moe_routing_tally(const ep_moe::RoutingTallyArgs* args, cudaStream_t stream) {
   using namespace ep_moe;
   constexpr const char* kWhat = "routing tally kernel";
-  if (args->nodes < 1 || args->nodes > kMaxTallyNodes) return error_text(cudaErrorInvalidValue, kWhat);
+  if (args->nodes < 1 || args->nodes > kMaxNodes) return error_text(cudaErrorInvalidValue, kWhat);
   const int counters = std::clamp((args->tokens + kThreads - 1) / kThreads, 1, kMaxCounters);
   const int bins = args->ranks * (args->experts_per_rank + 1);
   return launch(kWhat, routing_tally_kernel, *args, args->nodes + counters, kThreads, bins * 4, LaunchMode::kPlain,

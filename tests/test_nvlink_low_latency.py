@@ -240,10 +240,10 @@ def _half_a_row(rank: int, world: int) -> tuple[str, int]:
     dist.barrier()
     message, named = "", -1
     if rank == 0:
-        assert communicator._buffer is not None
+        assert communicator._landing is not None
         layout, shape, number = communicator._common.layout, communicator._common.shape, 2
         place = (number % 4 * world + 1) * TOKENS
-        local = communicator._buffer.local
+        local = communicator._landing.memory.local
         routing = local[layout.routing :].view(torch.int16)[place * 8 : (place + TOKENS) * 8].view(TOKENS, 8)
         entries = torch.full((TOKENS, 8), 2047 | number << 11)
         entries[0, 0] = 1 | number << 11  # expert 1, of rank 0

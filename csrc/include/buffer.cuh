@@ -10,6 +10,7 @@
 namespace ep_moe {
 
 constexpr int kMaxRanks = 8;
+constexpr int kMaxNodes = 32;
 constexpr int kMaxTopK = 32;
 constexpr int kMaxExperts = 1024;
 constexpr int kChunkTokens = 32;

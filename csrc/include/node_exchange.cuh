@@ -49,7 +49,6 @@
 
 namespace ep_moe {
 
-constexpr int kMaxNodes = 32;
 constexpr int kNodeParts = 4;
 constexpr int kNodeSlots = 2;
 constexpr int kNodeChunkRows = kChunkTokens;

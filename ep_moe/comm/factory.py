@@ -15,12 +15,12 @@ from ep_moe.comm.communicator import Communicator
 from ep_moe.comm.low_latency import LowLatencyCommunicator
 from ep_moe.comm.low_latency_reach import Reach, loopback_reach
 from ep_moe.comm.nvlink import NvlinkCommunicator
-from ep_moe.comm.nvlink_args import CHUNK_TOKENS, MAX_RANKS
+from ep_moe.comm.nvlink_args import CHUNK_TOKENS, MAX_NODES, MAX_RANKS
 from ep_moe.comm.nvlink_low_latency import NvlinkLowLatencyCommunicator
 from ep_moe.comm.nvlink_low_latency_args import MAX_NODE_RANKS
 from ep_moe.comm.portable import PortableCommunicator
 from ep_moe.comm.portable_low_latency import PortableLowLatencyCommunicator
-from ep_moe.comm.symmetric_transport import MAX_NODES, loopback_transport
+from ep_moe.comm.symmetric_transport import loopback_transport
 from ep_moe.comm.topology import Topology, topology_of_group
 from ep_moe.comm.transport import NodeTransport, PortableTransport
 from ep_moe.comm.two_hop import two_hop_communicator

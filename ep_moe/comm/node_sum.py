@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from ep_moe.comm.layout import sum_by_token
+from ep_moe.comm.nvlink_args import MAX_NODES
 from ep_moe.comm.nvlink_wire import ELEMENTS
 from ep_moe.native import find_entry_points, has_code_for, launch
 
 _VECTOR_BYTES = 16
-_MOST_NODES = 32
 
 
 class NodeSumArgs(ctypes.Structure):
     """``NodeSumArgs`` of ``node_sum.cu``, which says what each field means."""
 
     _fields_ = (
-        ("rows", c_void_p * _MOST_NODES),
+        ("rows", c_void_p * MAX_NODES),
         ("places", c_void_p),
         ("out", c_void_p),
         ("row_bytes", c_int32),
@@ -53,7 +53,7 @@ def sum_over_nodes(returned: Sequence[Tensor], tokens: Tensor, places: Tensor) -
     returned = [part.contiguous() for part in returned]
     out = rows.new_empty(num_tokens, rows.shape[1])
     arguments = NodeSumArgs(
-        rows=(c_void_p * _MOST_NODES)(*(part.data_ptr() for part in returned)),
+        rows=(c_void_p * MAX_NODES)(*(part.data_ptr() for part in returned)),
         places=places.data_ptr(),
         out=out.data_ptr(),
         row_bytes=row_bytes,
@@ -70,7 +70,7 @@ def _usable(rows: Tensor, row_bytes: int, nodes: int) -> bool:
         rows.is_cuda
         and rows.dtype in ELEMENTS
         and row_bytes % _VECTOR_BYTES == 0
-        and nodes <= _MOST_NODES
+        and nodes <= MAX_NODES
         and has_code_for(rows.get_device())
         and _find_library() is not None
     )

@@ -11,6 +11,7 @@ from ctypes import c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from ep_moe import native
 
 MAX_RANKS = 8
+MAX_NODES = 32
 MAX_TOP_K = 32
 MAX_EXPERTS = 1024
 CHUNK_TOKENS = 32
@@ -255,6 +256,7 @@ __all__ = [
     "FLOAT32",
     "FROM_SLOTS",
     "MAX_EXPERTS",
+    "MAX_NODES",
     "MAX_RANKS",
     "MAX_TOP_K",
     "REPORTED",

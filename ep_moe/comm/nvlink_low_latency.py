@@ -25,11 +25,11 @@ from ep_moe.comm.low_latency import (
     check_other_rank,
     check_sizes,
 )
+from ep_moe.comm.low_latency_buffer import LandingBuffer, allocate_landing
 from ep_moe.comm.low_latency_reach import Reach, one_host
 from ep_moe.comm.nvlink_args import MAX_RANKS
 from ep_moe.comm.nvlink_faults import FaultMonitor
 from ep_moe.comm.nvlink_rounds import Rounds
-from ep_moe.comm.symmetric import SymmetricBuffer
 from ep_moe.native import current_stream, launch, pointer, stream_handle
 from ep_moe.streams import tensors_in
 
@@ -115,8 +115,7 @@ class NvlinkLowLatencyCommunicator:
             self._workspace[native.REPORTED : native.REPORTED + 1],
             "mask_rank() lets the others go on without it",
         )
-        self._buffer: SymmetricBuffer | None = None
-        self._nodes: Tensor | None = None  # what the kernels know of nodes, on the device
+        self._landing: LandingBuffer | None = None
         self._common = native.LowLatency()
         self._captured = False
         self._masked = 0
@@ -126,7 +125,7 @@ class NvlinkLowLatencyCommunicator:
     @property
     def symmetric_bytes(self) -> int:
         """Size of this rank's symmetric buffer; 0 before the first dispatch."""
-        return 0 if self._buffer is None else self._buffer.local.numel()
+        return 0 if self._landing is None else self._landing.memory.local.numel()
 
     @property
     def masked(self) -> Tensor:
@@ -353,7 +352,7 @@ class NvlinkLowLatencyCommunicator:
     def _reserve(self, top_k: int, row_bytes: int) -> None:
         """Allocate the buffer, or a larger one; collective then, since all ranks pass the same."""
         shape = self._common.shape
-        if self._buffer is not None and top_k <= shape.max_top_k and row_bytes <= shape.row_bytes:
+        if self._landing is not None and top_k <= shape.max_top_k and row_bytes <= shape.row_bytes:
             return
         if self._captured or torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -369,28 +368,14 @@ class NvlinkLowLatencyCommunicator:
             experts_per_rank=self.num_experts // self.size,
             row_bytes=max(row_bytes, shape.row_bytes),
         )
-        library, layout, staging = native.load_entry_points(), native.LowLatencyLayout(), native.LowLatencyStaging()
-        library.ep_moe_low_latency_layout(ctypes.byref(shape), ctypes.byref(layout))
-        library.ep_moe_low_latency_staging(ctypes.byref(shape), ctypes.byref(staging))
-        torch.cuda.synchronize(self.device)  # the old buffer may be in use
-
-        def fill(local: Tensor) -> None:
-            words = local.view(torch.int32)
-            words[: layout.rows // 4] = 0
-            words[layout.rows // 4 : layout.weights // 4] = native.EMPTY_WORD
-            words[layout.weights // 4 : layout.total // 4] = native.EMPTY_WEIGHT
-
-        between_nodes = self._reach.node is not None
-        buffer = self._buffer = self._reach.allocate(staging.total if between_nodes else layout.total, fill)
-        pointers = (buffer.local.data_ptr(),) if between_nodes else buffer.pointers
-        self._nodes = self._describe_nodes(buffer, staging) if between_nodes else None
+        landing = self._landing = allocate_landing(self._reach, shape, self.rank, self.device)
         self._workspace[native.ROUNDS :] = 0
         multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
         threads = -(-self.hidden // (32 * _CHANNELS_PER_THREAD)) * 32
         self._common = native.LowLatency(
-            buffers=(ctypes.c_void_p * MAX_RANKS)(*pointers),
-            nodes=pointer(self._nodes),
-            layout=layout,
+            buffers=(ctypes.c_void_p * MAX_RANKS)(*landing.pointers),
+            nodes=pointer(landing.nodes),
+            layout=landing.layout,
             shape=shape,
             workspace=self._workspace.data_ptr(),
             report=self._faults.address,
@@ -398,16 +383,9 @@ class NvlinkLowLatencyCommunicator:
             rank=self.rank,
             blocks=min(2 * multiprocessors, self.size * self.max_tokens, native.MAX_BLOCKS),
             threads=min(max(threads, 128), _MAX_THREADS),
-            own=0 if between_nodes else self.rank,
+            own=landing.own,
             rank_factor=-(-(2**31) // (self.num_experts // self.size)),
         )
-
-    def _describe_nodes(self, buffer: SymmetricBuffer, staging: native.LowLatencyStaging) -> Tensor:
-        """A ``LowLatencyNodes`` on the device. Stores reach the ranks of the node whose memory is mapped."""
-        near = sum(1 << rank for rank in self._reach.node or () if buffer.pointers[rank] != 0)
-        buffers = (ctypes.c_void_p * native.MAX_NODE_RANKS)(*buffer.pointers)
-        nodes = native.LowLatencyNodes(buffers=buffers, staging=staging, near=near)
-        return torch.frombuffer(bytearray(nodes), dtype=torch.uint8).to(self.device)
 
 
 def _routing_bytes(max_top_k: int) -> int:

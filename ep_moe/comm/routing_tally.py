@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ep_moe.comm.hops import Counts
+from ep_moe.comm.nvlink_args import MAX_NODES
 from ep_moe.comm.nvlink_faults import PeerTimeoutError
 from ep_moe.comm.topology import Topology
 from ep_moe.native import find_entry_points, has_code_for, launch
 
 SIGNATURE_WORDS = 5
 _HEADER_WORDS = 3 + SIGNATURE_WORDS  # present, lowest, highest
-_MOST_NODES = 32
 _MOST_BINS = 12 * 1024  # which fit the shared memory of any block
 _INT32 = torch.iinfo(torch.int32)
 
@@ -180,7 +180,7 @@ def _by_pytorch(topk_idx: Tensor, form: TallyFormat, signature: Sequence[int]) -
 def _usable(topk_idx: Tensor, form: TallyFormat) -> bool:
     return (
         topk_idx.is_cuda
-        and form.topology.nodes <= _MOST_NODES
+        and form.topology.nodes <= MAX_NODES
         and form.bins <= _MOST_BINS
         and has_code_for(topk_idx.get_device())
         and _find_library() is not None

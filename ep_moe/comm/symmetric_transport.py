@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_moe.comm.nvlink_args import CHUNK_TOKENS, CommunicatorArgs
+from ep_moe.comm.nvlink_args import CHUNK_TOKENS, MAX_NODES, CommunicatorArgs
 from ep_moe.comm.nvlink_faults import FaultMonitor
 from ep_moe.comm.nvlink_sums import Summed
 from ep_moe.comm.symmetric import SymmetricBuffer, allocate_symmetric
 from ep_moe.comm.transport import NodeRoutes
 from ep_moe.native import launch, load_entry_points, pointer
 
-MAX_NODES, _PARTS, _SLOTS = 32, 4, 2
+_PARTS, _SLOTS = 4, 2
 _MOST_CHANNELS, _MOST_BLOCKS = 8, 64  # which leaves SMs to the kernels beside
 _OWN_BLOCKS = 16
 
