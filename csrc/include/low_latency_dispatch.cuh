@@ -71,14 +71,13 @@ __device__ __forceinline__ int vector_of_piece(bool quantised, int number, int j
 }
 
 __device__ __forceinline__ void load_piece(const LowLatencyDispatchArgs& args, int token, int number, Piece& piece) {
-  if (token >= args.tokens) return;
   const int vectors = args.ll.shape.hidden / Vector<__nv_bfloat16>::kCount;
   const uint4* x = reinterpret_cast<const uint4*>(args.x) + static_cast<int64_t>(token) * vectors;
   const bool quantised = static_cast<ScaleFormat>(args.scale_format) != ScaleFormat::kNone;
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     const int i = vector_of_piece(quantised, number, j);
-    if (i < vectors) piece[j].bits = x[i];
+    if (token < args.tokens && i < vectors) piece[j].bits = x[i];
   }
 }
 
@@ -100,12 +99,10 @@ __device__ __forceinline__ bool has_weight(const LowLatencyDispatchArgs& args) {
   return args.weights != nullptr && threadIdx.x / 32 == blockDim.x / 32 - 1 && threadIdx.x % 32 < args.top_k;
 }
 
-// The thread's, in bits. One that looks empty, -4.6e-41, travels as its neighbour.
+// The thread's, in bits; not looked at, which would make the loads behind it wait.
 __device__ __forceinline__ uint32_t load_weight(const LowLatencyDispatchArgs& args, int token) {
   if (token >= args.tokens || !has_weight(args)) return 0;
-  const float weight = args.topk_weights[static_cast<int64_t>(token) * args.top_k + threadIdx.x % 32];
-  const uint32_t bits = __float_as_uint(weight);
-  return bits == kEmptyWord ? bits - 1 : bits;
+  return __float_as_uint(args.topk_weights[static_cast<int64_t>(token) * args.top_k + threadIdx.x % 32]);
 }
 
 // A token's row to the ranks of the mask, this one last: its peers have the longer way; those of other nodes last of
@@ -117,6 +114,7 @@ __device__ void send_row(const LowLatencyDispatchArgs& args, int token, Piece& p
   const auto format = static_cast<ScaleFormat>(args.scale_format);
   const int ranks = ll.shape.ranks, hidden = ll.shape.hidden, vectors = hidden / Vector<__nv_bfloat16>::kCount;
   const uint32_t near = owners & Reach::near(ll), far = owners & ~Reach::near(ll);
+  if (weight == kEmptyWord) --weight;  // -4.6e-41 looks empty, and travels as its neighbour
   for (int number = 0; 2 * number * blockDim.x < vectors; ++number) {
     if (number > 0) load_piece(args, token, number, piece);
     const int block = number * blockDim.x + threadIdx.x;  // of kPerThread channels, quantised
@@ -292,11 +290,11 @@ template <typename Reach>
 __device__ Round send(const LowLatencyDispatchArgs& args) {
   const LowLatency& ll = args.ll;
   // All that the block's first token needs is read side by side, before any of it is used.
-  Piece piece;
-  load_piece(args, blockIdx.x, 0, piece);
-  int64_t given = load_expert(args, blockIdx.x);
   uint32_t weight = load_weight(args, blockIdx.x);
   const uint32_t present = present_ranks(ll), round = ld_volatile(&ll.workspace->dispatches[blockIdx.x]) + 1;
+  int64_t given = load_expert(args, blockIdx.x);
+  Piece piece;
+  load_piece(args, blockIdx.x, 0, piece);
   if constexpr (Reach::kPuts) put_routing<Reach>(args, round, present);
   for (int token = blockIdx.x; token < ll.shape.max_tokens; token += gridDim.x) {
     if (token != blockIdx.x) {
