@@ -212,41 +212,31 @@ struct Round {
   uint32_t present;  // bit r: rank r takes part
 };
 
-// Whether a wait for `rank` that began at `start` (0 at first) is to end; reports that. Kept out of the way of code
-// that is in a hurry.
-__device__ __noinline__ inline bool is_over(const LowLatency& ll, Step step, int rank, uint32_t round,
-                                            uint64_t& start) {
-  if (ld_volatile(&ll.workspace->failed) >> rank & 1) return true;
+constexpr uint64_t kOver = ~0ull;
+
+// kOver if a wait for `rank` that began at `start` (0 at first) is to end, which it reports; else when it began. Kept
+// out of the way of code that is in a hurry.
+__device__ __noinline__ inline uint64_t look_at_clock(const LowLatency& ll, Step step, int rank, uint32_t round,
+                                                      uint64_t start) {
+  if (ld_volatile(&ll.workspace->failed) >> rank & 1) return kOver;
   const uint64_t now = global_timer_ns();
   if (start == 0) start = now;
-  if (now - start <= ll.timeout_ns) return false;
+  if (now - start <= ll.timeout_ns) return start;
   report_fault(ll.report, &ll.workspace->reported, Fault::kTimeout, step, rank, round, 0, 0);
   atomicOr(&ll.workspace->failed, 1u << rank);
-  return true;
+  return kOver;
 }
 
 // Repeats `ready()` until it is true, or until the time is up for `rank`; false then. Any threads.
 template <typename Ready>
 __device__ __forceinline__ bool wait_for(const LowLatency& ll, Step step, int rank, uint32_t round, Ready ready) {
-  constexpr int kLooks = 128;  // between looks at the clock
-  uint64_t start = 0;
-  while (true) {
+  constexpr int kTries = 128;  // between looks at the clock
+  for (uint64_t start = 0; start != kOver; start = look_at_clock(ll, step, rank, round, start)) {
 #pragma unroll 1
-    for (int i = 0; i < kLooks; ++i)
+    for (int i = 0; i < kTries; ++i)
       if (ready()) return true;
-    if (is_over(ll, step, rank, round, start)) return false;
   }
-}
-
-// 16 bytes of data that `rank` sends; empties their place. False if they do not come.
-__device__ __forceinline__ bool take(const LowLatency& ll, Step step, int rank, uint32_t round, uint4* place,
-                                     uint4& value) {
-  const bool here = wait_for(ll, step, rank, round, [&] {
-    value = ld_volatile(place);
-    return !is_empty(value);
-  });
-  if (here) empty(place);
-  return here;
+  return false;
 }
 
 }  // namespace ep_moe

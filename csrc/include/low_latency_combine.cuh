@@ -81,19 +81,17 @@ __device__ __forceinline__ void send_weight(const LowLatencyCombineArgs& args, c
   }
 }
 
-// Up to kBatch rows of a token, from row `first` on: 16 bytes of each.
-__device__ __forceinline__ void load_rows(const LowLatencyCombineArgs& args, int slot, uint32_t wanted, int first,
-                                          int i, Row (&batch)[kBatch]) {
-  const int vectors = args.ll.shape.hidden / Row::kCount;
-  uint32_t left = wanted;
-  for (int skipped = 0; skipped < first; ++skipped) left &= left - 1;
+// A thread's 16 bytes of row `slot`; `column` is where those of row 0 are.
+__device__ __forceinline__ uint4 load_row(const uint4* column, int slot, int row_bytes) {
+  return *reinterpret_cast<const uint4*>(reinterpret_cast<const uint8_t*>(column) + mul_wide(slot, row_bytes));
+}
+
+// Those of the entries from `first` on that have a row here; bit j of `left` says whether entry first + j does.
+__device__ __forceinline__ void load_rows(const uint4* column, int row_bytes, int slot, int first, uint32_t left,
+                                          Row (&batch)[kBatch]) {
 #pragma unroll
-  for (int j = 0; j < kBatch; ++j) {
-    if (left == 0) break;
-    const int64_t source = __shfl_sync(~0u, slot, __ffs(left) - 1);
-    left &= left - 1;
-    if (i < vectors) batch[j].bits = reinterpret_cast<const uint4*>(args.rows)[source * vectors + i];
-  }
+  for (int j = 0; j < kBatch; ++j)
+    if (left >> j & 1) batch[j].bits = load_row(column, __shfl_sync(~0u, slot, first + j), row_bytes);
 }
 
 // The routing weight of the lane's entry of a token of `owner`, which sends it in this round.
@@ -108,57 +106,60 @@ __device__ __forceinline__ float take_weight(const LowLatency& ll, int owner, in
   return __uint_as_float(weight);
 }
 
-// The sum of a token's rows here, to its rank. `slot` is that of the lane's entry, or -1; `weights` is rewritten by the
-// call after next only.
+// The sum of a token's rows here, to its rank. `slot` is that of the lane's entry, or -1. Weights that did not come
+// with the dispatch are waited for by the first warp, which shares them in `weights`.
 template <typename Reach>
 __device__ void send_sum(const LowLatencyCombineArgs& args, float (&weights)[kMaxTopK], int owner, int token, int slot,
                          uint32_t round) {
   const LowLatency& ll = args.ll;
-  const int lane = threadIdx.x % 32, vectors = ll.shape.hidden / Row::kCount;
+  const int lane = threadIdx.x % 32, vectors = ll.shape.hidden / Row::kCount, row_bytes = ll.shape.hidden * 2;
   const uint32_t wanted = __ballot_sync(~0u, slot >= 0);
-  const int count = __popc(wanted);
+  // Threads behind the end of a row load its last vector, so that all threads of a warp do the same.
+  const auto column = [&](int i) { return reinterpret_cast<const uint4*>(args.rows) + min(i, vectors - 1); };
   Row batch[kBatch];
-  load_rows(args, slot, wanted, 0, threadIdx.x, batch);  // before the weights are waited for
+  load_rows(column(threadIdx.x), row_bytes, slot, 0, wanted, batch);  // before the weights are waited for
   const bool near = Reach::near(ll) >> owner & 1;
-  if (threadIdx.x < 32 && slot >= 0) {
+  float weight = 0.0f;
+  if (args.weights != nullptr) {
     const int64_t place = static_cast<int64_t>(owner) * ll.shape.max_tokens + token;
-    weights[__popc(wanted & ((1u << lane) - 1))] =
-        args.weights != nullptr ? args.weights[place * args.top_k + lane] : take_weight(ll, owner, token, round);
+    if (slot >= 0) weight = args.weights[place * args.top_k + lane];
+  } else {
+    // To other nodes the weights of experts elsewhere came too.
+    const bool sent = slot >= 0 || (Reach::kPuts && !near && lane < args.top_k);
+    if (threadIdx.x < 32 && sent) weights[lane] = take_weight(ll, owner, token, round);
+    __syncthreads();
+    weight = weights[lane];
+    __syncthreads();  // before the weights are overwritten
   }
-  if constexpr (Reach::kPuts)  // those of experts elsewhere came too
-    if (!near && args.weights == nullptr && threadIdx.x < args.top_k && slot < 0) take_weight(ll, owner, token, round);
-  __syncthreads();
   uint4* target;
   int64_t staged = 0;
   if (near) {
     target = sum_place(ll, Reach::buffer(ll, owner), round, ll.rank, token);
   } else if constexpr (Reach::kPuts) {
-    staged = place_offset(ll, ll.nodes->staging.sums, round, owner, token, ll.shape.hidden * 2);
+    staged = place_offset(ll, ll.nodes->staging.sums, round, owner, token, row_bytes);
     target = reinterpret_cast<uint4*>(own_buffer(ll) + staged);
   }
-  const uint4* rows = reinterpret_cast<const uint4*>(args.rows);
-  const bool ahead = count <= kBatch;  // one batch holds all rows: the next vectors are loaded as these are added
-  // Threads of a warp leave the loop together, for the shuffles.
+  const bool ahead = args.top_k <= kBatch;  // one batch holds all rows: the next vectors are loaded as these are added
 #pragma unroll 1
-  for (int start = threadIdx.x / 32 * 32; start < vectors; start += blockDim.x) {
-    const int i = start + lane, next = i + blockDim.x;
+  for (int begin = threadIdx.x - lane; begin < vectors; begin += blockDim.x) {
+    const int i = begin + lane, next = begin + blockDim.x;
+    const uint4* next_column = column(next + lane);
     float sum[Row::kCount] = {};
-    uint32_t left = wanted;
-    for (int first = 0; first < count; first += kBatch) {
-      if (first > 0 || (i != threadIdx.x && !ahead)) load_rows(args, slot, wanted, first, i, batch);
+#pragma unroll 1
+    for (int first = 0; first < args.top_k; first += kBatch) {
+      const uint32_t left = wanted >> first;
+      if (!ahead && (first > 0 || i != threadIdx.x)) load_rows(column(i), row_bytes, slot, first, left, batch);
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
-        if (first + j >= count) break;
+        if ((left >> j & 1) == 0) continue;
         float values[Row::kCount];
         batch[j].to_float(values);
-        if (ahead) {
-          const int source = __shfl_sync(~0u, slot, __ffs(left) - 1);
-          left &= left - 1;
-          if (next < vectors) batch[j].bits = rows[static_cast<int64_t>(source) * vectors + next];
-        }
+        const int source = __shfl_sync(~0u, slot, first + j);
+        const float factor = __shfl_sync(~0u, weight, first + j);
+        if (ahead && next < vectors) batch[j].bits = load_row(next_column, source, row_bytes);
         // Not fused, so that any implementation can compute the same bits.
 #pragma unroll
-        for (int c = 0; c < Row::kCount; ++c) sum[c] = __fadd_rn(sum[c], __fmul_rn(weights[first + j], values[c]));
+        for (int c = 0; c < Row::kCount; ++c) sum[c] = __fadd_rn(sum[c], __fmul_rn(factor, values[c]));
       }
     }
     Row rounded;
@@ -168,8 +169,8 @@ __device__ void send_sum(const LowLatencyCombineArgs& args, float (&weights)[kMa
   if constexpr (Reach::kPuts) {
     if (near) return;
     finish_staging();
-    const int64_t to = place_offset(ll, ll.layout.sums, round, ll.rank, token, ll.shape.hidden * 2);
-    if (threadIdx.x < 32) Reach::put(ll, owner, staged, to, ll.shape.hidden * 2);
+    const int64_t to = place_offset(ll, ll.layout.sums, round, ll.rank, token, row_bytes);
+    if (threadIdx.x < 32) Reach::put(ll, owner, staged, to, row_bytes);
   }
 }
 
@@ -196,11 +197,12 @@ template <typename Reach>
 __device__ Round send(const LowLatencyCombineArgs& args) {
   const LowLatency& ll = args.ll;
   const int ranks = ll.shape.ranks, places = ranks * ll.shape.max_tokens;
-  __shared__ float weights[2][kMaxTopK];
+  __shared__ float weights[kMaxTopK];
+  const bool kept = args.weights != nullptr;
   // All that the block's first weights and sum need is read side by side, before any of it is used.
   const Owned first(ll, blockIdx.x);
   const Entry entry = load_entry(args, first.token);
-  int slot = -1, turn = 0;
+  int slot = -1;
   if (blockIdx.x < places) slot = slot_of_lane(args, first);
   const uint32_t present = present_ranks(ll), round = ld_volatile(&ll.workspace->combines[blockIdx.x]) + 1;
   if (blockIdx.x == 0 && threadIdx.x < ranks && (present >> threadIdx.x & 1)) {
@@ -211,9 +213,9 @@ __device__ Round send(const LowLatencyCombineArgs& args) {
       Reach::put_word(ll, threadIdx.x, to, round);
     }
   }
-  if (args.weights == nullptr && blockIdx.x < places && (present >> first.owner & 1))
+  if (!kept && blockIdx.x < places && (present >> first.owner & 1))
     send_weight<Reach>(args, entry, first.owner, first.token, round);
-  for (int i = blockIdx.x + gridDim.x; args.weights == nullptr && i < places; i += gridDim.x) {
+  for (int i = blockIdx.x + gridDim.x; !kept && i < places; i += gridDim.x) {
     const Owned reader(ll, i);
     if (present >> reader.owner & 1)
       send_weight<Reach>(args, load_entry(args, reader.token), reader.owner, reader.token, round);
@@ -222,8 +224,7 @@ __device__ Round send(const LowLatencyCombineArgs& args) {
     const Owned owned(ll, i);
     if (i != blockIdx.x) slot = slot_of_lane(args, owned);
     if ((present >> owned.owner & 1) == 0 || !__any_sync(~0u, slot >= 0)) continue;  // the same in all warps
-    send_sum<Reach>(args, weights[turn], owned.owner, owned.token, slot, round);
-    turn ^= 1;
+    send_sum<Reach>(args, weights, owned.owner, owned.token, slot, round);
   }
   __syncthreads();  // all threads have read the counter
   if (threadIdx.x == 0) {
@@ -238,13 +239,13 @@ __device__ __forceinline__ uint32_t owners_of(const LowLatencyCombineArgs& args,
   const LowLatency& ll = args.ll;
   const int lane = threadIdx.x % 32;
   int64_t expert = -1;
-  if (token < args.tokens && lane < args.top_k) expert = args.topk_idx[static_cast<int64_t>(token) * args.top_k + lane];
+  if (token < args.tokens && lane < args.top_k) expert = args.topk_idx[token * args.top_k + lane];
   const bool valid = expert >= 0 && expert < ll.shape.num_experts;
   return __reduce_or_sync(~0u, valid ? 1u << rank_of(ll, static_cast<int>(expert)) : 0u) & present;
 }
 
-// Adds what the token's owners sent. A thread takes kPieces vectors at a time, a block's width apart, and looks for
-// them side by side, as sent by kRanksAtOnce ranks; then again one by one for those that have not come.
+// Adds what the token's owners sent. A thread takes kPieces vectors at a time, a block's width apart, of kRanksAtOnce
+// ranks, and looks for all of them side by side until they are here: the last one to come costs one latency.
 __device__ inline void receive_token(const LowLatencyCombineArgs& args, int token, uint32_t owners, uint32_t round) {
   const LowLatency& ll = args.ll;
   const int vectors = ll.shape.hidden / Row::kCount;
@@ -253,29 +254,45 @@ __device__ inline void receive_token(const LowLatencyCombineArgs& args, int toke
 #pragma unroll 1
     for (int first = 0; first < ll.shape.ranks; first += kRanksAtOnce) {
       Row landed[kRanksAtOnce][kPieces];
+      uint4* places[kRanksAtOnce];
 #pragma unroll
-      for (int j = 0; j < kRanksAtOnce; ++j) {
-        if ((owners >> (first + j) & 1) == 0) continue;
-        const uint4* place = sum_place(ll, own_buffer(ll), round, first + j, token);
+      for (int j = 0; j < kRanksAtOnce; ++j) places[j] = sum_place(ll, own_buffer(ll), round, first + j, token) + start;
+      const auto sent = [&](int j) { return (owners >> (first + j) & 1) != 0; };
+      const auto place = [&](int j, int p) { return places[j] + p * blockDim.x; };
+      const auto exists = [&](int p) { return start + p * static_cast<int>(blockDim.x) < vectors; };
+      // Bit j: something of rank first + j is missing.
+      const auto look = [&] {
+        uint32_t missing = 0;
 #pragma unroll
-        for (int p = 0; p < kPieces; ++p) {
-          const int i = start + p * blockDim.x;
-          if (i < vectors) landed[j][p].bits = ld_volatile(place + i);
-        }
+        for (int j = 0; j < kRanksAtOnce; ++j)
+#pragma unroll
+          for (int p = 0; p < kPieces; ++p)
+            if (sent(j) && exists(p)) landed[j][p].bits = ld_volatile(place(j, p));
+#pragma unroll
+        for (int j = 0; j < kRanksAtOnce; ++j)
+#pragma unroll
+          for (int p = 0; p < kPieces; ++p)
+            if (sent(j) && exists(p) && is_empty(landed[j][p].bits)) missing |= 1u << j;
+        return missing;
+      };
+      uint32_t missing = owners >> first & ((1u << kRanksAtOnce) - 1), failed = 0;
+      while (missing != 0) {
+        const int j = __ffs(missing) - 1;
+        const bool here = wait_for(ll, Step::kCombine, first + j, round, [&] {
+          missing = look() & ~failed;
+          return (missing >> j & 1) == 0;
+        });
+        if (here) continue;
+        failed |= 1u << j;
+        missing &= ~failed;
       }
 #pragma unroll
       for (int j = 0; j < kRanksAtOnce; ++j) {
-        if ((owners >> (first + j) & 1) == 0) continue;
-        uint4* place = sum_place(ll, own_buffer(ll), round, first + j, token);
 #pragma unroll
         for (int p = 0; p < kPieces; ++p) {
-          const int i = start + p * blockDim.x;
-          if (i >= vectors) continue;
-          if (is_empty(landed[j][p].bits)) {
-            if (!take(ll, Step::kCombine, first + j, round, place + i, landed[j][p].bits)) continue;
-          } else {
-            empty(place + i);
-          }
+          if (!sent(j) || !exists(p)) continue;
+          if ((failed >> j & 1) && is_empty(landed[j][p].bits)) continue;
+          empty(place(j, p));
           float values[Row::kCount];
           landed[j][p].to_float(values);
 #pragma unroll
@@ -283,12 +300,13 @@ __device__ inline void receive_token(const LowLatencyCombineArgs& args, int toke
         }
       }
     }
+    asm("" : "+r"(token));  // or its row's begin is kept in a register during the waits, which need all
 #pragma unroll
     for (int p = 0; p < kPieces; ++p) {
       const int i = start + p * blockDim.x;
       Row rounded;
       rounded.from_float(sum[p]);
-      if (i < vectors) reinterpret_cast<uint4*>(args.out)[static_cast<int64_t>(token) * vectors + i] = rounded.bits;
+      if (i < vectors) reinterpret_cast<uint4*>(args.out)[token * vectors + i] = rounded.bits;
     }
   }
 }

@@ -71,14 +71,13 @@ __device__ __forceinline__ int vector_of_piece(bool quantised, int number, int j
 }
 
 __device__ __forceinline__ void load_piece(const LowLatencyDispatchArgs& args, int token, int number, Piece& piece) {
-  if (token >= args.tokens) return;
   const int vectors = args.ll.shape.hidden / Vector<__nv_bfloat16>::kCount;
   const uint4* x = reinterpret_cast<const uint4*>(args.x) + static_cast<int64_t>(token) * vectors;
   const bool quantised = static_cast<ScaleFormat>(args.scale_format) != ScaleFormat::kNone;
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     const int i = vector_of_piece(quantised, number, j);
-    if (i < vectors) piece[j].bits = x[i];
+    if (token < args.tokens && i < vectors) piece[j].bits = x[i];
   }
 }
 
@@ -100,12 +99,10 @@ __device__ __forceinline__ bool has_weight(const LowLatencyDispatchArgs& args) {
   return args.weights != nullptr && threadIdx.x / 32 == blockDim.x / 32 - 1 && threadIdx.x % 32 < args.top_k;
 }
 
-// The thread's, in bits. One that looks empty, -4.6e-41, travels as its neighbour.
+// The thread's, in bits; not looked at, which would make the loads behind it wait.
 __device__ __forceinline__ uint32_t load_weight(const LowLatencyDispatchArgs& args, int token) {
   if (token >= args.tokens || !has_weight(args)) return 0;
-  const float weight = args.topk_weights[static_cast<int64_t>(token) * args.top_k + threadIdx.x % 32];
-  const uint32_t bits = __float_as_uint(weight);
-  return bits == kEmptyWord ? bits - 1 : bits;
+  return __float_as_uint(args.topk_weights[static_cast<int64_t>(token) * args.top_k + threadIdx.x % 32]);
 }
 
 // A token's row to the ranks of the mask, this one last: its peers have the longer way; those of other nodes last of
@@ -117,6 +114,7 @@ __device__ void send_row(const LowLatencyDispatchArgs& args, int token, Piece& p
   const auto format = static_cast<ScaleFormat>(args.scale_format);
   const int ranks = ll.shape.ranks, hidden = ll.shape.hidden, vectors = hidden / Vector<__nv_bfloat16>::kCount;
   const uint32_t near = owners & Reach::near(ll), far = owners & ~Reach::near(ll);
+  if (weight == kEmptyWord) --weight;  // -4.6e-41 looks empty, and travels as its neighbour
   for (int number = 0; 2 * number * blockDim.x < vectors; ++number) {
     if (number > 0) load_piece(args, token, number, piece);
     const int block = number * blockDim.x + threadIdx.x;  // of kPerThread channels, quantised
@@ -171,13 +169,15 @@ __device__ void send_row(const LowLatencyDispatchArgs& args, int token, Piece& p
   }
 }
 
-// Where the row of a (rank, token) lands.
-__device__ __forceinline__ uint8_t* landed_row(const LowLatency& ll, int source, int token, uint32_t round) {
-  return landing_place<uint8_t>(ll, own_buffer(ll), ll.layout.rows, round, source, token,
-                                static_cast<int>(ll.shape.row_bytes));
+// Where the row of place `rank * max_tokens + token` lands.
+__device__ __forceinline__ uint8_t* landed_row(const LowLatency& ll, int place, uint32_t round) {
+  const int row_bytes = static_cast<int>(ll.shape.row_bytes);
+  return landing_place<uint8_t>(ll, own_buffer(ll), ll.layout.rows, round, 0, 0, row_bytes) +
+         mul_wide(place, row_bytes);
 }
 
-// What a thread sees of a row at a glance: kLooks vectors, a block's width apart, and a scale or a routing weight.
+// What a thread takes of a landed row in one step, if it is here: kLooks vectors, a block's width apart, a scale, and
+// in the first step a routing weight. What the thread does not take is 0.
 struct Glance {
   uint4 vectors[kLooks];
   uint32_t scale;
@@ -189,96 +189,100 @@ __device__ __forceinline__ int row_bytes_of(const LowLatencyDispatchArgs& args) 
                                                                            : args.ll.shape.hidden;
 }
 
-// Looks at vectors from `start` on, side by side, whether or not they are here.
-__device__ __forceinline__ void glance_at(const uint4* row, int start, int vectors, Glance& glance) {
+__device__ __forceinline__ int vector_of_step(int step, int j) {
+  return (kLooks * step + j) * blockDim.x + threadIdx.x;
+}
+
+__device__ __forceinline__ int scale_of_step(int step) { return step * blockDim.x + threadIdx.x; }
+
+__device__ __forceinline__ uint32_t* landed_scales(const LowLatencyDispatchArgs& args, uint8_t* landed) {
+  return reinterpret_cast<uint32_t*>(landed + args.ll.shape.hidden);
+}
+
+__device__ __forceinline__ uint32_t* landed_weight(const LowLatencyDispatchArgs& args, uint8_t* landed) {
+  return reinterpret_cast<uint32_t*>(landed + payload_bytes(args)) + threadIdx.x % 32;
+}
+
+// Looks at all that the thread takes in a step, side by side, so that one latency finds what is here.
+__device__ __forceinline__ void glance_at(const LowLatencyDispatchArgs& args, uint8_t* landed, int step,
+                                          Glance& glance) {
+  const bool quantised = static_cast<ScaleFormat>(args.scale_format) != ScaleFormat::kNone;
 #pragma unroll
   for (int j = 0; j < kLooks; ++j) {
-    const int i = start + j * blockDim.x + threadIdx.x;
-    if (i < vectors) glance.vectors[j] = ld_volatile(row + i);
+    const int i = vector_of_step(step, j);
+    if (i < row_bytes_of(args) / 16) glance.vectors[j] = ld_volatile(reinterpret_cast<const uint4*>(landed) + i);
   }
+  const int i = scale_of_step(step);
+  if (quantised && i < args.ll.shape.hidden / 128) glance.scale = ld_volatile(landed_scales(args, landed) + i);
+  if (step == 0 && has_weight(args)) glance.weight = ld_volatile(landed_weight(args, landed));
 }
 
-// The first look at a row, which may be here before anybody knows its slots.
-__device__ __forceinline__ void glance_at(const LowLatencyDispatchArgs& args, int source, int token, uint32_t round,
-                                          Glance& glance) {
-  const uint8_t* landed = landed_row(args.ll, source, token, round);
-  glance_at(reinterpret_cast<const uint4*>(landed), 0, row_bytes_of(args) / 16, glance);
-  if (static_cast<ScaleFormat>(args.scale_format) != ScaleFormat::kNone && threadIdx.x < args.ll.shape.hidden / 128)
-    glance.scale = ld_volatile(reinterpret_cast<const uint32_t*>(landed + args.ll.shape.hidden) + threadIdx.x);
-  if (has_weight(args))
-    glance.weight = ld_volatile(reinterpret_cast<const uint32_t*>(landed + payload_bytes(args)) + threadIdx.x % 32);
+__device__ __forceinline__ bool is_whole(const Glance& glance) {
+  bool whole = glance.scale != kEmptyWord && glance.weight != kEmptyWord;
+#pragma unroll
+  for (int j = 0; j < kLooks; ++j) whole &= !is_empty(glance.vectors[j]);
+  return whole;
 }
 
-// The routing weights of one (rank, token) to the handle, wanted or not: what a rank has sent must be taken.
-__device__ __forceinline__ void keep_weights(const LowLatencyDispatchArgs& args, int source, int token, uint32_t round,
-                                             uint32_t weight) {
-  if (!has_weight(args)) return;
-  const LowLatency& ll = args.ll;
-  const int lane = threadIdx.x % 32, place = source * ll.shape.max_tokens + token;
-  uint32_t* landed = reinterpret_cast<uint32_t*>(landed_row(ll, source, token, round) + payload_bytes(args)) + lane;
-  const bool here = weight != kEmptyWord || wait_for(ll, Step::kWeights, source, round, [&] {
-                      weight = ld_volatile(landed);
-                      return weight != kEmptyWord;
-                    });
-  if (!here) return;
-  args.weights[static_cast<int64_t>(place) * args.top_k + lane] = __uint_as_float(weight);
-  st_volatile(landed, kEmptyWord);
-}
+// A (rank, token), and what is known of its row before its slots are.
+struct Arrival {
+  int place;      // rank * max_tokens + token
+  int expert;     // a local one of the token, one each lane; or -1
+  bool any;       // the row comes here
+  Glance glance;  // of the first step; the row may be here before anybody knows its slots
+};
 
-// The row of one (rank, token) into `slot` of every lane that has one. `glance` is the first look at it.
-__device__ inline void place_row(const LowLatencyDispatchArgs& args, int source, int token, int slot, uint32_t round,
-                                 Glance glance) {
+// The row of an arrival into `slot` of every lane that has one, and the routing weights of its token to the handle.
+__device__ inline void place_row(const LowLatencyDispatchArgs& args, Arrival& row, int slot, uint32_t round) {
   const LowLatency& ll = args.ll;
   const auto format = static_cast<ScaleFormat>(args.scale_format);
-  const int hidden = ll.shape.hidden, row_bytes = row_bytes_of(args), vectors = row_bytes / 16;
+  const int row_bytes = row_bytes_of(args), vectors = row_bytes / 16, lane = threadIdx.x % 32;
+  const int scales = format == ScaleFormat::kNone ? 0 : ll.shape.hidden / 128, packed = (scales + 3) / 4 * 4;
   const uint32_t wanted = __ballot_sync(~0u, slot >= 0);
-  uint8_t* landed = landed_row(ll, source, token, round);
-  uint4* row = reinterpret_cast<uint4*>(landed);
-  // Threads of a warp leave the loops together, for the shuffles.
-  for (int start = 0; start < vectors; start += kLooks * blockDim.x) {
-    if (start > 0) glance_at(row, start, vectors, glance);
+  Glance& glance = row.glance;
+  uint8_t* landed = landed_row(ll, row.place, round);
+  // Threads of a warp go through the loops together, for the shuffles.
+#pragma unroll 1
+  for (int step = 0; kLooks * step * static_cast<int>(blockDim.x) < vectors; ++step) {
+    if (step > 0) {
+      glance = {};
+      glance_at(args, landed, step, glance);
+    }
+    const int source = RankAndRest(row.place, ll.shape.max_tokens).rank;
+    const bool whole = is_whole(glance) || wait_for(ll, Step::kRows, source, round, [&] {
+                         glance_at(args, landed, step, glance);
+                         return is_whole(glance);
+                       });
+    // What has come of a row that did not come whole is taken too.
+    bool here[kLooks];
 #pragma unroll
-    for (int j = 0; j < kLooks; ++j) {
-      const int i = start + j * blockDim.x + threadIdx.x;
-      if (i / 32 * 32 >= vectors) break;
-      uint4& value = glance.vectors[j];
-      bool here = i < vectors;
-      if (here && is_empty(value))
-        here = wait_for(ll, Step::kRows, source, round, [&] {
-          value = ld_volatile(row + i);
-          return !is_empty(value);
-        });
-      for (uint32_t left = wanted; left != 0; left &= left - 1) {
-        const int64_t target = __shfl_sync(~0u, slot, __ffs(left) - 1);
-        if (here) reinterpret_cast<uint4*>(args.rows + target * row_bytes)[i] = value;
-      }
-      if (here) empty(row + i);
-    }
-  }
-  if (format == ScaleFormat::kNone) return;
-  uint32_t* landed_scales = reinterpret_cast<uint32_t*>(landed + hidden);
-  const int scales = hidden / 128, packed = (scales + 3) / 4 * 4;
-  for (int first = threadIdx.x / 32 * 32; first < packed; first += blockDim.x) {
-    const int i = first + threadIdx.x % 32;
-    uint32_t word = 0;  // behind the last scale
-    bool here = i < packed;
-    if (i < scales) {
-      if (i == threadIdx.x) word = glance.scale;
-      here = (i == threadIdx.x && word != kEmptyWord) || wait_for(ll, Step::kRows, source, round, [&] {
-               word = ld_volatile(landed_scales + i);
-               return word != kEmptyWord;
-             });
-    }
+    for (int j = 0; j < kLooks; ++j)
+      here[j] = vector_of_step(step, j) < vectors && (whole || !is_empty(glance.vectors[j]));
+    const int scale = scale_of_step(step);
+    const bool scale_here = scale < packed && glance.scale != kEmptyWord;  // behind the last scale: 0
+#pragma unroll 1
     for (uint32_t left = wanted; left != 0; left &= left - 1) {
-      const int64_t target = __shfl_sync(~0u, slot, __ffs(left) - 1);
-      if (!here) continue;
+      const int target = __shfl_sync(~0u, slot, __ffs(left) - 1);
+      uint4* placed = reinterpret_cast<uint4*>(args.rows + mul_wide(target, row_bytes));
+#pragma unroll
+      for (int j = 0; j < kLooks; ++j)
+        if (here[j]) placed[vector_of_step(step, j)] = glance.vectors[j];
+      if (!scale_here) continue;
       if (format == ScaleFormat::kUe8m0) {
-        static_cast<uint8_t*>(args.scales)[target * packed + i] = static_cast<uint8_t>(word >> 23);
-      } else if (i < scales) {
-        static_cast<float*>(args.scales)[target * scales + i] = __uint_as_float(word);
+        (static_cast<uint8_t*>(args.scales) + mul_wide(target, packed))[scale] = glance.scale >> 23;
+      } else if (scale < scales) {
+        (static_cast<uint32_t*>(args.scales) + mul_wide(target, scales))[scale] = glance.scale;
       }
     }
-    if (here && i < scales) st_volatile(landed_scales + i, kEmptyWord);
+#pragma unroll
+    for (int j = 0; j < kLooks; ++j)
+      if (here[j]) empty(reinterpret_cast<uint4*>(landed) + vector_of_step(step, j));
+    if (scale_here && scale < scales) st_volatile(landed_scales(args, landed) + scale, kEmptyWord);
+    // Weights wanted or not: what a rank has sent must be taken.
+    if (step == 0 && has_weight(args) && glance.weight != kEmptyWord) {
+      args.weights[row.place * args.top_k + lane] = __uint_as_float(glance.weight);
+      st_volatile(landed_weight(args, landed), kEmptyWord);
+    }
   }
 }
 
@@ -286,11 +290,11 @@ template <typename Reach>
 __device__ Round send(const LowLatencyDispatchArgs& args) {
   const LowLatency& ll = args.ll;
   // All that the block's first token needs is read side by side, before any of it is used.
-  Piece piece;
-  load_piece(args, blockIdx.x, 0, piece);
-  int64_t given = load_expert(args, blockIdx.x);
   uint32_t weight = load_weight(args, blockIdx.x);
   const uint32_t present = present_ranks(ll), round = ld_volatile(&ll.workspace->dispatches[blockIdx.x]) + 1;
+  int64_t given = load_expert(args, blockIdx.x);
+  Piece piece;
+  load_piece(args, blockIdx.x, 0, piece);
   if constexpr (Reach::kPuts) put_routing<Reach>(args, round, present);
   for (int token = blockIdx.x; token < ll.shape.max_tokens; token += gridDim.x) {
     if (token != blockIdx.x) {
@@ -309,31 +313,22 @@ __device__ Round send(const LowLatencyDispatchArgs& args) {
   return {round, present};
 }
 
-// A (rank, token), and what is known of its row before its slots are.
-struct Arrival {
-  int place;
-  RankAndRest token;
-  int expert;  // a local one of the token, one each lane; or -1
-  bool any;    // the row comes here
-  Glance glance;
-};
-
 // The one of number `place`, if there is one. All threads of a warp.
 __device__ __forceinline__ Arrival arrival(const LowLatencyDispatchArgs& args, const RoutingTable& table, int place,
                                            uint32_t round) {
   const LowLatency& ll = args.ll;
   const int lane = threadIdx.x % 32, local_experts = ll.shape.experts_per_rank;
   const bool exists = place < ll.shape.ranks * ll.shape.max_tokens;
-  Arrival next = {place, RankAndRest(exists ? place : 0, ll.shape.max_tokens), -1, false, {}};
-  if (!exists) return next;
+  Arrival row = {place, -1, false, {}};
+  if (!exists) return row;
   if (lane < args.top_k) {
-    const uint32_t entry = table.entries[static_cast<int64_t>(place) * table.stride + lane];
+    const uint32_t entry = table.entries[place * table.stride + lane];
     const int local = static_cast<int>(entry & kNoExpert) - ll.rank * local_experts;
-    if (entry == tagged(entry & kNoExpert, round) && local >= 0 && local < local_experts) next.expert = local;
+    if (entry == tagged(entry & kNoExpert, round) && local >= 0 && local < local_experts) row.expert = local;
   }
-  next.any = __any_sync(~0u, next.expert >= 0);
-  if (next.any) glance_at(args, next.token.rank, next.token.rest, round, next.glance);
-  return next;
+  row.any = __any_sync(~0u, row.expert >= 0);
+  if (row.any) glance_at(args, landed_row(ll, place, round), 0, row.glance);
+  return row;
 }
 
 __device__ inline void receive(const LowLatencyDispatchArgs& args, uint32_t round, uint32_t present,
@@ -341,28 +336,25 @@ __device__ inline void receive(const LowLatencyDispatchArgs& args, uint32_t roun
   const LowLatency& ll = args.ll;
   const int places = ll.shape.ranks * ll.shape.max_tokens;
   const int lane = threadIdx.x % 32;
-  __shared__ int partial[2][kMaxThreads / 32][kMaxTopK];
+  __shared__ Counts counts[2];
   const RoutingTable table = receive_routing(args, round, present, shared_table);
+  Arrival row = arrival(args, table, blockIdx.x, round);
+  count_experts(args, table, round, counts);  // while rows are on their way
   int turn = 0;
-  for (Arrival next = arrival(args, table, blockIdx.x, round); next.place < places;) {
-    const Arrival now = next;
+  while (row.place < places) {
     int slot = -1;
-    if (now.any) {  // the same in all warps
-      const int before = count_before(args, table, now.place, now.expert, round, partial[turn]);
+    if (row.any) {  // the same in all warps
+      const int before = count_before(args, table, row.place, row.expert, round, counts[turn]);
       turn ^= 1;
-      if (now.expert >= 0) slot = now.expert * places + before;
-    }
-    next = arrival(args, table, now.place + gridDim.x, round);  // looked at before this one is stored
-    if (now.any) {
-      keep_weights(args, now.token.rank, now.token.rest, round, now.glance.weight);
-      place_row(args, now.token.rank, now.token.rest, slot, round, now.glance);
+      if (row.expert >= 0) slot = row.expert * places + before;
+      place_row(args, row, slot, round);
     }
     if (threadIdx.x < args.top_k) {
-      args.slots[static_cast<int64_t>(now.place) * args.top_k + lane] = slot;
-      if (slot >= 0) args.source_token[slot] = now.token.rest;
+      args.slots[row.place * args.top_k + lane] = slot;
+      if (slot >= 0) args.source_token[slot] = RankAndRest(row.place, ll.shape.max_tokens).rest;
     }
+    row = arrival(args, table, row.place + gridDim.x, round);
   }
-  count_experts(args, table, round, reinterpret_cast<uint32_t*>(shared_table) + args.table_bytes / 4);
 }
 
 template <typename Reach>
@@ -380,9 +372,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) dispatch(const __grid_constant
 // call.
 template <typename Reach>
 const char* launch_low_latency_dispatch(const LowLatencyDispatchArgs& args, cudaStream_t stream) {
-  const int marks_bytes = (args.ll.shape.ranks * args.ll.shape.max_tokens + 31) / 32 * 4;
-  return launch("low-latency dispatch kernel", dispatch<Reach>, args, args.ll.blocks, args.ll.threads,
-                args.table_bytes + marks_bytes, LaunchMode::kProgrammatic, stream);
+  return launch("low-latency dispatch kernel", dispatch<Reach>, args, args.ll.blocks, args.ll.threads, args.table_bytes,
+                LaunchMode::kProgrammatic, stream);
 }
 
 }  // namespace ep_moe

@@ -34,6 +34,13 @@ struct LowLatencyDispatchArgs {
 
 enum class ScaleFormat : int32_t { kNone = 0, kFloat32 = 1, kUe8m0 = 2 };
 
+// Counts of the warps of a block, by share and number of the count; in shared memory.
+constexpr int kMaxShareBits = 3;
+struct Counts {
+  int shares[1 << kMaxShareBits][kMaxNodeRanks];
+};
+static_assert(kMaxTopK <= kMaxNodeRanks, "counts are of ranks, or of experts of a token");
+
 __device__ __forceinline__ uint32_t tagged(uint32_t expert, uint32_t round) {
   return (round << kExpertBits | expert) & 0xffff;
 }
@@ -124,15 +131,13 @@ __device__ __forceinline__ bool has_entry(uint4 entries, uint32_t both) {
 struct RoutingTable {
   const uint16_t* entries;  // [ranks * max_tokens][stride]
   int stride;
-  bool own;  // every thread has one place, its own number, which fits `mine`
-  uint4 mine;
 
-  __device__ bool has(int place, uint32_t tagged_expert) const {
-    const uint32_t both = tagged_expert | tagged_expert << 16;
-    if (own) return has_entry(mine, both);
-    const uint4* pieces = reinterpret_cast<const uint4*>(entries + static_cast<int64_t>(place) * stride);
-    bool found = false;
-    for (int i = 0; i < stride / 8; ++i) found |= has_entry(pieces[i], both);
+  // Whether a token has an expert; `both` is that twice, tagged.
+  __device__ __forceinline__ bool has(int place, uint32_t both) const {
+    const uint4* pieces = reinterpret_cast<const uint4*>(entries) + place * (stride / 8);
+    bool found = has_entry(pieces[0], both);
+#pragma unroll 1
+    for (int i = 1; i < stride / 8; ++i) found |= has_entry(pieces[i], both);
     return found;
   }
 };
@@ -145,7 +150,6 @@ __device__ inline RoutingTable receive_routing(const LowLatencyDispatchArgs& arg
   uint4* landed = landing_place<uint4>(ll, own_buffer(ll), ll.layout.routing, round, 0, 0, routing_bytes(ll));
   const uint32_t tag = tagged(0, round) | tagged(0, round) << 16, mask = ~(kNoExpert | kNoExpert << 16);
   const uint64_t start = args.wait_ns != nullptr ? global_timer_ns() : 0;
-  uint4 last = make_uint4(~0u, ~0u, ~0u, ~0u);
   for (int i = threadIdx.x; i < ll.shape.ranks * of_rank; i += blockDim.x) {
     const RankAndRest place(i, of_rank);
     const int source = place.rank;
@@ -160,7 +164,6 @@ __device__ inline RoutingTable receive_routing(const LowLatencyDispatchArgs& arg
     // Of a rank that takes no part, entries of another round: no expert has that tag.
     const uint32_t none = here ? 0 : tagged(kNoExpert, round + 1) * 0x10001u;
     if (!here) value = make_uint4(none, none, none, none);
-    last = value;
     if (args.table_bytes > 0) {
       shared_table[i] = value;
     } else if (!here) {
@@ -171,34 +174,46 @@ __device__ inline RoutingTable receive_routing(const LowLatencyDispatchArgs& arg
   }
   __syncthreads();
   const uint4* table = args.table_bytes > 0 ? shared_table : landed;
-  const bool own = pieces == 1 && ll.shape.ranks * of_rank <= blockDim.x;
-  return {reinterpret_cast<const uint16_t*>(table), routing_stride(ll.shape.max_top_k), own, last};
+  return {reinterpret_cast<const uint16_t*>(table), routing_stride(ll.shape.max_top_k)};
 }
 
-// Which places have an expert, a bit each, 32 to a word; whole after a barrier. All threads.
-__device__ inline void mark_places(const LowLatency& ll, const RoutingTable& table, int expert, uint32_t round,
-                                   uint32_t* marks) {
-  const int places = ll.shape.ranks * ll.shape.max_tokens;
-  const uint32_t wanted = tagged(ll.rank * ll.shape.experts_per_rank + expert, round);
-  for (int first = threadIdx.x / 32 * 32; first < places; first += blockDim.x) {
-    const int i = first + threadIdx.x % 32;
-    const uint32_t hits = __ballot_sync(~0u, i < places && table.has(i, wanted));
-    if (threadIdx.x % 32 == 0) marks[first / 32] = hits;
-  }
-}
+// Up to 32 counts that the warps of a block share: each falls to 2^bits of them, as many as there are, which take turns
+// at 32 places. A team is the warps of a count, and goes on to another one if there are more counts than teams.
+struct Team {
+  int bits;
+  int number;  // of this warp's team; `teams` or more: none
+  int teams;
+  int share;  // which warp of its team
 
-// One warp: an expert's rows, by source rank, from its marks. A lane counts a rank.
-__device__ inline void count_expert(const LowLatencyDispatchArgs& args, int expert, const uint32_t* marks) {
-  const LowLatency& ll = args.ll;
-  const int ranks = ll.shape.ranks, rank = threadIdx.x % 32;
-  const int begin = rank * ll.shape.max_tokens, end = begin + ll.shape.max_tokens;
-  int count = 0;
-  for (int word = begin / 32; rank < ranks && word * 32 < end; ++word) {
-    uint32_t bits = marks[word];
-    if (word * 32 < begin) bits &= ~0u << (begin % 32);
-    if (word * 32 + 32 > end) bits &= (1u << (end % 32)) - 1;
-    count += __popc(bits);
+  __device__ __forceinline__ explicit Team(int counts) : bits(0) {
+    const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
+    while (bits < kMaxShareBits && counts << (bits + 1) <= warps) ++bits;
+    number = warp >> bits;
+    teams = warps >> bits;
+    share = warp & ((1 << bits) - 1);
   }
+
+  // The warp's share of how many of the places from `begin` to `end` have an expert. All threads of a warp.
+  __device__ __forceinline__ int count(const RoutingTable& table, int begin, int end, uint32_t tagged_expert) const {
+    const uint32_t both = tagged_expert | tagged_expert << 16;
+    int count = 0;
+#pragma unroll 2
+    for (int i = begin + 32 * share + threadIdx.x % 32; i < end; i += 32 << bits) count += table.has(i, both);
+    return __reduce_add_sync(~0u, count);
+  }
+
+  // A count, of all its shares.
+  __device__ __forceinline__ int sum(const Counts& counts, int which) const {
+    int sum = 0;
+#pragma unroll 1
+    for (int s = 0; s < 1 << bits; ++s) sum += counts.shares[s][which];
+    return sum;
+  }
+};
+
+// One warp: an expert's rows, by source rank. A lane is a rank, with `count` of them.
+__device__ inline void store_counts(const LowLatencyDispatchArgs& args, int expert, int count) {
+  const int ranks = args.ll.shape.ranks, rank = threadIdx.x % 32;
   int sum = count;
 #pragma unroll 1
   for (int distance = 1; distance < ranks; distance *= 2) {
@@ -206,46 +221,56 @@ __device__ inline void count_expert(const LowLatencyDispatchArgs& args, int expe
     if (rank >= distance) sum += below;
   }
   if (rank >= ranks) return;
-  args.ranges[static_cast<int64_t>(expert) * ranks + rank] = static_cast<int64_t>(sum - count) << 32 | count;
+  args.ranges[expert * ranks + rank] = static_cast<int64_t>(sum - count) << 32 | count;
   if (rank != ranks - 1) return;
   args.counts[expert] = sum;
   if (args.received != nullptr) atomicAdd(&args.received[expert], sum);
 }
 
-// The rows of experts, behind the block's own rows, which are more urgent; the last blocks begin, which most often have
-// none. All threads; `marks` in shared memory.
+// The first expert whose rows the block counts: blocks of the last tokens of all ranks begin, for the first ones most
+// often have rows of their own.
+__device__ __forceinline__ int first_counted(const LowLatency& ll) {
+  if (gridDim.x != ll.shape.ranks * ll.shape.max_tokens) return gridDim.x - 1 - blockIdx.x;
+  const RankAndRest token(blockIdx.x, ll.shape.max_tokens);
+  return (ll.shape.max_tokens - 1 - token.rest) * ll.shape.ranks + token.rank;
+}
+
+// The rows of experts. All threads; leaves counts[1] in use, counts[0] free.
 __device__ inline void count_experts(const LowLatencyDispatchArgs& args, const RoutingTable& table, uint32_t round,
-                                     uint32_t* marks) {
-  const int local_experts = args.ll.shape.experts_per_rank;
-  for (int expert = gridDim.x - 1 - blockIdx.x; expert < local_experts; expert += gridDim.x) {
-    mark_places(args.ll, table, expert, round, marks);
+                                     Counts (&counts)[2]) {
+  const LowLatency& ll = args.ll;
+  const int ranks = ll.shape.ranks, tokens = ll.shape.max_tokens, lane = threadIdx.x % 32;
+  for (int expert = first_counted(ll); expert < ll.shape.experts_per_rank; expert += gridDim.x) {
+    const Team team(ranks);
+    const uint32_t wanted = tagged(ll.rank * ll.shape.experts_per_rank + expert, round);
+    for (int rank = team.number; rank < ranks && team.number < team.teams; rank += team.teams) {
+      const int count = team.count(table, rank * tokens, (rank + 1) * tokens, wanted);
+      if (lane == 0) counts[1].shares[team.share][rank] = count;
+    }
     __syncthreads();
-    if (threadIdx.x / 32 == blockDim.x / 32 - 1) count_expert(args, expert, marks);
-    if (expert + gridDim.x < local_experts) __syncthreads();  // before the marks are overwritten
+    if (threadIdx.x / 32 == blockDim.x / 32 - 1)
+      store_counts(args, expert, lane < ranks ? team.sum(counts[1], lane) : 0);
+    if (expert + gridDim.x < ll.shape.experts_per_rank) __syncthreads();  // before the counts are overwritten
   }
 }
 
-// All threads: for every lane with an expert, how many tokens before `place` have it too. Each warp counts its own, and
-// warps that have none leave no trace. `partial` is rewritten by the call after next only.
+// All threads: for every lane with an expert, how many tokens before `place` have it too. `counts` is rewritten by the
+// call after next only.
 __device__ inline int count_before(const LowLatencyDispatchArgs& args, const RoutingTable& table, int place, int expert,
-                                   uint32_t round, int (&partial)[kMaxThreads / 32][kMaxTopK]) {
-  const int first_expert = args.ll.rank * args.ll.shape.experts_per_rank;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (uint32_t left = warp * 32 < place ? __ballot_sync(~0u, expert >= 0) : 0; left != 0; left &= left - 1) {
+                                   uint32_t round, Counts& counts) {
+  const int first_expert = args.ll.rank * args.ll.shape.experts_per_rank, lane = threadIdx.x % 32;
+  const uint32_t wanted = __ballot_sync(~0u, expert >= 0);
+  const Team team(__popc(wanted));
+  int until_next = team.number;  // counts of other teams
+  for (uint32_t left = team.number < team.teams ? wanted : 0; left != 0; left &= left - 1) {
+    if (until_next-- > 0) continue;
+    until_next = team.teams - 1;
     const int k = __ffs(left) - 1;
-    const uint32_t same = tagged(first_expert + __shfl_sync(~0u, expert, k), round);
-    int count = 0;
-    for (int i = threadIdx.x; i < place; i += blockDim.x) count += table.has(i, same);
-    count = __reduce_add_sync(~0u, count);
-    if (lane == 0) partial[warp][k] = count;
+    const int count = team.count(table, 0, place, tagged(first_expert + __shfl_sync(~0u, expert, k), round));
+    if (lane == 0) counts.shares[team.share][k] = count;
   }
   __syncthreads();
-  int before = 0;
-  if (expert >= 0)
-#pragma unroll
-    for (int w = 0; w < kMaxThreads / 32; ++w)
-      if (w * 32 < min(static_cast<int>(blockDim.x), place)) before += partial[w][lane];
-  return before;
+  return expert >= 0 ? team.sum(counts, lane) : 0;
 }
 
 }  // namespace ep_moe

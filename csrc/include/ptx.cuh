@@ -64,6 +64,13 @@ __device__ __forceinline__ float rcp_approx_ftz(float x) {
   return value;
 }
 
+// a * b, whole, in one instruction; the compiler would widen a and b first, and multiply in several.
+__device__ __forceinline__ uint64_t mul_wide(uint32_t a, uint32_t b) {
+  uint64_t value;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(value) : "r"(a), "r"(b));
+  return value;
+}
+
 __device__ __forceinline__ uint64_t global_timer_ns() {
   uint64_t time;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
