@@ -28,7 +28,6 @@ struct LowLatencyCombineArgs {
 
 constexpr int kBatch = 8;        // rows of a token in flight
 constexpr int kRanksAtOnce = 2;  // ranks whose sums of a token are looked for at once
-constexpr int kPieces = 2;       // vectors of each
 
 using Row = Vector<__nv_bfloat16>;
 
@@ -106,18 +105,29 @@ __device__ __forceinline__ float take_weight(const LowLatency& ll, int owner, in
   return __uint_as_float(weight);
 }
 
-// The sum of a token's rows here, to its rank. `slot` is that of the lane's entry, or -1. Weights that did not come
-// with the dispatch are waited for by the first warp, which shares them in `weights`.
+// Vectors of a row, from `begin` to `end`.
+struct Part {
+  uint32_t begin;
+  uint32_t end;
+};
+
+// Where the second half of a row begins, at a whole line; a short row has none.
+__device__ __forceinline__ uint32_t middle_of(uint32_t vectors) { return min((vectors / 2 + 31) / 32 * 32, vectors); }
+
+// A part of the sum of a token's rows here, to its rank. `slot` is that of the lane's entry, or -1. Weights that did
+// not come with the dispatch are waited for by the first warp, which shares them in `weights`; then, and to other
+// nodes, the part is the whole.
 template <typename Reach>
 __device__ void send_sum(const LowLatencyCombineArgs& args, float (&weights)[kMaxTopK], int owner, int token, int slot,
-                         uint32_t round) {
+                         Part part, uint32_t round) {
   const LowLatency& ll = args.ll;
   const int lane = threadIdx.x % 32, vectors = ll.shape.hidden / Row::kCount, row_bytes = ll.shape.hidden * 2;
   const uint32_t wanted = __ballot_sync(~0u, slot >= 0);
   // Threads behind the end of a row load its last vector, so that all threads of a warp do the same.
   const auto column = [&](int i) { return reinterpret_cast<const uint4*>(args.rows) + min(i, vectors - 1); };
   Row batch[kBatch];
-  load_rows(column(threadIdx.x), row_bytes, slot, 0, wanted, batch);  // before the weights are waited for
+  const uint32_t first_column = part.begin + threadIdx.x;
+  load_rows(column(first_column), row_bytes, slot, 0, wanted, batch);  // before the weights are waited for
   const bool near = Reach::near(ll) >> owner & 1;
   float weight = 0.0f;
   if (args.weights != nullptr) {
@@ -141,14 +151,14 @@ __device__ void send_sum(const LowLatencyCombineArgs& args, float (&weights)[kMa
   }
   const bool ahead = args.top_k <= kBatch;  // one batch holds all rows: the next vectors are loaded as these are added
 #pragma unroll 1
-  for (int begin = threadIdx.x - lane; begin < vectors; begin += blockDim.x) {
-    const int i = begin + lane, next = begin + blockDim.x;
+  for (uint32_t i = first_column; i - lane < part.end; i += blockDim.x) {
+    const uint32_t next = i - lane + blockDim.x;  // of the warp's first thread
     const uint4* next_column = column(next + lane);
     float sum[Row::kCount] = {};
 #pragma unroll 1
     for (int first = 0; first < args.top_k; first += kBatch) {
       const uint32_t left = wanted >> first;
-      if (!ahead && (first > 0 || i != threadIdx.x)) load_rows(column(i), row_bytes, slot, first, left, batch);
+      if (!ahead && (first > 0 || i != first_column)) load_rows(column(i), row_bytes, slot, first, left, batch);
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
         if ((left >> j & 1) == 0) continue;
@@ -156,7 +166,7 @@ __device__ void send_sum(const LowLatencyCombineArgs& args, float (&weights)[kMa
         batch[j].to_float(values);
         const int source = __shfl_sync(~0u, slot, first + j);
         const float factor = __shfl_sync(~0u, weight, first + j);
-        if (ahead && next < vectors) batch[j].bits = load_row(next_column, source, row_bytes);
+        if (ahead && next < part.end) batch[j].bits = load_row(next_column, source, row_bytes);
         // Not fused, so that any implementation can compute the same bits.
 #pragma unroll
         for (int c = 0; c < Row::kCount; ++c) sum[c] = __fadd_rn(sum[c], __fmul_rn(factor, values[c]));
@@ -164,7 +174,7 @@ __device__ void send_sum(const LowLatencyCombineArgs& args, float (&weights)[kMa
     }
     Row rounded;
     rounded.from_float(sum);
-    if (i < vectors) st_volatile(target + i, fill_empty(rounded.bits));
+    if (i < part.end) st_volatile(target + i, fill_empty(rounded.bits));
   }
   if constexpr (Reach::kPuts) {
     if (near) return;
@@ -178,6 +188,8 @@ __device__ void send_sum(const LowLatencyCombineArgs& args, float (&weights)[kMa
 struct Owned {
   int owner;
   int token;
+
+  __device__ __forceinline__ Owned(int owner, int token) : owner(owner), token(token) {}
 
   __device__ __forceinline__ Owned(const LowLatency& ll, int place) {
     const RankAndRest parts(place, ll.shape.max_tokens);
@@ -204,6 +216,13 @@ __device__ Round send(const LowLatencyCombineArgs& args) {
   const Entry entry = load_entry(args, first.token);
   int slot = -1;
   if (blockIdx.x < places) slot = slot_of_lane(args, first);
+  // With a block for each place, the blocks of tokens 0 and max_tokens - 1, 1 and max_tokens - 2, ... of a rank help
+  // each other: one whose own token has no rows adds half of the other sum. With few tokens only half of each is left.
+  const int last_token = ll.shape.max_tokens - 1;
+  const uint32_t vectors = ll.shape.hidden / Row::kCount;
+  const bool helps = kept && gridDim.x == places && (Reach::near(ll) >> first.owner & 1);
+  int other_slot = -1;
+  if (helps) other_slot = slot_of_lane(args, {first.owner, last_token - first.token});
   const uint32_t present = present_ranks(ll), round = ld_volatile(&ll.workspace->combines[blockIdx.x]) + 1;
   if (blockIdx.x == 0 && threadIdx.x < ranks && (present >> threadIdx.x & 1)) {
     const int64_t to = ll.layout.entered + (round % kLandingBuffers * ranks + ll.rank) * 4;
@@ -221,10 +240,21 @@ __device__ Round send(const LowLatencyCombineArgs& args) {
       send_weight<Reach>(args, load_entry(args, reader.token), reader.owner, reader.token, round);
   }
   for (int i = blockIdx.x; i < places; i += gridDim.x) {
-    const Owned owned(ll, i);
+    Owned owned(ll, i);
     if (i != blockIdx.x) slot = slot_of_lane(args, owned);
+    Part part = {0, vectors};
+    if (helps) {
+      const uint32_t middle = middle_of(vectors);
+      if (!__any_sync(~0u, slot >= 0)) {
+        slot = other_slot;
+        owned.token = last_token - owned.token;
+        part.begin = middle;
+      } else if (!__any_sync(~0u, other_slot >= 0)) {
+        part.end = middle;
+      }
+    }
     if ((present >> owned.owner & 1) == 0 || !__any_sync(~0u, slot >= 0)) continue;  // the same in all warps
-    send_sum<Reach>(args, weights, owned.owner, owned.token, slot, round);
+    send_sum<Reach>(args, weights, owned.owner, owned.token, slot, part, round);
   }
   __syncthreads();  // all threads have read the counter
   if (threadIdx.x == 0) {
@@ -244,12 +274,15 @@ __device__ __forceinline__ uint32_t owners_of(const LowLatencyCombineArgs& args,
   return __reduce_or_sync(~0u, valid ? 1u << rank_of(ll, static_cast<int>(expert)) : 0u) & present;
 }
 
-// Adds what the token's owners sent. A thread takes kPieces vectors at a time, a block's width apart, of kRanksAtOnce
-// ranks, and looks for all of them side by side until they are here: the last one to come costs one latency.
-__device__ inline void receive_token(const LowLatencyCombineArgs& args, int token, uint32_t owners, uint32_t round) {
+// Adds what the token's owners sent, of a part of it. A thread takes kPieces vectors at a time, a block's width apart,
+// of kRanksAtOnce ranks, and looks for all of them side by side until they are here: the last one to come costs one
+// latency.
+template <int kPieces>
+__device__ void receive_token(const LowLatencyCombineArgs& args, int token, Part part, uint32_t owners,
+                              uint32_t round) {
   const LowLatency& ll = args.ll;
   const int vectors = ll.shape.hidden / Row::kCount;
-  for (int start = threadIdx.x; start < vectors; start += kPieces * blockDim.x) {
+  for (uint32_t start = part.begin + threadIdx.x; start < part.end; start += kPieces * blockDim.x) {
     float sum[kPieces][Row::kCount] = {};
 #pragma unroll 1
     for (int first = 0; first < ll.shape.ranks; first += kRanksAtOnce) {
@@ -259,7 +292,7 @@ __device__ inline void receive_token(const LowLatencyCombineArgs& args, int toke
       for (int j = 0; j < kRanksAtOnce; ++j) places[j] = sum_place(ll, own_buffer(ll), round, first + j, token) + start;
       const auto sent = [&](int j) { return (owners >> (first + j) & 1) != 0; };
       const auto place = [&](int j, int p) { return places[j] + p * blockDim.x; };
-      const auto exists = [&](int p) { return start + p * static_cast<int>(blockDim.x) < vectors; };
+      const auto exists = [&](int p) { return start + p * blockDim.x < part.end; };
       // Bit j: something of rank first + j is missing.
       const auto look = [&] {
         uint32_t missing = 0;
@@ -303,10 +336,10 @@ __device__ inline void receive_token(const LowLatencyCombineArgs& args, int toke
     asm("" : "+r"(token));  // or its row's begin is kept in a register during the waits, which need all
 #pragma unroll
     for (int p = 0; p < kPieces; ++p) {
-      const int i = start + p * blockDim.x;
+      const uint32_t i = start + p * blockDim.x;
       Row rounded;
       rounded.from_float(sum[p]);
-      if (i < vectors) reinterpret_cast<uint4*>(args.out)[token * vectors + i] = rounded.bits;
+      if (i < part.end) reinterpret_cast<uint4*>(args.out)[token * vectors + i] = rounded.bits;
     }
   }
 }
@@ -315,8 +348,16 @@ __device__ inline void receive(const LowLatencyCombineArgs& args, uint32_t round
   const LowLatency& ll = args.ll;
   const int ranks = ll.shape.ranks;
   const uint64_t start = args.wait_ns != nullptr ? global_timer_ns() : 0;
-  for (int token = blockIdx.x; token < args.tokens; token += gridDim.x) {
-    receive_token(args, token, owners_of(args, token, present), round);
+  // Two blocks to a token, if there are so many.
+  const uint32_t vectors = ll.shape.hidden / Row::kCount, middle = middle_of(vectors);
+  if (2 * args.tokens <= gridDim.x) {
+    const bool second = blockIdx.x >= args.tokens;
+    const int token = second ? blockIdx.x - args.tokens : blockIdx.x;
+    const Part half = second ? Part{middle, vectors} : Part{0, middle};
+    if (token < args.tokens) receive_token<1>(args, token, half, owners_of(args, token, present), round);
+  } else {
+    for (int token = blockIdx.x; token < args.tokens; token += gridDim.x)
+      receive_token<2>(args, token, {0, vectors}, owners_of(args, token, present), round);
   }
   if (blockIdx.x != gridDim.x - 1 || threadIdx.x >= ranks || (present >> threadIdx.x & 1) == 0) return;
   const int rank = threadIdx.x;
