@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, 2) layout_kernel(const __grid_consta
       const int64_t column = static_cast<int64_t>(i / tables.bins) * gridDim.x + blockIdx.x;
       args.histogram[column * tables.bins + i % tables.bins] = tables.next[i];
     }
-    grid_barrier(comm, round);
+    grid_barrier(comm);
     scan_blocks(args, tables);
     if (tid < 32) {
       const int slots = place_segments(args, tables, tid);
