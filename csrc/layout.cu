@@ -238,10 +238,9 @@ __global__ void __launch_bounds__(kThreads, 2) layout_kernel(const __grid_consta
   extern __shared__ int shared[];
   const uint32_t round = begin_round(comm);
   const Share share = my_chunks(comm);
-  const int share_chunks = share.end_chunk - share.first_chunk;
-  const int batch_chunks = Tables::batch_chunks(ranks, local_experts, args.top_k, max(share_chunks, 1));
-  const Tables tables(shared, ranks, local_experts, args.top_k, batch_chunks);
-  const int pairs = ranks * tables.bins;
+  const LocalRouting local = {args.topk_idx, args.topk_weights, args.owners, args.tokens, args.top_k, args.num_experts};
+  const SentShare sent(comm, local, share);
+  const SentEntry first_entry = sent.entry(local, tid);  // under way while the rest is prepared
 
   if (tid == 0) {
     if (blockIdx.x == 0) {
@@ -250,12 +249,14 @@ __global__ void __launch_bounds__(kThreads, 2) layout_kernel(const __grid_consta
     }
     griddepcontrol_launch_dependents();  // staging
   }
-  send_routing(comm, {args.topk_idx, args.topk_weights, args.owners, args.tokens, args.top_k, args.num_experts}, share,
-               round);
+  const int share_chunks = share.end_chunk - share.first_chunk;
+  const int batch_chunks = Tables::batch_chunks(ranks, local_experts, args.top_k, max(share_chunks, 1));
+  const Tables tables(shared, ranks, local_experts, args.top_k, batch_chunks);
+  const int pairs = ranks * tables.bins;
 #pragma unroll 1
   for (int i = tid; i < pairs; i += kThreads) tables.next[i] = 0;
   if (tid < ranks) tables.rank_tokens[tid] = 0;
-  __syncthreads();
+  send_routing(comm, local, share, sent, first_entry, round);
 #pragma unroll 1
   for (int i = tid; i < ranks * share_chunks; i += kThreads) {
     const int source = i / share_chunks;
@@ -290,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, 2) layout_kernel(const __grid_consta
       const int64_t column = static_cast<int64_t>(i / tables.bins) * gridDim.x + blockIdx.x;
       args.histogram[column * tables.bins + i % tables.bins] = tables.next[i];
     }
-    grid_barrier(comm, round);
+    grid_barrier(comm);
     scan_blocks(args, tables);
     if (tid < 32) {
       const int slots = place_segments(args, tables, tid);

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, 1) weights_kernel(const __grid_const
       *place(args, source, comm.rank, round, i - source * all) = args.by_row[value];
     }
   }
-  grid_barrier(comm, round);  // everything is written before the flags are released
+  grid_barrier(comm);  // everything is written before the flags are released
   if (blockIdx.x == 0 && threadIdx.x < ranks)
     st_release_sys(part<uint32_t>(comm, threadIdx.x, comm.layout.weight_flags) + comm.rank, round);
   if (threadIdx.x < ranks) {

@@ -23,8 +23,8 @@ namespace ep_moe {
 struct Workspace {
   uint32_t round;                        // rounds finished
   uint32_t exited_blocks;                // of the running kernel
-  uint32_t arrived_blocks;               // at the grid barrier
-  uint32_t barrier_round;                // the last round whose grid barrier opened
+  uint32_t arrived_blocks;               // at the grid barrier; the highest bit turns over when it opens
+  uint32_t reserved;                     // keeps the words that the host knows in their places
   uint32_t failed;                       // set once a wait ended in vain: later waits end at once
   uint32_t reported;                     // set once there is a fault report
   uint32_t dispatches;                   // finished, or given up by the host between staging and dispatch
@@ -113,17 +113,18 @@ __device__ __forceinline__ int64_t staged_rows(const Communicator& comm) {
 
 // All threads of all blocks; all blocks must be resident. Not bounded: blocks of one grid wait only for each other,
 // and waits for peers before it are bounded.
-__device__ inline void grid_barrier(const Communicator& comm, uint32_t round) {
+//
+// The blocks of a grid of any size add 2^31 together, so that the highest bit of the count turns over when the last one
+// arrives, and nothing is reset: blocks look at the very word that the last one adds to.
+__device__ inline void grid_barrier(const Communicator& comm) {
+  constexpr uint32_t kOpen = 1u << 31;
   __syncthreads();
   if (threadIdx.x == 0) {
-    Workspace* workspace = comm.workspace;
-    if (atom_add_acq_rel_gpu(&workspace->arrived_blocks, 1) == gridDim.x - 1) {
-      workspace->arrived_blocks = 0;
-      st_release_gpu(&workspace->barrier_round, round);  // pairs with the acquire below
-    } else {
-      while (ld_acquire_gpu(&workspace->barrier_round) != round) {
-      }
-    }
+    uint32_t* arrived = &comm.workspace->arrived_blocks;
+    const uint32_t mine = blockIdx.x == 0 ? kOpen - (gridDim.x - 1) : 1;
+    const uint32_t before = atom_add_acq_rel_gpu(arrived, mine);  // pairs with the acquire below, of other blocks
+    uint32_t now = before + mine;
+    while (((now ^ before) & kOpen) == 0) now = ld_acquire_gpu(arrived);
   }
   __syncthreads();
 }

@@ -39,6 +39,7 @@ namespace {
 
 constexpr int kLayoutThreads = 512;     // which leave staging room beside them
 constexpr int kBatchBytes = 96 * 1024;  // of shared memory for chunks that are placed together
+constexpr int kEntriesAtOnce = 2;       // that a thread reads side by side
 
 // The part of the routing tables that one block works on.
 struct Routing {
@@ -51,10 +52,6 @@ struct Routing {
   __device__ int local(uint16_t entry) const {
     const int expert = static_cast<int>(entry) - first_expert;
     return expert >= 0 && expert < local_experts ? expert : -1;
-  }
-
-  __device__ int local(uint32_t token, uint32_t k) const {
-    return local(table[static_cast<int64_t>(token) * stride + k]);
   }
 };
 
@@ -137,20 +134,34 @@ __device__ bool read_batch(const LayoutArgs& args, const Routing& routing, const
   __syncthreads();
   bool repeated = false;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < entries; i += kLayoutThreads) {
-    const Entry entry(i, args.top_k, args.comm.shape.max_tokens, batch);
-    const uint32_t in_rank = batch.first_token + entry.chunk * kChunkTokens + entry.place;
-    const bool real = in_rank < tables.rank_tokens[entry.source];
-    const int expert = real ? routing.local(entry.token, entry.k) : -1;
-    tables.experts[i] = static_cast<int16_t>(expert);
-    if (wanted && expert >= 0)
-      tables.weights[i] = weights[static_cast<int64_t>(entry.token) * args.comm.shape.max_top_k + entry.k];
-    uint32_t* bins = tables.masks + (entry.source * batch.chunks + entry.chunk) * tables.bins;
-    const uint32_t bit = 1u << entry.place;
-    if (expert >= 0) repeated |= (atomicOr(&bins[expert], bit) & bit) != 0;
-    // Chunks hold a multiple of 32 entries, so a warp has entries of one chunk, and all of its lanes are here.
-    const uint32_t tokens = __reduce_or_sync(~0u, expert >= 0 ? bit : 0u);
-    if (threadIdx.x % 32 == 0) atomicOr(&bins[tables.bins - 1], tokens);
+  for (int base = threadIdx.x; base < entries; base += kEntriesAtOnce * kLayoutThreads) {
+    uint16_t routed[kEntriesAtOnce];
+    float weight[kEntriesAtOnce];
+    uint32_t* bins[kEntriesAtOnce];
+    uint32_t bit[kEntriesAtOnce];
+#pragma unroll
+    for (int j = 0; j < kEntriesAtOnce; ++j) {  // all loads before the first use, of entries that did not come too
+      const int i = base + j * kLayoutThreads;
+      if (i >= entries) break;
+      const Entry entry(i, args.top_k, args.comm.shape.max_tokens, batch);
+      const uint32_t in_rank = batch.first_token + entry.chunk * kChunkTokens + entry.place;
+      routed[j] = routing.table[static_cast<int64_t>(entry.token) * routing.stride + entry.k];
+      if (wanted) weight[j] = weights[static_cast<int64_t>(entry.token) * args.comm.shape.max_top_k + entry.k];
+      bins[j] = tables.masks + (entry.source * batch.chunks + entry.chunk) * tables.bins;
+      bit[j] = in_rank < tables.rank_tokens[entry.source] ? 1u << entry.place : 0u;
+    }
+#pragma unroll
+    for (int j = 0; j < kEntriesAtOnce; ++j) {
+      const int i = base + j * kLayoutThreads;
+      if (i >= entries) break;
+      const int expert = bit[j] != 0 ? routing.local(routed[j]) : -1;
+      tables.experts[i] = static_cast<int16_t>(expert);
+      if (wanted) tables.weights[i] = weight[j];  // of entries that are not ours, whatever was there
+      if (expert >= 0) repeated |= (atomicOr(&bins[j][expert], bit[j]) & bit[j]) != 0;
+      // Chunks hold a multiple of 32 entries, so a warp has entries of one chunk, and all of its lanes are here.
+      const uint32_t tokens = __reduce_or_sync(~0u, expert >= 0 ? bit[j] : 0u);
+      if (threadIdx.x % 32 == 0) atomicOr(&bins[j][tables.bins - 1], tokens);
+    }
   }
   return __syncthreads_or(repeated);
 }

@@ -30,53 +30,72 @@ __device__ inline Share my_chunks(const Communicator& comm) {
   return {first, min(first + each, chunks)};
 }
 
-// All threads of a block: the routing of its share to all ranks.
-__device__ inline void send_routing(const Communicator& comm, const LocalRouting& local, Share share, uint32_t round) {
-  const int ranks = comm.shape.ranks, top_k = local.top_k, copy = round % 2;
-  const int stride = routing_stride(comm.shape.max_top_k);
-  const float ranks_per_expert = 1.0f / static_cast<float>(local.num_experts / ranks);
-  const int first = share.first_chunk * kChunkTokens;
-  const int end = min(share.end_chunk * kChunkTokens, min(local.tokens, comm.shape.max_tokens));
-  const int64_t table = (static_cast<int64_t>(copy) * ranks + comm.rank) * comm.shape.max_tokens;
-  const int entries = local.topk_weights == nullptr ? 0 : max(end - first, 0) * top_k;
-  const float* weights = local.topk_weights + static_cast<int64_t>(first) * top_k;
-  float weight = threadIdx.x < entries ? weights[threadIdx.x] : 0.0f;  // under way while routing is sent
+// The ranks that have one of a token's experts, from what it was sent as.
+__device__ inline uint32_t owners_of(const uint16_t* routing, int top_k, float ranks_per_expert) {
+  uint32_t owners = 0;
 #pragma unroll 1
-  for (int token = first + threadIdx.x; token < end; token += blockDim.x) {
-    uint32_t owners = 0;
-    int64_t bad = -1;
-#pragma unroll 1
-    for (int base = 0; base < top_k; base += 8) {
-      int64_t experts[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i)  // all loads before the first use
-        experts[i] = base + i < top_k ? local.topk_idx[static_cast<int64_t>(token) * top_k + base + i] : -1;
-      __align__(16) uint16_t packed[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int expert = static_cast<int>(experts[i]);
-        const bool routed = experts[i] >= 0 && experts[i] < local.num_experts;
-        if (!routed && experts[i] != -1) bad = experts[i];
-        packed[i] = routed ? static_cast<uint16_t>(expert) : kNotRouted;
-        // A division: exact, because of at most kMaxExperts experts.
-        if (routed) owners |= 1u << static_cast<uint32_t>((expert + 0.5f) * ranks_per_expert);
-      }
-      const uint4 value = *reinterpret_cast<const uint4*>(packed);
-#pragma unroll 1
-      for (int peer = 0; peer < ranks; ++peer)
-        *reinterpret_cast<uint4*>(part<uint16_t>(comm, peer, comm.layout.routing) + (table + token) * stride + base) =
-            value;
-    }
-    if (bad != -1) report_fault(comm, Fault::kExpertRange, Step::kRouting, comm.rank, round, bad, local.num_experts);
-    local.owners[token] = static_cast<uint8_t>(owners);
+  for (int k = 0; k < top_k; ++k) {
+    const uint16_t expert = routing[k];
+    // A division: exact, because of at most kMaxExperts experts.
+    if (expert != kNotRouted) owners |= 1u << static_cast<uint32_t>((expert + 0.5f) * ranks_per_expert);
   }
+  return owners;
+}
+
+// One entry of a token.
+struct SentEntry {
+  int64_t expert;
+  float weight;
+};
+
+// The entries that a block sends: those of its share that this rank has and that there is room for.
+struct SentShare {
+  int first_token;
+  int end_token;
+  int64_t start;  // of the entries in tables of this rank
+  int entries;
+
+  __device__ SentShare(const Communicator& comm, const LocalRouting& local, Share share)
+      : first_token(share.first_chunk * kChunkTokens),
+        end_token(min(share.end_chunk * kChunkTokens, min(local.tokens, comm.shape.max_tokens))),
+        start(static_cast<int64_t>(first_token) * local.top_k),
+        entries(max(end_token - first_token, 0) * local.top_k) {}
+
+  __device__ SentEntry entry(const LocalRouting& local, int i) const {
+    if (i >= entries) return {-1, 0.0f};
+    return {local.topk_idx[start + i], local.topk_weights == nullptr ? 0.0f : local.topk_weights[start + i]};
+  }
+};
+
+// All threads of a block: the routing of its share to all ranks. `entry` is the first one of each thread, number
+// threadIdx.x, loaded before the call so that the caller can do something else meanwhile. Orders what the block did
+// before the call as __syncthreads does.
+//
+// A thread sends one entry and its weight at a time: one load from cold memory, few instructions and a store to each
+// rank lie between the start and the flags. What peers do not wait for, owners and faults, comes behind these.
+__device__ inline void send_routing(const Communicator& comm, const LocalRouting& local, Share share, SentShare sent,
+                                    SentEntry entry, uint32_t round) {
+  const int ranks = comm.shape.ranks, copy = round % 2;
+  const int first = sent.first_token, entries = sent.entries;
+  const uint32_t top_k = local.top_k;
+  const int64_t table = (static_cast<int64_t>(copy) * ranks + comm.rank) * comm.shape.max_tokens + first;
+  const int64_t routing = comm.layout.routing + table * routing_stride(comm.shape.max_top_k) * sizeof(uint16_t);
+  const int64_t weights = comm.layout.weights + table * comm.shape.max_top_k * sizeof(float);
+  int64_t bad = -1;
 #pragma unroll 1
   for (int i = threadIdx.x; i < entries; i += blockDim.x) {
-    if (i != threadIdx.x) weight = weights[i];
-    const int token = first + i / top_k, k = i % top_k;
+    if (i != threadIdx.x) entry = sent.entry(local, i);
+    const bool routed = entry.expert >= 0 && entry.expert < local.num_experts;
+    if (!routed && entry.expert != -1) bad = entry.expert;
+    const uint16_t value = routed ? static_cast<uint16_t>(entry.expert) : kNotRouted;
+    const uint32_t token = i / top_k, k = i - token * top_k;
+    const uint32_t place = token * routing_stride(comm.shape.max_top_k) + k;
+    const uint32_t weight_place = token * comm.shape.max_top_k + k;
 #pragma unroll 1
-    for (int peer = 0; peer < ranks; ++peer)
-      part<float>(comm, peer, comm.layout.weights)[(table + token) * comm.shape.max_top_k + k] = weight;
+    for (int peer = 0; peer < ranks; ++peer) {
+      part<uint16_t>(comm, peer, routing)[place] = value;
+      if (local.topk_weights != nullptr) part<float>(comm, peer, weights)[weight_place] = entry.weight;
+    }
   }
   __syncthreads();  // all routing of the share is written before its flags are released
   const int share_chunks = share.end_chunk - share.first_chunk;
@@ -87,6 +106,15 @@ __device__ inline void send_routing(const Communicator& comm, const LocalRouting
     uint64_t* flag = part<uint64_t>(comm, peer, comm.layout.chunk_flags) +
                      (static_cast<int64_t>(copy) * ranks + comm.rank) * chunks + chunk;
     st_release_sys(flag, static_cast<uint64_t>(round) << 32 | local.tokens);  // pairs with wait_chunk
+  }
+  if (bad != -1) report_fault(comm, Fault::kExpertRange, Step::kRouting, comm.rank, round, bad, local.num_experts);
+  // By the last threads: the first ones release flags, which takes them some time.
+  const float ranks_per_expert = 1.0f / static_cast<float>(local.num_experts / ranks);
+#pragma unroll 1
+  for (int token = first + blockDim.x - 1 - threadIdx.x; token < sent.end_token; token += blockDim.x) {
+    const uint16_t* experts =
+        part<uint16_t>(comm, comm.rank, routing) + (token - first) * routing_stride(comm.shape.max_top_k);
+    local.owners[token] = static_cast<uint8_t>(owners_of(experts, top_k, ranks_per_expert));
   }
 }
 
