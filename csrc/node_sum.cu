@@ -13,10 +13,10 @@ namespace ep_moe {
 
 struct NodeSumArgs {
   const uint8_t* rows[kMaxNodes];  // of each node, [returned][row_bytes]
-  const int32_t* places;            // [nodes][tokens]: the token's row among those of the node, or -1
-  uint8_t* out;                     // [tokens][row_bytes]
-  int32_t row_bytes;                // a multiple of 16
-  int32_t element;                  // Element of the rows
+  const int32_t* places;           // [nodes][tokens]: the token's row among those of the node, or -1
+  uint8_t* out;                    // [tokens][row_bytes]
+  int32_t row_bytes;               // a multiple of 16
+  int32_t element;                 // Element of the rows
   int32_t tokens;
   int32_t nodes;
 };
