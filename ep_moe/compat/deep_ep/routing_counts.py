@@ -9,7 +9,7 @@ from ctypes import c_int32, c_void_p
 import torch
 from torch import Tensor
 
-from ep_moe.native import find_entry_points, launch
+from ep_moe.native import find_entry_points, has_code_for, launch
 
 
 class RoutingCountsArgs(ctypes.Structure):
@@ -38,7 +38,7 @@ def count(topk_idx: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Tenso
         raise ValueError(f"topk_idx: expected int64 [tokens, top_k], got {topk_idx.dtype} {list(topk_idx.shape)}")
     if num_experts < 1 or num_experts % ranks:
         raise ValueError(f"num_experts: expected a multiple of the {ranks} ranks of the group, got {num_experts}")
-    library = _find_library() if topk_idx.is_cuda else None
+    library = _find_library() if topk_idx.is_cuda and has_code_for(topk_idx.get_device()) else None
     if library is None:
         return _count_by_operations(topk_idx, num_experts, ranks)
     topk_idx, device = topk_idx.contiguous(), topk_idx.device
