@@ -51,7 +51,7 @@ from ep_moe.config import (
 from ep_moe.experts.gemm import grouped_linear
 from ep_moe.tracing import trace
 from ep_moe.two_batch import two_batch
-from layer_parts import Part, computation_alone, exchanges_alone, hidden_part
+from layer_parts import Part, computation_alone, exchanges_alone, forget_gradients, hidden_part
 from layer_peers import PEERS, PeerMissing, Weights, weights_of
 from layer_table import HEADER, Line, draw, format_line
 from machine import Machine, add_ranks_argument, launch, say, start
@@ -108,7 +108,7 @@ def measure(
 
     def both() -> None:
         layer(x).backward(grad)
-        clear(*layer.parameters(), x)
+        forget_gradients(*layer.parameters(), x)
 
     call = None if overlap in HALVES else both
     label = f"{backend}_{overlap.replace(':', '')}"
@@ -168,7 +168,7 @@ def measure_peer(
 
     def both() -> None:
         peer.run(x).backward(grad)
-        clear(*peer.parameters, x)
+        forget_gradients(*peer.parameters, x)
 
     whole, peak = measure_whole(lambda: peer.run(x), both, f"{name}_{kind}", nn.Module(), arguments, machine)
     return replace(
@@ -302,7 +302,7 @@ def time_gemms(layer: EPMoELayer, shape: Shape, rows: int, backend: str, calls: 
 
     def both() -> None:
         torch.autograd.backward(forward(), (grad1, grad2))
-        clear(fc1, fc2, first, second)
+        forget_gradients(fc1, fc2, first, second)
 
     return time_both(lambda: without_grad(forward), both, calls, machine)
 
@@ -311,12 +311,6 @@ def without_grad(call: Callable[[], object]) -> object:
     """``call`` as inference runs it."""
     with torch.no_grad():
         return call()
-
-
-def clear(*leaves: Tensor) -> None:
-    """Forget gradients, so that the next ones are written and not added."""
-    for leaf in leaves:
-        leaf.grad = None
 
 
 def time_part(part: Part, calls: int, machine: Machine) -> Times:

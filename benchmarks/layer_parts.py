@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +68,7 @@ def exchanges_alone(layer: EPMoELayer, x: Tensor) -> Part:
 
     def both() -> None:
         torch.autograd.backward(forward(), (grad_out, grad_rows, grad_weights))
-        _forget(x, topk_weights, rows)
+        forget_gradients(x, topk_weights, rows)
 
     return Part(forward, both)
 
@@ -101,8 +100,7 @@ def computation_alone(layer: EPMoELayer, x: Tensor) -> Part:
 
     def both() -> None:
         torch.autograd.backward(forward(), grads)
-        layer.zero_grad(set_to_none=True)
-        _forget(x, weights, leaf)
+        forget_gradients(*layer.parameters(), x, weights, leaf)
 
     return Part(forward, both)
 
@@ -128,6 +126,7 @@ def _differentiable(rows: Tensor | QuantizedRows) -> Tensor:
     return rows.stand_in if isinstance(rows, QuantizedRows) else rows
 
 
-def _forget(*leaves: Any) -> None:
+def forget_gradients(*leaves: Tensor) -> None:
+    """So that the next ones are written and not added."""
     for leaf in leaves:
         leaf.grad = None

@@ -20,7 +20,7 @@ steps; a step runs on the stream that is current then, behind the steps before i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -315,3 +315,12 @@ def exchange_signature(x: Tensor, topk_idx: Tensor, topk_weights: Tensor | None,
         raise ValueError(f"x: expected one of {[str(d) for d in _DTYPES]}, got {x.dtype}")
     weights = -1 if topk_weights is None else topk_weights.dtype.itemsize
     return [x.shape[1], topk_idx.shape[1], _DTYPES.index(x.dtype), weights, int(fp8)]
+
+
+def check_signature(source: int, theirs: Sequence[int], rank: int, mine: Sequence[int]) -> None:
+    """Raise ``ValueError`` unless the rank ``source`` has the :func:`exchange_signature` that this ``rank`` has."""
+    if list(theirs) != list(mine):
+        raise ValueError(
+            f"dispatch: rank {source} of the group passed (hidden, top_k, dtype, weights, fp8) = {list(theirs)}, "
+            f"rank {rank} {list(mine)}: all ranks must agree"
+        )

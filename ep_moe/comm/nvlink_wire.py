@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ep_moe.comm.fp8 import BLOCK
+from ep_moe.comm.fp8 import BLOCK, check_blocks
 from ep_moe.comm.nvlink_args import BFLOAT16, FLOAT16, FLOAT32
 
 # Rows that kernels compute with, and those that they move.
@@ -44,8 +44,7 @@ def wire_format(x: Tensor, dtypes: Collection[torch.dtype], *, scaled: bool) -> 
         raise ValueError(f"x: expected one of {', '.join(map(str, dtypes))}, got {x.dtype}; {_OTHERWISE}")
     hidden = x.shape[1]
     if scaled:
-        if hidden % BLOCK:
-            raise ValueError(f"x: expected a hidden size that is a multiple of {BLOCK} for fp8, got {hidden}")
+        check_blocks(hidden)
         return WireFormat(hidden, hidden // BLOCK)
     row_bytes = hidden * x.element_size()
     if row_bytes % 16 or not row_bytes:

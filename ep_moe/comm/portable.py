@@ -22,6 +22,7 @@ from ep_moe.comm.communicator import (
     RowLayout,
     check_dispatch_shapes,
     check_expert_range,
+    check_signature,
     exchange_signature,
 )
 from ep_moe.comm.fp8 import quantize_e4m3
@@ -183,11 +184,7 @@ class PortableCommunicator(UndividedExchanges):
         arrived = self._exchange(table, [1] * self.size, [1] * self.size)
         sent, received = torch.stack([table, arrived]).tolist()
         for rank, line in enumerate(received):
-            if line[-len(signature) :] != signature:
-                raise ValueError(
-                    f"dispatch: rank {rank} of the group passed (hidden, top_k, dtype, weights, fp8) = "
-                    f"{line[-len(signature) :]}, rank {self.rank} {signature}: all ranks must agree"
-                )
+            check_signature(rank, line[-len(signature) :], self.rank, signature)
         local_experts = table.shape[1] - 1 - len(signature)
         expert_counts = [sum(line[1 + expert] for line in received) for expert in range(local_experts)]
         return [line[0] for line in sent], [line[0] for line in received], expert_counts

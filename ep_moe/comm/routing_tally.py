@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ep_moe.comm.communicator import check_signature
 from ep_moe.comm.hops import Counts
 from ep_moe.comm.nvlink_args import MAX_NODES
 from ep_moe.comm.nvlink_faults import PeerTimeoutError
@@ -87,11 +88,7 @@ class TallyFormat:
         for source, (present, lowest, highest, *theirs) in enumerate(headers):
             if not present:
                 raise PeerTimeoutError(f"rank {rank}: the counts of rank {source} did not come", source)
-            if theirs != list(signature):
-                raise ValueError(
-                    f"dispatch: rank {source} of the group passed (hidden, top_k, dtype, weights, fp8) = {theirs}, "
-                    f"rank {rank} {list(signature)}: all ranks must agree"
-                )
+            check_signature(source, theirs, rank, signature)
             if lowest or highest:
                 raise ValueError(
                     f"topk_idx: expected experts in [0, {self.num_experts}) (moe.num_experts) or -1, got "
