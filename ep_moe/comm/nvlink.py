@@ -20,13 +20,12 @@ from ep_moe.comm.node_chunks import NodeChunks
 from ep_moe.comm.nvlink_core import NvlinkCore
 from ep_moe.comm.nvlink_handle import NvlinkHandle
 from ep_moe.comm.nvlink_layout import HostCounts, KnownSizes, lay_out
+from ep_moe.comm.nvlink_pull import Pull
 from ep_moe.comm.nvlink_rows import LocalRows, RowSource
 from ep_moe.comm.nvlink_sums import SumFlags, Summed
-from ep_moe.comm.nvlink_wire import ELEMENTS, SHARED_BYTES, wire_format
-from ep_moe.comm.sm_budget import combine_sms, dispatch_sms
-from ep_moe.native import pointer
+from ep_moe.comm.nvlink_wire import ELEMENTS, wire_format
+from ep_moe.comm.sm_budget import combine_sms
 
-_MAX_WARPS, _MAX_STAGES = 8, 3
 _WEIGHTS_SMS = 64  # one value a thread at usual sizes: they wait more than they move
 
 
@@ -146,9 +145,9 @@ class NvlinkCommunicator:
         self.check_limits(topk_idx, num_experts, max_rows)
         tokens, top_k = topk_idx.shape
         core, local_experts = self._core, num_experts // self.size
-        expert_groups(local_experts, groups)
         core.reserve(tokens, top_k, source.wire.bytes)
         topk_idx = topk_idx.contiguous()
+        expert_groups(local_experts, groups)
         with core:
             while True:
                 places = lay_out(
@@ -165,8 +164,9 @@ class NvlinkCommunicator:
                 )
                 # Staging needs no sizes: it runs beside the layout and while the host waits for them.
                 source.stage(core, early=True)
+                pull = Pull(core, source, places.tokens, layout, groups, num_sms, nodes, early=True)
                 if max_rows is not None:
-                    segments = ExpertSegments(places.counts, places.ends, None, places.row_of_slot.shape[0])
+                    segments = ExpertSegments(places.counts, places.ends, None, places.max_slots)
                     received = places.max_received
                     break
                 # Buffers have been made large enough where sizes are known.
@@ -176,18 +176,12 @@ class NvlinkCommunicator:
                     received = found.received
                     break
                 core.grow(most_tokens)  # all ranks have learnt the same number
-            routes = NvlinkHandle(
-                local_experts, num_sms, topk_idx, places.slots, places.rows, places.owners, segments, received, nodes
-            )
-            rows, row_scales, steps = self._pull(source, routes, layout, groups, early=True)
-        weights = None
-        if topk_weights is not None and places.slot_weights is not None:
-            weights = places.slot_weights[: segments.num_rows]
-            if topk_weights.dtype != weights.dtype:
-                weights = weights.to(topk_weights.dtype)
-        row_of_slot = places.row_of_slot[: segments.num_rows]
-        routing = places.routing(received, None if topk_weights is None else topk_weights.dtype)
-        return Dispatched(rows, row_scales, weights, segments, row_of_slot, routes, routing), steps
+            slots = segments.num_rows
+            rows, row_scales, steps = pull.start(received if layout == "rows" else slots)
+        dtype = None if topk_weights is None else topk_weights.dtype
+        weights, routing = places.weights(slots, dtype), places.routing(received, dtype)
+        routes = NvlinkHandle(num_sms, topk_idx, places.tokens, segments, received, nodes)
+        return Dispatched(rows, row_scales, weights, segments, places.row_of_slot(slots), routes, routing), steps
 
     def dispatch_cached(self, x: Tensor, handle: NvlinkHandle, layout: RowLayout = "expert_major") -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_cached`; rows of e4m3 may travel too."""
@@ -211,10 +205,12 @@ class NvlinkCommunicator:
     def _dispatch_cached(
         self, source: RowSource, handle: NvlinkHandle, layout: RowLayout, groups: int
     ) -> tuple[Tensor, Iterator[None]]:
-        self._core.reserve(handle.tokens, handle.top_k, source.wire.bytes)
-        with self._core:
-            source.stage(self._core, early=False)
-            rows, _, steps = self._pull(source, handle, layout, groups, early=False)
+        core = self._core
+        core.reserve(handle.tokens, handle.top_k, source.wire.bytes)
+        with core:
+            source.stage(core, early=False)
+            pull = Pull(core, source, handle.places, layout, groups, handle.num_sms, handle.nodes, early=False)
+            rows, _, steps = pull.start(handle.num_rows(layout))
         return rows, steps
 
     def dispatch_weights(self, topk_weights: Tensor, handle: NvlinkHandle) -> Tensor:
@@ -270,7 +266,7 @@ class NvlinkCommunicator:
     ) -> tuple[Tensor, Iterator[None]]:
         rows = rows.contiguous()
         out, arguments = self._combine_arguments(rows, handle, layout)
-        return out, self._steps("combine", arguments, handle.ranges(layout, groups), (rows, out, handle))
+        return out, self._core.steps("combine", arguments, handle.places.ranges(layout, groups), (rows, out, handle))
 
     def _combine_arguments(
         self, rows: Tensor, handle: NvlinkHandle, layout: RowLayout
@@ -280,22 +276,22 @@ class NvlinkCommunicator:
         if rows.dim() != 2 or rows.shape[0] != expected:
             raise ValueError(f"rows: expected [{expected}, hidden] as dispatched, got {list(rows.shape)}")
         wire = wire_format(rows, ELEMENTS, scaled=False)
-        num_sms = handle.num_sms or combine_sms(self.size, handle.experts_per_rank, handle.top_k, layout)
+        num_sms = handle.num_sms or combine_sms(self.size, handle.places.experts, handle.top_k, layout)
         self._core.reserve(handle.tokens, handle.top_k, wire.bytes)
         out = torch.empty(handle.tokens, rows.shape[1], dtype=rows.dtype, device=self.device)
-        places, width = handle.places(layout)
+        slots, width = handle.places.in_layout(layout)
         arguments = native.CombineArgs(
             comm=self._core.arguments(num_sms),
-            slots=places.data_ptr(),
-            owners=handle.owners.data_ptr(),
+            slots=slots,
+            owners=handle.places.owners,
             rows=rows.data_ptr(),
             out=out.data_ptr(),
             topk_idx=handle.topk_idx.data_ptr(),
-            ends=handle.segments.ends.data_ptr(),
+            ends=handle.places.ends,
             row_bytes=wire.row_bytes,
             element=ELEMENTS[rows.dtype],
             tokens=handle.tokens,
-            slot_tokens=places.shape[1],
+            slot_tokens=handle.places.slot_tokens,
             width=width,
         )
         return out, arguments
@@ -326,78 +322,19 @@ class NvlinkCommunicator:
         if max_rows is None and torch.cuda.is_current_stream_capturing():
             raise ValueError("max_rows: must be given while a CUDA graph is captured, for the host cannot learn sizes")
 
-    def _pull(
-        self, source: RowSource, handle: NvlinkHandle, layout: RowLayout, groups: int, *, early: bool
-    ) -> tuple[Tensor, Tensor | None, Iterator[None]]:
-        """Bring the rows routed here to their places, as they are staged: those of the first group, and steps for more.
-
-        Args:
-            source: whose rows are staged, by the last work of the stream.
-            handle: where they go.
-            layout: of the result.
-            groups: of experts.
-            early: beside the layout kernel ahead of staging.
-        """
-        wire = source.wire
-        segments, num_rows, (places, width) = handle.segments, handle.num_rows(layout), handle.places(layout)
-        num_sms = handle.num_sms or dispatch_sms(self.size, handle.experts_per_rank, handle.top_k, layout)
-        rows = torch.empty(num_rows, source.hidden, dtype=source.dtype, device=self.device)
-        scales = None
-        if wire.scales:
-            scales = torch.empty(num_rows, wire.scales, dtype=torch.float32, device=self.device)
-        warps = max(min(SHARED_BYTES // (2 * wire.bytes), _MAX_WARPS), 1)
-        arguments = native.DispatchArgs(
-            comm=self._core.arguments(num_sms),
-            slots=places.data_ptr(),
-            counts=segments.counts.data_ptr(),
-            ends=segments.ends.data_ptr(),
-            rows=rows.data_ptr(),
-            scales=pointer(scales),
-            wire_bytes=wire.bytes,
-            row_bytes=wire.row_bytes,
-            row_scales=wire.scales,
-            slot_tokens=places.shape[1],
-            width=width,
-            num_rows=num_rows,
-            warps=warps,
-            stages=min(SHARED_BYTES // (warps * wire.bytes), _MAX_STAGES),
-            behind_staging=1,
-            early=int(early),
-        )
-        if handle.nodes is not None:
-            arguments.nodes = handle.nodes.arguments()
-        arguments.range, *later = handle.ranges(layout, groups)
-        self._core.launch("dispatch", arguments)
-        arguments.behind_staging = arguments.early = 0
-        return rows, scales, self._steps("dispatch", arguments, later, (rows, scales, handle))
-
-    def _steps(
-        self,
-        name: str,
-        arguments: native.DispatchArgs | native.CombineArgs,
-        ranges: list[native.ExpertRange],
-        in_use: tuple[object, ...],
-    ) -> Iterator[None]:
-        """A launch a step; what kernels read and write (``in_use``) lives until the steps are dropped."""
-        for experts in ranges:
-            arguments.range = experts
-            with self._core:
-                self._core.launch(name, arguments)
-            yield
-
     def _exchange_weights(self, by_token: Tensor, by_row: Tensor, handle: NvlinkHandle, direction: int) -> None:
         with self._core:
             arguments = native.WeightsArgs(
                 comm=self._core.arguments(min(handle.num_sms or _WEIGHTS_SMS, _WEIGHTS_SMS)),
-                slots=(handle.rows if direction == native.SUMS else handle.slots).data_ptr(),
+                slots=handle.places.rows if direction == native.SUMS else handle.places.slots,
                 topk_idx=handle.topk_idx.data_ptr(),
-                owners=handle.owners.data_ptr(),
+                owners=handle.places.owners,
                 by_token=by_token.data_ptr(),
                 by_row=by_row.data_ptr(),
                 tokens=handle.tokens,
                 top_k=handle.top_k,
-                experts_per_rank=handle.experts_per_rank,
+                experts_per_rank=handle.places.experts,
                 direction=direction,
-                slot_tokens=handle.slots.shape[1],
+                slot_tokens=handle.places.slot_tokens,
             )
             self._core.launch("weights", arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -95,6 +96,20 @@ class NvlinkCore:
     def launch(self, name: str, arguments: ctypes.Structure) -> None:
         """Call an entry point on the current stream."""
         launch(self._library, name, arguments, self.device)
+
+    def steps(
+        self,
+        name: str,
+        arguments: native.DispatchArgs | native.CombineArgs,
+        ranges: list[native.ExpertRange],
+        in_use: tuple[object, ...],
+    ) -> Iterator[None]:
+        """A launch a step; what kernels read and write (``in_use``) lives until the steps are dropped."""
+        for experts in ranges:
+            arguments.range = experts
+            with self:
+                self.launch(name, arguments)
+            yield
 
     def skip_dispatch(self) -> None:
         """Count a dispatch that is staged but will not run: the next must not take its tokens for their own."""

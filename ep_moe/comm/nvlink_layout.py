@@ -10,56 +10,68 @@ import torch
 from torch import Tensor
 
 from ep_moe.comm import nvlink_args as native
+from ep_moe.comm.arena import Arena
 from ep_moe.comm.communicator import ReceivedRouting, RowLayout
 from ep_moe.comm.node_chunks import NodeChunks
 from ep_moe.comm.nvlink_core import NvlinkCore
 from ep_moe.comm.nvlink_faults import PeerTimeoutError
+from ep_moe.comm.nvlink_handle import Places
 from ep_moe.native import pointer
 
 _SPINS = 200  # looks at the flag between looks at everything else
 _ROUTING_SMS = 64  # whatever the budget: some 20 us, in which they wait more than they move; 16 and 128 take longer
+_COUNTS, _ENDS, _ROWS_PER_RANK, _ROW_OF_SLOT = 3, 4, 5, 6  # parts of the arena
 
 
 @dataclass(frozen=True)
 class RowPlaces:
-    """What the layout kernel fills; ``LayoutArgs`` of ``csrc/layout.cu`` describes the tensors.
+    """What the layout kernel fills; ``LayoutArgs`` of ``csrc/layout.cu`` describes it.
 
     Attributes:
-        slots: int32 ``[ranks, max_tokens, top_k]``.
-        rows: int32 ``[ranks, max_tokens]``.
-        row_of_slot: int32 ``[most slots]``.
-        owners: uint8 ``[tokens]``.
+        tokens: places of each token.
+        arena: in which those lie, and the tensors below but for weights and received routing.
         counts: int64 ``[local_experts]``.
         ends: int32 ``[local_experts]``.
-        slot_weights: fp32 ``[most slots]``, if weights were sent.
+        max_slots: slots there is room for.
+        slot_weights: fp32 ``[max_slots]``, if weights were sent.
         received_topk_idx: int64 ``[max_received, top_k]``, in the layout ``rows``.
         received_topk_weights: fp32, likewise, if weights were sent.
         rows_per_rank: int64 ``[ranks]``, in the layout ``rows``.
         max_received: rows there is room for.
     """
 
-    slots: Tensor
-    rows: Tensor
-    row_of_slot: Tensor
-    owners: Tensor
+    tokens: Places
+    arena: Arena
     counts: Tensor
     ends: Tensor
+    max_slots: int
     slot_weights: Tensor | None
     received_topk_idx: Tensor | None
     received_topk_weights: Tensor | None
     rows_per_rank: Tensor | None
     max_received: int
 
+    def row_of_slot(self, slots: int) -> Tensor:
+        """int32 ``[slots]``."""
+        return self.arena.tensor(_ROW_OF_SLOT, slots)
+
+    def weights(self, slots: int, dtype: torch.dtype | None) -> Tensor | None:
+        """``[slots]``, of ``dtype``; ``None`` if no weights were sent."""
+        return _beginning(self.slot_weights, slots, dtype)
+
     def routing(self, received: int, dtype: torch.dtype | None) -> ReceivedRouting | None:
         """The routing of ``received`` rows, with weights of ``dtype`` if any were sent; ``None`` if not asked for."""
         if self.received_topk_idx is None or self.rows_per_rank is None:
             return None
-        weights = None
-        if self.received_topk_weights is not None:
-            weights = self.received_topk_weights[:received]
-            if dtype != weights.dtype:
-                weights = weights.to(dtype)
-        return ReceivedRouting(self.received_topk_idx[:received], weights, self.rows_per_rank)
+        weights = _beginning(self.received_topk_weights, received, dtype)
+        return ReceivedRouting(self.received_topk_idx.narrow(0, 0, received), weights, self.rows_per_rank)
+
+
+def _beginning(weights: Tensor | None, count: int, dtype: torch.dtype | None) -> Tensor | None:
+    if weights is None:
+        return None
+    weights = weights.narrow(0, 0, count)
+    return weights if dtype == weights.dtype else weights.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,8 @@ class HostCounts:
     def __init__(self, core: NvlinkCore) -> None:
         self._core = core
         self._memory = torch.zeros(3 + native.MAX_EXPERTS, dtype=torch.int32, device="cpu", pin_memory=True)
+        # Read without PyTorch, whose slice and list take as long as a launch.
+        self._values = (ctypes.c_int32 * self._memory.numel()).from_address(self._memory.data_ptr())
         self._ready = ctypes.c_int32.from_address(self._memory.data_ptr())
 
     def expect(self) -> int:
@@ -109,17 +123,17 @@ class HostCounts:
         except ValueError:
             self._core.skip_dispatch()
             raise
-        _, most_tokens, *slots, received = self._memory[: 3 + local_experts].tolist()
+        _, most_tokens, *slots, received = self._values[: 3 + local_experts]
         return most_tokens, KnownSizes(tuple(slots), received)
 
     def _wait(self) -> None:
-        core = self._core
+        core, ready = self._core, self._ready
         # A kernel's own waits end in time; the margin is for kernels of others before it on the stream.
         limit = 10 * core.timeout_s
         deadline = time.monotonic() + limit
-        while not self._ready.value:
+        while not ready.value:
             for _ in range(_SPINS):  # sleeping instead would cost more than the wait usually takes
-                if self._ready.value:
+                if ready.value:
                     break
             core.check()
             if time.monotonic() > deadline:
@@ -159,46 +173,52 @@ def lay_out(
     elif max_rows is not None:
         most_rows, most_received = max_rows, min(max_rows, most_received)
     comm = core.arguments(_ROUTING_SMS)
+    entries, histogram = core.size * max_tokens, core.size * comm.blocks * (local_experts + 1)
+    arena = Arena(
+        core.device,
+        4 * entries * top_k,
+        4 * entries,
+        tokens,
+        8 * local_experts,
+        4 * local_experts,
+        8 * core.size,
+        4 * most_rows,
+        4 * histogram,
+    )
+    slots, rows, owners, counts, ends, rows_per_rank, row_of_slot, scratch = arena.addresses
+    by_row, weighted = layout == "rows", topk_weights is not None
 
-    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=core.device)
 
-    received_topk_idx, received_topk_weights, rows_per_rank = None, None, None
-    if layout == "rows":
-        received_topk_idx = empty(most_received, top_k, dtype=torch.int64)
-        rows_per_rank = empty(core.size, dtype=torch.int64)
-        if topk_weights is not None:
-            received_topk_weights = empty(most_received, top_k, dtype=torch.float32)
     places = RowPlaces(
-        slots=empty(core.size, max_tokens, top_k),
-        rows=empty(core.size, max_tokens),
-        row_of_slot=empty(most_rows),
-        owners=empty(tokens, dtype=torch.uint8),
-        counts=empty(local_experts, dtype=torch.int64),
-        ends=empty(local_experts),
-        slot_weights=None if topk_weights is None else empty(most_rows, dtype=torch.float32),
-        received_topk_idx=received_topk_idx,
-        received_topk_weights=received_topk_weights,
-        rows_per_rank=rows_per_rank,
+        tokens=Places(arena.memory, slots, rows, owners, counts, ends, max_tokens, top_k, local_experts),
+        arena=arena,
+        counts=arena.tensor(_COUNTS, local_experts, dtype=torch.int64),
+        ends=arena.tensor(_ENDS, local_experts),
+        max_slots=most_rows,
+        slot_weights=empty(most_rows, dtype=torch.float32) if weighted else None,
+        received_topk_idx=empty(most_received, top_k, dtype=torch.int64) if by_row else None,
+        received_topk_weights=empty(most_received, top_k, dtype=torch.float32) if by_row and weighted else None,
+        rows_per_rank=arena.tensor(_ROWS_PER_RANK, core.size, dtype=torch.int64) if by_row else None,
         max_received=most_received,
     )
-    histogram = empty(core.size * comm.blocks * (local_experts + 1))
     sent_weights = None if topk_weights is None else topk_weights.float().contiguous()
     arguments = native.LayoutArgs(
         comm=comm,
         topk_idx=topk_idx.data_ptr(),
         topk_weights=pointer(sent_weights),
-        slots=places.slots.data_ptr(),
-        rows=places.rows.data_ptr(),
-        row_of_slot=places.row_of_slot.data_ptr(),
-        owners=places.owners.data_ptr(),
+        slots=slots,
+        rows=rows,
+        row_of_slot=row_of_slot,
+        owners=owners,
         slot_weights=pointer(places.slot_weights),
-        received_topk_idx=pointer(received_topk_idx),
-        received_topk_weights=pointer(received_topk_weights),
-        rows_per_rank=pointer(rows_per_rank),
-        counts=places.counts.data_ptr(),
-        ends=places.ends.data_ptr(),
-        histogram=histogram.data_ptr(),
+        received_topk_idx=pointer(places.received_topk_idx),
+        received_topk_weights=pointer(places.received_topk_weights),
+        rows_per_rank=rows_per_rank if by_row else None,
+        counts=counts,
+        ends=ends,
+        histogram=scratch,
         host_counts=host_counts.expect() if max_rows is None and sizes is None else None,
         tokens=tokens,
         top_k=top_k,

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_moe.comm import nvlink_low_latency_args as native
+from ep_moe.comm.arena import Arena
 from ep_moe.comm.fp8 import BLOCK
 from ep_moe.comm.low_latency import (
     Hook,
@@ -36,6 +37,7 @@ from ep_moe.streams import tensors_in
 _SCALE_FORMATS: dict[ScaleFormat, int] = {"none": 0, "fp32": 1, "ue8m0": 2}
 _TABLE_BYTES = 96 * 1024  # of shared memory: two blocks share a multiprocessor
 _MAX_THREADS, _CHANNELS_PER_THREAD = 448, 16
+_COUNTS, _SOURCE_TOKEN, _RANGES, _SLOTS, _ROUND = range(5)  # parts of the arena
 
 
 @dataclass(frozen=True)
@@ -45,21 +47,19 @@ class NvlinkLowLatencyHandle:
     Attributes:
         source_token: int32 ``[local_experts, ranks * max_tokens]``, the token of each row at its rank.
         ranges: int64 ``[local_experts, ranks]``, begin << 32 | count of each rank's rows.
-        slots: int32 ``[ranks * max_tokens, top_k]``, the row of each arrived entry, or -1.
+        slots: address of int32 ``[ranks * max_tokens, top_k]``, the row of each arrived entry, or -1; in the memory of
+            the tensors above.
         weights: fp32 ``[ranks * max_tokens, top_k]``, of tokens that arrived, if they travelled with the rows.
         tokens: dispatched at this rank.
+        top_k: experts per token.
     """
 
     source_token: Tensor
     ranges: Tensor
-    slots: Tensor
+    slots: int
     weights: Tensor | None
     tokens: int
-
-    @property
-    def top_k(self) -> int:
-        """Experts per token."""
-        return self.slots.shape[1]
+    top_k: int
 
 
 class NvlinkLowLatencyCommunicator:
@@ -237,13 +237,16 @@ class NvlinkLowLatencyCommunicator:
             scales = empty(local_experts, places, blocks, dtype=torch.float32)
         elif scale_format == "ue8m0":
             scales = empty(local_experts, places, -(-blocks // 4))
-        counts, number = empty(local_experts), empty(1) if split else self._unread
+        entries, ranges = local_experts * places, local_experts * self.size
+        arena = Arena(self.device, 4 * local_experts, 4 * entries, 8 * ranges, 4 * places * top_k, 4)
+        counts = arena.tensor(_COUNTS, local_experts)
         handle = NvlinkLowLatencyHandle(
-            source_token=empty(local_experts, places),
-            ranges=empty(local_experts, self.size, dtype=torch.int64),
-            slots=empty(places, top_k),
+            source_token=arena.tensor(_SOURCE_TOKEN, local_experts, places),
+            ranges=arena.tensor(_RANGES, local_experts, self.size, dtype=torch.int64),
+            slots=arena.addresses[_SLOTS],
             weights=None if topk_weights is None else empty(places, top_k, dtype=torch.float32),
             tokens=x.shape[0],
+            top_k=top_k,
         )
         with self._lock:
             self._reserve(top_k, row_bytes)
@@ -255,12 +258,12 @@ class NvlinkLowLatencyCommunicator:
                 topk_weights=pointer(topk_weights),
                 rows=rows.data_ptr(),
                 scales=pointer(scales),
-                counts=counts.data_ptr(),
-                ranges=handle.ranges.data_ptr(),
-                source_token=handle.source_token.data_ptr(),
-                slots=handle.slots.data_ptr(),
+                counts=arena.addresses[_COUNTS],
+                ranges=arena.addresses[_RANGES],
+                source_token=arena.addresses[_SOURCE_TOKEN],
+                slots=handle.slots,
                 weights=pointer(handle.weights),
-                round=number.data_ptr(),
+                round=arena.addresses[_ROUND],
                 received=pointer(received),
                 wait_ns=pointer(wait_ns),
                 tokens=x.shape[0],
@@ -268,7 +271,7 @@ class NvlinkLowLatencyCommunicator:
                 scale_format=_SCALE_FORMATS[scale_format],
                 table_bytes=table_bytes if table_bytes <= _TABLE_BYTES else 0,
             )
-            results = (rows, counts, handle, number, scales, received, wait_ns)
+            results = (rows, arena.memory, handle.weights, scales, received, wait_ns)
             hook = self._start("dispatch", arguments, self._dispatches, split, results)
         return PackedRows(rows, scales, counts, handle), hook
 
@@ -294,7 +297,7 @@ class NvlinkLowLatencyCommunicator:
             arguments = native.LowLatencyCombineArgs(
                 ll=self._common,
                 rows=rows.data_ptr(),
-                slots=handle.slots.data_ptr(),
+                slots=handle.slots,
                 weights=pointer(handle.weights),
                 topk_idx=topk_idx.data_ptr(),
                 topk_weights=pointer(topk_weights),
