@@ -9,6 +9,7 @@ from ctypes import c_int32, c_void_p
 import torch
 from torch import Tensor
 
+from ep_moe.comm.arena import Arena
 from ep_moe.native import find_entry_points, has_code_for, launch
 
 
@@ -43,19 +44,20 @@ def count(topk_idx: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Tenso
         return _count_by_operations(topk_idx, num_experts, ranks)
     topk_idx, device = topk_idx.contiguous(), topk_idx.device
     tokens, top_k = topk_idx.shape
-    counts = torch.empty(ranks + num_experts, dtype=torch.int32, device=device)
-    in_rank = torch.empty(tokens, ranks, dtype=torch.bool, device=device)
+    arena = Arena(device, 4 * (ranks + num_experts), tokens * ranks)
+    counts, in_rank = arena.addresses
     arguments = RoutingCountsArgs(
         topk_idx=topk_idx.data_ptr(),
-        counts=counts.data_ptr(),
-        in_rank=in_rank.data_ptr(),
+        counts=counts,
+        in_rank=in_rank,
         tokens=tokens,
         top_k=top_k,
         ranks=ranks,
         experts_per_rank=num_experts // ranks,
     )
     launch(library, "routing_counts", arguments, device)
-    return counts[:ranks], counts[ranks:], in_rank
+    per_rank, per_expert = arena.tensor(0, ranks + num_experts).split_with_sizes((ranks, num_experts))
+    return per_rank, per_expert, arena.tensor(1, tokens, ranks, dtype=torch.bool)
 
 
 def _count_by_operations(topk_idx: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
