@@ -270,7 +270,9 @@ EP_MOE_API const char* ep_moe_stage(const ep_moe::StageArgs* args, cudaStream_t 
   const uint32_t warps = Units(*args, chosen.row_pieces, chosen.at_once).count();
   // A rank without tokens launches too: dispatch counts on this kernel to stand between it and earlier ones.
   const int blocks = std::clamp<int>((warps + kWarps - 1) / kWarps, 1, kBlocksPerSm * multiprocessors);
-  const LaunchMode mode = args->early ? LaunchMode::kProgrammatic : LaunchMode::kPlain;
+  // Dispatch takes nearly all shared memory of an SM. Beside the layout, with which an SM must be set up alike, it
+  // starts no sooner for it.
+  const LaunchMode mode = args->early ? LaunchMode::kProgrammatic : LaunchMode::kLeavesShared;
   return launch("staging kernel", chosen.kernel, *args, blocks, kThreads, 0, mode, stream);
 }
 

@@ -18,18 +18,24 @@ inline const char* error_text(cudaError_t error, const char* what) {
   return text;
 }
 
+constexpr int kSharedBytesUnasked = 32 * 1024;  // of 48 KB a block with what a kernel declares itself
+
 enum class LaunchMode {
   kPlain,
   kCooperative,   // all blocks resident, or an error
   kProgrammatic,  // may start before the kernel ahead of it has ended, for which it waits by griddepcontrol_wait
+  kLeavesShared,  // SMs keep their shared memory for the kernel behind it: one that is set up otherwise takes no block
+                  // that wants more before all others have left
 };
 
 // Launches `kernel(args)`.
 template <typename Args>
 const char* launch(const char* what, void (*kernel)(Args), const Args& args, int blocks, int threads, int shared_bytes,
                    LaunchMode mode, cudaStream_t stream) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (error != cudaSuccess) return error_text(error, what);
+  if (shared_bytes > kSharedBytesUnasked) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error_text(error, what);
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(threads);
@@ -39,6 +45,11 @@ const char* launch(const char* what, void (*kernel)(Args), const Args& args, int
   if (mode == LaunchMode::kCooperative) {
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
+  } else if (mode == LaunchMode::kLeavesShared) {
+#if CUDART_VERSION >= 12050  // older ones launch without: only the overlap is lost
+    attribute.id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    attribute.val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
+#endif
   } else {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
