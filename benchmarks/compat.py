@@ -2,15 +2,18 @@
 
     torchrun --nproc-per-node=2 benchmarks/compat.py --tokens 4096 --hidden 7168 --top-k 8 --experts 256 --out results
 
-Times are medians of the slowest rank of each call, in microseconds, the calls of both interfaces taking turns; on GPUs
-from CUDA events, on CPUs (a check that it runs) from the clock. Low-latency calls are also timed in a CUDA graph of
-several round trips, without the host. On two H200 and with the default shape the last column holds what DeepEP's first
-version reached there in its own benchmarks.
+Times are of one call in microseconds, medians of the slowest rank, both interfaces taking turns; on GPUs from CUDA
+events, on CPUs (a check that it runs) from the clock. ``alone`` is a call on a GPU that has nothing to do: all of the
+host's time is in it, and how far apart the hosts of two ranks come. ``in a row`` is the mean of ten calls, where the
+host works while the GPU does. Low-latency calls are also timed in a CUDA graph of several round trips, without the
+host. On two H200 and with the default shape the last column holds what DeepEP's first version reached there in its own
+benchmarks.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -29,10 +32,11 @@ from ep_moe.comm.fp8 import quantize_e4m3
 from ep_moe.compat.deep_ep import Buffer
 from ep_moe.compat.deep_ep.exchanges import COMM_VARIABLE
 from machine import say
-from timing import FLUSH_BYTES, Call
+from timing import FLUSH_BYTES, Call, repeat
 
 REPEATS, WARM_UP = 30, 5
 ROUND_TRIPS = 20  # of a CUDA graph
+IN_A_ROW = 10
 
 # Microseconds on 2 H200, hidden 7168, top-8 of 256; 4096 tokens, low latency 128. Best SM counts of its own tuning.
 PEER = {"dispatch, bf16": 350.0, "dispatch, fp8": 247.0, "combine, bf16": 429.0, "round trip, fp8, captured": 75.0}
@@ -49,14 +53,27 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line of the table; medians in microseconds."""
+class Pair:
+    """Microseconds of a call through both interfaces, medians."""
 
-    what: str
     native: float
     compat: float
-    ratio: float
+
+    def __str__(self) -> str:
+        return f"{self.native:9.1f} {self.compat:9.1f} {self.compat / self.native:6.2f}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table. A graph is replayed alone only."""
+
+    what: str
+    alone: Pair
+    in_a_row: Pair | None
     peer: float | None
+
+    def __str__(self) -> str:
+        return f"{self.what:<36} {self.alone} {self.in_a_row or ''!s:26} {self.peer or '':>10}"
 
 
 def main() -> None:
@@ -72,15 +89,17 @@ def main() -> None:
     say(f"{machine} x {dist.get_world_size()}, PyTorch {torch.__version__}, {vars(arguments)}")
     shape = (arguments.tokens, arguments.low_latency_tokens, arguments.hidden, arguments.top_k, arguments.experts)
     compared = (*shape, dist.get_world_size()) == PEER_SHAPE and "H200" in machine
-    say(f"{'what':<36} {'native':>9} {'compat':>9} {'ratio':>6} {'DeepEP V1' if compared else '':>10}  us")
+    say(f"{'':<36} {'alone':<26} {'in a row':<26}")
+    pair = f"{'native':>9} {'compat':>9} {'ratio':>6}"
+    say(f"{'what':<36} {pair} {pair} {'DeepEP V1' if compared else '':>10}  us")
     lines = []
-    pairs = [*normal_mode(arguments, device), *low_latency_mode(arguments, device)]
-    for what, native, compat in pairs:
-        times = time_calls([native, compat], device)
-        per_call = ROUND_TRIPS if what.endswith("captured") else 1
-        ours, theirs = (figure / per_call for figure in times)
-        lines.append(Line(what, ours, theirs, theirs / ours, PEER.get(what) if compared else None))
-        say(f"{what:<36} {ours:9.1f} {theirs:9.1f} {theirs / ours:6.2f} {lines[-1].peer or '':>10}")
+    for what, native, compat in [*normal_mode(arguments, device), *low_latency_mode(arguments, device)]:
+        calls, captured = (native, compat), what.endswith("captured")
+        alone = time_pair(calls, ROUND_TRIPS if captured else 1, device)
+        rows = tuple(functools.partial(repeat, call, IN_A_ROW) for call in calls)
+        in_a_row = None if captured else time_pair(rows, IN_A_ROW, device)
+        lines.append(Line(what, alone, in_a_row, PEER.get(what) if compared else None))
+        say(str(lines[-1]))
     if arguments.out is not None and dist.get_rank() == 0:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "compat.json").write_text(json.dumps([asdict(line) for line in lines], indent=1))
@@ -187,19 +206,20 @@ def factory() -> CommunicatorFactory:
     return communicator_factory(comm, dist.group.WORLD, max_tokens=None, timeout_s=30.0)
 
 
-def time_calls(calls: list[Call], device: torch.device) -> list[float]:
-    """Median time of each call, of the slowest rank; they take turns."""
+def time_pair(calls: tuple[Call, ...], calls_in_each: int, device: torch.device) -> Pair:
+    """Median times of both, of the slowest rank, over the calls that each makes; they take turns."""
     flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else 1, dtype=torch.uint8, device=device)
     times: list[list[float]] = [[] for _ in calls]
-    for repeat in range(WARM_UP + REPEATS):
+    for number in range(WARM_UP + REPEATS):
         for call, kept in zip(calls, times, strict=True):
-            flush.fill_(repeat % 256)
+            flush.fill_(number % 256)
             dist.barrier()
             slowest = torch.tensor(time_call(call, device), dtype=torch.float64, device=device)
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-            if repeat >= WARM_UP:
+            if number >= WARM_UP:
                 kept.append(float(slowest))
-    return [statistics.median(kept) for kept in times]
+    native, compat = (statistics.median(kept) / calls_in_each for kept in times)
+    return Pair(native, compat)
 
 
 def time_call(call: Call, device: torch.device) -> float:

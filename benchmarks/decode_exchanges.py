@@ -135,7 +135,7 @@ EXCHANGES: dict[str, Callable[[Machine, Problem, int, bool], Exchange]] = {
 
 @functools.cache
 def low_latency_communicator(
-    machine: Machine, max_tokens: int, hidden: int, experts: int, nodes: str | None = None
+    machine: Machine, max_tokens: int, hidden: int, experts: int, nodes: str | None
 ) -> NvlinkLowLatencyCommunicator:
     """The one of these sizes; buffers are costly. ``nodes`` as of :func:`low_latency`."""
     return NvlinkLowLatencyCommunicator(

@@ -102,7 +102,7 @@ def main() -> None:
             for name in arguments.communicators:
                 lines += measure(name, dtype, problem, room, machine, rates, calls)
         if "low_latency" in arguments.communicators:
-            communicator = low_latency_communicator(machine, room, arguments.hidden, arguments.experts)
+            communicator = low_latency_communicator(machine, room, arguments.hidden, arguments.experts, None)
             buffers[room] = communicator.symmetric_bytes
             say(f"symmetric buffer for {room} tokens: {buffers[room] / 1e6:.1f} MB")
     facts = {"link_gb_s": rates.link / 1e3, "memory_gb_s": rates.memory / 1e3, "symmetric_bytes": buffers}
