@@ -76,7 +76,7 @@ class NormalDispatcher:
         If others compute beside it, on the communication stream: their blocks, which came first, would keep its own
         from the GPU until all of theirs have ended.
         """
-        return start(work, communication_stream(on) if self.beside_others else None).wait()
+        return start(work, communication_stream(on)).wait() if self.beside_others else work()
 
     def dispatch(
         self,

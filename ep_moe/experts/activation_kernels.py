@@ -166,4 +166,6 @@ def _is_plain(x: Tensor) -> bool:
 
 def as_fp32(row_weights: Tensor | None) -> Tensor | None:
     """The weights as the kernels read them: one fp32 a row."""
-    return None if row_weights is None else row_weights.to(torch.float32).contiguous()
+    if row_weights is None or (row_weights.dtype == torch.float32 and row_weights.is_contiguous()):
+        return row_weights
+    return row_weights.to(torch.float32).contiguous()

@@ -5,6 +5,7 @@ All of them accept ragged segments: none asks for segments padded to a multiple 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import torch
@@ -77,6 +78,7 @@ LOOP = GroupedGemm(loop_forward, loop_dgrad, loop_wgrad)
 GROUPED_MM = GroupedGemm(grouped_mm_forward, grouped_mm_dgrad, grouped_mm_wgrad)
 
 
+@functools.cache  # a pass asks for it several times
 def select_backend(
     name: str,
     *,
@@ -124,6 +126,7 @@ def select_backend(
     raise ConfigError(obstacle)
 
 
+@functools.cache
 def select_fp8_backend(
     name: str,
     *,

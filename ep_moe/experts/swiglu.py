@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,7 +54,8 @@ def swiglu_linear(
         return pre_activation
 
     # Two nodes, so that backward is done with the pre-activation before it makes the gradients of rows and weight.
-    pre_activation = grouped_linear(rows, weight, segments, replace(gemm, forward=forward), defer)
+    both = GroupedGemm(forward, gemm.dgrad, gemm.wgrad, in_turns=gemm.in_turns)
+    pre_activation = grouped_linear(rows, weight, segments, both, defer)
     result: Tensor = _Activated.apply(pre_activation, row_weights, segments, activated)
     return result, pre_activation
 
