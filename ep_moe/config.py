@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ep_moe.config_fields import ConfigError, Section, key, require
+from ep_moe.config_fields import ConfigError, Section, format_value, key, require
 from ep_moe.config_training import DataConfig, TrainingConfig
 
 __all__ = [
@@ -233,7 +233,7 @@ class MoEConfig(Section):
             (router.num_groups is None) == (router.group_topk is None),
             "moe.router.group_topk",
             router.group_topk,
-            f"must be given together with moe.router.num_groups (here {router.num_groups})",
+            f"must be given together with moe.router.num_groups (here {format_value(router.num_groups)})",
         )
         if router.num_groups is not None and router.group_topk is not None:
             require(

@@ -93,6 +93,8 @@ def format_value(value: Any) -> str:
         text = "null" if value is None else str(value).lower()
     elif isinstance(value, tuple):
         text = "[" + ", ".join(map(format_value, value)) + "]"
+    elif isinstance(value, str) and _reads_as_another_type(value):
+        text = f'"{value}"'
     else:
         text = str(value)
     text = " ".join(text.split())
@@ -107,6 +109,15 @@ def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, datacl
             yield from walk(value, f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}", value, kind, field
+
+
+def _reads_as_another_type(text: str) -> bool:
+    """Whether YAML would take ``text``, without quotes, for a number, a truth value or null."""
+    try:
+        float(text)
+    except ValueError:
+        return text.lower() in ("", "~", "null", "true", "false", "yes", "no", "on", "off")
+    return True
 
 
 def _matches(value: Any, kind: Any) -> bool:

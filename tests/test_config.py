@@ -75,6 +75,8 @@ BAD = [
     ),
     ("data.zzzz=1", "data.zzzz = 1: unknown key; data has path, pattern, sequence_length, validation_fraction"),
     ("moe.top_k=two", "moe.top_k = two: must be an integer"),
+    ('moe.top_k="2"', 'moe.top_k = "2": must be an integer'),
+    ('moe.router.expert_bias="on"', 'moe.router.expert_bias = "on": must be true or false'),
     ("moe.top_k=true", "moe.top_k = true: must be an integer"),
     ("moe.top_k=2.5", "moe.top_k = 2.5: must be an integer"),
     ("moe.top_k=null", "moe.top_k = null: must be an integer"),
@@ -134,7 +136,7 @@ BAD = [
     ),
     (
         "moe.router.group_topk=2",
-        "moe.router.group_topk = 2: must be given together with moe.router.num_groups (here None)",
+        "moe.router.group_topk = 2: must be given together with moe.router.num_groups (here null)",
     ),
     ("moe.router={num_groups: 3, group_topk: 1}", "moe.router.num_groups = 3: must divide moe.num_experts (8)"),
     (
