@@ -23,7 +23,8 @@ class Buffer:
     """Brings token rows to the ranks of their experts and back; on CPUs and GPUs.
 
     All ranks of the group make the same calls in the same order. Memory is allocated by the first exchange of each
-    kind and grows as needed.
+    kind and grows as needed. ``torch.compile`` cannot follow handles: wrap what makes these calls in
+    ``torch.compiler.disable``, and compile around it.
     """
 
     def __init__(
@@ -55,11 +56,14 @@ class Buffer:
 
         Returns:
             ``[rows, hidden]``, by source rank, then token; int64 ``[rows, top_k]``, local expert or -1; fp32 ``[rows,
-            top_k]``, 0 where -1; the handle for :meth:`combine`; an event, for which nobody has to wait.
+            top_k]``, 0 where -1, which takes no gradient there; the handle for :meth:`combine`; an event, for which
+            nobody has to wait.
 
         Raises:
             ValueError: before anything is sent, naming the argument, what was given and what is allowed.
         """
+        if not isinstance(topk_weights, Tensor):
+            raise ValueError(f"topk_weights: expected a tensor [tokens, top_k], got {type(topk_weights).__name__}")
         return _Dispatch.apply(x, topk_weights.float(), topk_idx, num_experts, self._buffer)
 
     def combine(self, y: Tensor, handle: NormalHandle) -> tuple[Tensor, EventOverlap]:
@@ -161,13 +165,17 @@ class _Dispatch(torch.autograd.Function):
         assert recv_topk_idx is not None
         ctx.buffer, ctx.handle = buffer, handle  # type: ignore[attr-defined]
         ctx.mark_non_differentiable(recv_topk_idx)
+        ctx.save_for_backward(recv_topk_idx)
         return rows, recv_topk_idx, recv_topk_weights, handle, event
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor, _: Any, grad_weights: Tensor, *__: Any) -> tuple[Tensor | None, ...]:
+        # The weight of an expert of another rank is a constant here; its gradient comes from there alone.
+        (recv_topk_idx,) = ctx.saved_tensors
+        grad_weights = torch.where(recv_topk_idx >= 0, grad_weights, 0)
         grad_x, grad_topk_weights, _event = ctx.buffer.combine(
-            grad_rows.contiguous(), ctx.handle, topk_weights=grad_weights.contiguous()
+            grad_rows.contiguous(), ctx.handle, topk_weights=grad_weights
         )
         return grad_x, grad_topk_weights, None, None, None
 

@@ -101,6 +101,26 @@ def test_recompute_changes_nothing(device: str) -> None:
     assert run_ranks(2, _recomputed, device) == [[True] * 3] * 2
 
 
+def _only_weights(rank: int, world: int, device: str) -> list[bool]:
+    on, buffer = use_deep_ep(device, rank), Buffer(dist.group.WORLD)
+    x, topk_idx, topk_weights = (t.to(on) for t in make_inputs(CASE, rank))
+    topk_weights.requires_grad_()
+    _, _, recv_topk_weights, *_ = buffer.dispatch(x, topk_idx, topk_weights, CASE.num_experts)
+    recv_topk_weights.sum().backward()
+    got = topk_weights.grad
+    try:
+        buffer.dispatch(x, topk_idx, None, CASE.num_experts)  # type: ignore[arg-type]
+        message = ""
+    except ValueError as error:
+        message = str(error)
+    return [torch.equal(got, (topk_idx >= 0).float()), message.startswith("topk_weights: expected a tensor")]
+
+
+@pytest.mark.parametrize("device", DEEP_EP_DEVICES)
+def test_weights_of_experts_elsewhere_take_no_gradient(device: str) -> None:
+    assert run_ranks(2, _only_weights, device) == [[True, True]] * 2
+
+
 def _published_low_latency(rank: int, world: int, device: str, hooks: bool) -> bool:
     on, group = use_deep_ep(device, rank), dist.group.WORLD
     x, topk_idx, topk_weights = (t.to(on) for t in make_inputs(CASE, rank))
