@@ -219,8 +219,9 @@ class PortableLowLatencyCommunicator:
         number = self._sent[what]
         if any(other <= number - IN_FLIGHT for other in self._waiting[what]):
             self._sent[what] -= 1
+            plural = {"dispatch": "dispatches", "combine": "combines"}[what]
             raise RuntimeError(
-                f"{what}s: at most {IN_FLIGHT} may be under way; call the hook of the one before last first"
+                f"{plural}: at most {IN_FLIGHT} may be under way; call the hook of the one before last first"
             )
         self._waiting[what].append(number)
         return number
