@@ -86,7 +86,7 @@ class EPMoELayer(nn.Module):
             hidden,
             moe,
             init_method=init_method,
-            global_batch_group=global_batch_group if global_batch_group is not None else ep_group,
+            global_batch_group=global_batch_group if global_batch_group is not None else communicators.group,
             **kind,
         )
         self.experts = GroupedExperts(
