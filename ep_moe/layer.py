@@ -110,8 +110,7 @@ class EPMoELayer(nn.Module):
             if moe.shared_experts.ffn_hidden_size
             else None
         )
-        for parameter in self.experts.parameters():
-            parameter.allreduce = ep_size == 1  # type: ignore[attr-defined]
+        self.experts.mark_parameters(allreduce=ep_size == 1)
         shape = ExchangeShape(
             moe.num_experts,
             hidden,

@@ -95,6 +95,7 @@ class GroupedExperts(nn.Module):
         self.fc1_weight = nn.Parameter(torch.empty(num_local_experts, width, hidden_size, device=device, dtype=dtype))
         self.fc2_weight = nn.Parameter(torch.empty(num_local_experts, hidden_size, ffn, device=device, dtype=dtype))
         self._quantized = (QuantizedWeight(), QuantizedWeight())
+        self._marks: dict[str, Any] = {}
         initialize_experts(self.fc1_weight, init_method, first_expert)
         initialize_experts(self.fc2_weight, output_init_method, first_expert)
 
@@ -110,6 +111,15 @@ class GroupedExperts(nn.Module):
         """
         for kept in self._quantized:
             kept.forget()
+
+    def mark_parameters(self, **marks: Any) -> None:
+        """Set attributes of both parameters, such as ``allreduce``, which others read.
+
+        The marks stay where PyTorch puts new parameters, without such attributes, in the place of the old: in
+        ``to_empty``, ``load_state_dict(assign=True)`` and ``copy.deepcopy``.
+        """
+        self._marks = marks
+        self._set_marks()
 
     def takes_packed_rows(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether :meth:`forward` takes :class:`~ep_moe.comm.PackedSegments` of rows in ``dtype`` on ``device``."""
@@ -201,6 +211,24 @@ class GroupedExperts(nn.Module):
             inner = apply_activation(fc1_out, activation, row_weights, segments.row_count)
         recipe = self._recipe_of_activations(fc1_out, row_weights, segments)
         return grouped_linear(inner, fc2_weight, segments, gemm, defer_fc2, recipe)
+
+    def _set_marks(self) -> None:
+        for parameter in (self.fc1_weight, self.fc2_weight):
+            for name, value in self._marks.items():
+                setattr(parameter, name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupedExperts:
+        super()._apply(fn, recurse)
+        self._set_marks()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._set_marks()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._set_marks()
 
     def extra_repr(self) -> str:
         """Sizes, activation and back end."""

@@ -131,11 +131,9 @@ class MegatronExperts(GroupedExperts):
         self.delay_wgrad = delay_wgrad
         self._delayed: list[tuple[int, WeightGradientTask]] = []
         self._gradient_hooks: list[Callable[[], None]] = []
-        for parameter in self.parameters():
-            # Megatron's DDP reduces such parameters over the expert data-parallel group only.
-            parameter.allreduce = ep_size == 1  # type: ignore[attr-defined]
-            # It hooks such parameters by the method below, for their gradients come after the backward pass.
-            parameter.skip_backward_post_hook = delay_wgrad  # type: ignore[attr-defined]
+        # By the first mark Megatron's DDP reduces gradients over the expert data-parallel group only; by the second it
+        # hooks parameters through the method below, for their gradients come after the backward pass.
+        self.mark_parameters(allreduce=ep_size == 1, skip_backward_post_hook=delay_wgrad)
 
     def defer_gradients(self) -> DeferredGradients:
         """As in ``GroupedExperts``; with ``delay_wgrad`` all passes leave their gradients in one place."""

@@ -106,10 +106,17 @@ class TopKRouter(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fill the weight by the init method, in fp32, and round: one seed gives one model in every dtype."""
+        """Fill the weight by the init method, in fp32, and round: one seed gives one model in every dtype.
+
+        Buffers begin anew too: bias and counts are zero.
+        """
         weight = torch.empty_like(self.weight, dtype=torch.float32)
         self._init_method(weight)
         self.weight.copy_(weight)
+        for buffer in (self.expert_bias, self.local_tokens_per_expert):
+            if buffer is not None:
+                buffer.zero_()
+        self.reset_global_balance()
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Routing:
         """Route a micro-batch. Without host synchronisation.
