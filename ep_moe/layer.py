@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ class EPMoELayer(nn.Module):
     (``layer.experts``) differ between the ranks of the group and carry ``allreduce = False`` where the group has
     more than one rank; all others are replicas (see ``ep_moe.data_parallel``).
 
+    ``copy.deepcopy`` gives a layer of its own in the same groups. Inside what ``torch.compile`` compiles the layer runs
+    as it does outside, between two graphs.
+
     Attributes:
         ranges: of its stages, off unless :func:`ep_moe.tracing.annotate_stages` turns them on.
     """
@@ -51,14 +55,21 @@ class EPMoELayer(nn.Module):
             ep_group: the ranks that share the experts; the default group if ``None``.
             global_batch_group: ranks whose batches form the global batch, for the global balance loss and the expert
                 bias; ``ep_group`` if ``None``.
-            device: of the parameters.
+            device: of the parameters. Nothing is initialised on meta: call ``to_empty``, then
+                ``router.reset_parameters()`` for what no checkpoint holds, then ``load_state_dict``.
             dtype: of the parameters; PyTorch's default if ``None``.
 
         Raises:
-            ConfigError: if the experts do not divide over the group, ``moe.ep_size`` says otherwise, or a phase asks
-                for more ``expert_chunks`` than a rank has experts.
+            ConfigError: if ``torch.distributed`` has not been initialised, the experts do not divide over the group,
+                ``moe.ep_size`` says otherwise, or a phase asks for more ``expert_chunks`` than a rank has experts.
+            TypeError: if ``config`` is not a ``Config``.
         """
         super().__init__()
+        if not isinstance(config, Config):
+            raise TypeError(
+                "config: expected an ep_moe.Config (ep_moe.config_loading.load_config reads one from a YAML file), "
+                f"got {type(config).__name__}"
+            )
         moe, hidden = config.moe, config.model.hidden_size
         self.config = config
         communicators = communicator_factory(
@@ -121,6 +132,7 @@ class EPMoELayer(nn.Module):
         )
         self._phases = PhaseSelector(config.phases, communicators, shape)
         self.ranges = StageRanges()
+        self._groups = [communicators.group, self.router.global_batch_group]
 
     def phase(self, name: str | None) -> contextlib.AbstractContextManager[None]:
         """Use the settings of phase ``name`` from now on, or until the end of a ``with`` block.
@@ -135,12 +147,14 @@ class EPMoELayer(nn.Module):
         """
         return self._phases.set(name)
 
+    @torch.compiler.disable(reason="ep_moe.EPMoELayer exchanges rows between ranks, in sizes that depend on them")
     def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Apply the layer.
 
         Args:
-            hidden_states: ``[tokens, hidden]`` or ``[sequence, batch, hidden]``; the number of tokens may differ
-                between ranks.
+            hidden_states: ``[tokens, hidden]`` or ``[sequence, batch, hidden]``, on the device of the parameters and in
+                their dtype, or any floating one under ``torch.autocast``; the number of tokens may differ between
+                ranks.
             padding_mask: bool ``[tokens]`` or ``[sequence, batch]``, true for padding, which does not count in
                 balance losses and statistics.
 
@@ -148,7 +162,8 @@ class EPMoELayer(nn.Module):
             The same shape and dtype.
 
         Raises:
-            ValueError: if a shape does not fit, or the phase's ``max_tokens_per_rank`` is exceeded.
+            ValueError: before rows travel, if a shape, dtype or device does not fit, or the phase's
+                ``max_tokens_per_rank`` is exceeded.
         """
         x, dispatcher, scheduler = self._enter(hidden_states)
         run = self.ranges.run
@@ -207,9 +222,30 @@ class EPMoELayer(nn.Module):
                 f"hidden_states: expected [tokens, {hidden}] or [sequence, batch, {hidden}] (model.hidden_size), "
                 f"got {list(hidden_states.shape)}"
             )
-        tokens = hidden_states.numel() // hidden
+        weight, tokens = self.experts.fc1_weight, hidden_states.numel() // hidden
+        # fp64 stays out of autocast, as in PyTorch.
+        autocast = weight.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(weight.device.type)
+        autocast = autocast and weight.dtype != torch.float64
+        fits = hidden_states.is_floating_point() if autocast else hidden_states.dtype == weight.dtype
+        if not fits or hidden_states.device != weight.device:
+            wanted = "floating point" if autocast else str(weight.dtype)
+            raise ValueError(
+                f"hidden_states: expected {wanted} on {weight.device} as the parameters, got {hidden_states.dtype} on "
+                f"{hidden_states.device}"
+            )
         dispatcher, scheduler = self._phases.select(self.training, tokens, hidden_states.device)
-        return to_compute_dtype(hidden_states.reshape(tokens, hidden)), dispatcher, scheduler
+        x = hidden_states.reshape(tokens, hidden)
+        return to_compute_dtype(x) if autocast else x, dispatcher, scheduler
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EPMoELayer:
+        memo.update((id(group), group) for group in self._groups)  # which cannot be copied, nor need be
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("EPMoELayer belongs to a process group and cannot be pickled: save its state_dict() instead")
 
 
 def to_compute_dtype(x: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,6 +62,12 @@ class PhaseSelector:
             dispatcher = build_dispatcher(settings, self._communicators, self._shape, device)
             self._built[name, device] = dispatcher, OverlapScheduler(settings.overlap, settings.expert_chunks)
         return self._built[name, device]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PhaseSelector:
+        # What was built holds memory that all layers of the group share.
+        copied = PhaseSelector(self._phases, self._communicators, copy.deepcopy(self._shape, memo))
+        copied._explicit = self._explicit
+        return copied
 
     @contextlib.contextmanager
     def _restore(self, previous: str | None) -> Iterator[None]:
