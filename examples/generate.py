@@ -10,6 +10,7 @@ CUDA graph, where every process has a GPU of its own.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -36,6 +37,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest byte")
     parser.add_argument("--graph", action="store_true", help="capture a decode step in a CUDA graph")
     return parser.parse_args()
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise :class:`ConfigError` for what no model could do."""
+    if arguments.steps < 1:
+        raise ConfigError(f"--steps = {arguments.steps}: must be at least 1")
+    if not 0.0 <= arguments.temperature < math.inf:
+        raise ConfigError(f"--temperature = {arguments.temperature:g}: must be a finite number of at least 0")
+    if arguments.checkpoint is not None and not (arguments.checkpoint / "shared.pt").is_file():
+        raise ConfigError(f"--checkpoint = {arguments.checkpoint}: not a folder that train_moe.py has written")
 
 
 def with_decode_mode(arguments: argparse.Namespace, sequences: int) -> Config:
@@ -95,6 +106,7 @@ def main() -> None:
     """Read the command line and generate; one process of several."""
     arguments = parse_arguments()
     try:
+        check_arguments(arguments)
         prompts = read_prompts(arguments)
         config = with_decode_mode(arguments, len(prompts))
         with join_processes(config) as world:

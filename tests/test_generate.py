@@ -27,7 +27,16 @@ def generate(output: Path, processes: int, *overrides: str, flags: tuple[str, ..
     words = [word for setting in settings for word in ("--set", setting)]
     words += [word for prompt in PROMPTS for word in ("--prompt", prompt)]
     done = subprocess.run(
-        [*launcher, *script, *words, *flags, "--steps", "12", "--temperature", "0"],
+        [
+            *launcher,
+            *script,
+            *words,
+            "--steps",
+            "12",
+            "--temperature",
+            "0",
+            *flags,
+        ],  # of a flag given twice the last counts
         capture_output=True,
         text=True,
         timeout=120,
@@ -61,6 +70,20 @@ def test_too_long_a_text_is_refused(tmp_path: Path) -> None:
 def test_a_graph_needs_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"--graph: needs a GPU a process, bf16"):
         generate(tmp_path, 1, flags=("--graph",))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--steps", "0", "--steps = 0: must be at least 1"),
+        ("--temperature", "-1", "--temperature = -1: must be a finite number of at least 0"),
+        ("--checkpoint", "nowhere", "--checkpoint = nowhere: not a folder that train_moe.py has written"),
+    ],
+)
+def test_bad_arguments_end_with_one_line(flag: str, value: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError) as caught:
+        generate(tmp_path, 1, flags=(flag, value))
+    assert f"Process 0 failed: {message}.\n" in str(caught.value)
 
 
 # The kernels' multiples, and the precision that they compute in.

@@ -256,6 +256,15 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert printed.count("\n| 2 |") == printed.count("\n| 4 |") == 5 + 6
 
 
+@pytest.mark.parametrize("name", ["nowhere/plan.png", "plan.nothing"])
+def test_a_picture_that_cannot_be_written_is_named(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / name
+    assert main(["plan", "--gpus", "8", "--config", str(V3), "--out", str(path)]) == 1
+    assert f"--out {path}: cannot be written (" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

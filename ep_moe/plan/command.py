@@ -57,6 +57,9 @@ def main(arguments: argparse.Namespace) -> int:
         except ImportError:
             print("no picture: pip install matplotlib", file=sys.stderr)
             return 1
+        except (OSError, ValueError) as error:  # no such folder, no such format
+            print(f"--out {arguments.out}: cannot be written ({error})", file=sys.stderr)
+            return 1
     return 0
 
 
