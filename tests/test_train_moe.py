@@ -121,6 +121,16 @@ def test_a_checkpoint_resumes_with_another_split(tmp_path: Path) -> None:
     assert losses(resumed) == pytest.approx(losses(whole), rel=1e-5)
 
 
+def test_a_checkpoint_resumes_with_other_keys_of_how_it_is_run(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", 2)
+    run(tmp_path / "run", 2, "training.checkpoint_interval=3")
+    for file in (tmp_path / "run" / "step_00000006").iterdir():
+        file.unlink()
+    other = ("moe.experts.recompute_activation=true", "moe.experts.backend=grouped_mm", "moe.capacity_rows=2000")
+    resumed = run(tmp_path / "run", 2, *other, flags=("--resume",))
+    assert losses(resumed) == pytest.approx(losses(whole), rel=1e-5)
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     run(tmp_path, 1, "training.steps=1", "training.eval_interval=1")
     done = subprocess.run(

@@ -63,6 +63,8 @@ class MegatronEPMoELayer(MoELayer):
         wgrad_precision: Precision = "input",
         ranks_per_node: int | None = None,
         between_nodes: BetweenNodes = "portable",
+        comm_timeout_s: float = 30.0,
+        capacity_rows: int | None = None,
         **ignored: Any,
     ) -> None:
         """Build the layer from Megatron's configuration.
@@ -82,12 +84,22 @@ class MegatronEPMoELayer(MoELayer):
             wgrad_precision: of the gradients of weights (key ``moe.experts.wgrad_precision``).
             ranks_per_node: key ``moe.comm_ranks_per_node``.
             between_nodes: key ``moe.comm_between_nodes``.
+            comm_timeout_s: key ``moe.comm_timeout_s``.
+            capacity_rows: key ``moe.capacity_rows``.
             ignored: keyword arguments that newer versions of Megatron add.
 
         Raises:
             ConfigError: for a setting of ``config`` that the layer would not honour.
         """
-        moe = moe_config(config, comm=comm, backend=backend, precision=precision, wgrad_precision=wgrad_precision)
+        moe = moe_config(
+            config,
+            comm=comm,
+            backend=backend,
+            precision=precision,
+            wgrad_precision=wgrad_precision,
+            comm_timeout_s=comm_timeout_s,
+            capacity_rows=capacity_rows,
+        )
         if is_mtp_layer is None and getattr(config, "mtp_use_repeated_layer", False):
             raise ConfigError(
                 "TransformerConfig.mtp_use_repeated_layer = True: this release of Megatron does not tell the layer "

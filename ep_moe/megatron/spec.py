@@ -21,6 +21,8 @@ def use_ep_moe(
     wgrad_precision: Precision = "input",
     ranks_per_node: int | None = None,
     between_nodes: BetweenNodes = "portable",
+    comm_timeout_s: float = 30.0,
+    capacity_rows: int | None = None,
 ) -> Any:
     """Replace Megatron's ``MoELayer`` by ours in a layer spec, a block of layer specs or the spec of a hybrid stack.
 
@@ -35,6 +37,8 @@ def use_ep_moe(
         wgrad_precision: of the gradients of weights (key ``moe.experts.wgrad_precision``).
         ranks_per_node: key ``moe.comm_ranks_per_node``.
         between_nodes: key ``moe.comm_between_nodes``.
+        comm_timeout_s: key ``moe.comm_timeout_s``.
+        capacity_rows: key ``moe.capacity_rows``.
 
     Returns:
         A spec of the same kind. Dense layers in it are unchanged.
@@ -50,6 +54,8 @@ def use_ep_moe(
         "wgrad_precision": wgrad_precision,
         "ranks_per_node": ranks_per_node,
         "between_nodes": between_nodes,
+        "comm_timeout_s": comm_timeout_s,
+        "capacity_rows": capacity_rows,
     }
     replaced, count = _replace(spec, params)
     if count == 0:

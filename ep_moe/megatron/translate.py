@@ -56,6 +56,8 @@ def moe_config(
     backend: Backend,
     precision: Precision = "input",
     wgrad_precision: Precision = "input",
+    comm_timeout_s: float = 30.0,
+    capacity_rows: int | None = None,
 ) -> MoEConfig:
     """Translate the MoE part of a Megatron configuration.
 
@@ -67,6 +69,8 @@ def moe_config(
         backend: grouped GEMM, as key ``moe.experts.backend``.
         precision: of its products, as key ``moe.experts.precision``.
         wgrad_precision: of the gradients of weights, as key ``moe.experts.wgrad_precision``.
+        comm_timeout_s: how long a peer is waited for, as key ``moe.comm_timeout_s``.
+        capacity_rows: rows to make room for, as key ``moe.capacity_rows``.
 
     Raises:
         ConfigError: naming the setting that cannot be honoured.
@@ -76,6 +80,8 @@ def moe_config(
         num_experts=config.num_moe_experts,
         top_k=config.moe_router_topk,
         comm=comm,
+        comm_timeout_s=comm_timeout_s,
+        capacity_rows=capacity_rows,
         router=_router_config(config),
         experts=ExpertsConfig(
             ffn_hidden_size=config.moe_ffn_hidden_size,

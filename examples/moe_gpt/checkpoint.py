@@ -8,6 +8,7 @@ by name, so a run may resume with another number of processes. A folder appears 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,18 @@ from megatron.core import parallel_state
 from torch import nn
 
 from ep_moe.config import Config, ConfigError
+from ep_moe.config_fields import format_value
 from ep_moe.config_loading import config_to_dict
 
 State = dict[str, Any]
 
 # Keys of moe that say how it is run.
-_NOT_THE_MODEL = ("ep_size", "comm", "comm_ranks_per_node", "comm_between_nodes", "comm_timeout_s", "capacity_rows")
+_NOT_THE_MODEL = (
+    *(f"moe.comm{rest}" for rest in ("", "_ranks_per_node", "_between_nodes", "_timeout_s")),
+    *(f"moe.experts.{key}" for key in ("backend", "precision", "wgrad_precision", "recompute_activation")),
+    "moe.ep_size",
+    "moe.capacity_rows",
+)
 
 
 def save_checkpoint(
@@ -121,13 +128,23 @@ def _my_experts(pieces: list[Any], parameter: nn.Parameter) -> Any:
 
 
 def _check_model(folder: Path, header: dict[str, Any], config: Config) -> None:
-    ours, theirs = config_to_dict(config), header["config"]
-    for section in ("model", "moe"):
-        for key in ours[section]:
-            if key not in _NOT_THE_MODEL and ours[section][key] != theirs[section].get(key):
-                raise ConfigError(
-                    f"{section}.{key} = {ours[section][key]}: the checkpoint {folder} has {theirs[section].get(key)}"
-                )
+    ours, theirs = (dict(_model_keys(mapping)) for mapping in (config_to_dict(config), header["config"]))
+    for path, value in ours.items():
+        if value != theirs.get(path):
+            raise ConfigError(
+                f"{path} = {format_value(value)}: the checkpoint {folder} has {format_value(theirs.get(path))}"
+            )
+
+
+def _model_keys(mapping: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Paths and values of the keys that a checkpoint and a configuration must share."""
+    below = [(section, mapping[section]) for section in ("model", "moe")]
+    while below:
+        path, value = below.pop(0)
+        if isinstance(value, dict):
+            below += [(f"{path}.{key}", inner) for key, inner in value.items()]
+        elif path not in _NOT_THE_MODEL:
+            yield path, value
 
 
 def _folder(config: Config, step: int) -> Path:

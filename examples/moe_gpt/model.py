@@ -77,6 +77,8 @@ def build_model(config: Config, device: torch.device) -> GPTModel:
         wgrad_precision=config.moe.experts.wgrad_precision,
         ranks_per_node=config.moe.comm_ranks_per_node,
         between_nodes=config.moe.comm_between_nodes,
+        comm_timeout_s=config.moe.comm_timeout_s,
+        capacity_rows=config.moe.capacity_rows,
     )
     dense_spec = get_gpt_layer_local_spec(num_experts=None, normalization="RMSNorm")
     for spec in (moe_spec, dense_spec):
@@ -99,6 +101,7 @@ def transformer_config(config: Config) -> TransformerConfig:
     model, moe, router = config.model, config.moe, config.moe.router
     activation, gated = _ACTIVATIONS[moe.experts.activation]
     losses, coefficients = _balance_losses(router)
+    recompute = moe.experts.recompute_activation
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -136,6 +139,9 @@ def transformer_config(config: Config) -> TransformerConfig:
         moe_expert_capacity_factor=router.capacity_factor,
         moe_token_drop_policy=router.drop_policy,
         moe_router_force_load_balancing=router.force_balance,
+        recompute_granularity="selective" if recompute else None,
+        recompute_modules=["moe_act"] if recompute else None,
+        moe_grouped_gemm=True,  # without it Megatron refuses to recompute these; it chooses none of our GEMMs
     )
 
 
