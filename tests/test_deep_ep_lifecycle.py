@@ -253,3 +253,26 @@ def test_patched_constructor_attributes_and_scratch() -> None:
     refused = ["ValueError", "NotImplementedError"]
     for rank, answers in enumerate(run_ranks(2, _patched)):
         assert answers == [[7], True, rank, 2, 256, 1024, False, 0, 256, 128, 0, refused]
+
+
+def _with_variable(rank: int, world: int, name: str, value: str) -> str:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        Buffer(dist.group.WORLD)
+    except ValueError as error:
+        return str(error)
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("EP_MOE_COMM", "nccl"), *(("EP_MOE_COMM_TIMEOUT_S", value) for value in ("soon", "0", "-1", "nan", "inf"))],
+)
+def test_variables_without_meaning_are_named(name: str, value: str) -> None:
+    message = run_ranks(1, _with_variable, name, value)[0]
+    assert message.startswith(f"{name}: expected ") and message.endswith(f"got {value!r}")

@@ -42,11 +42,6 @@ class Config:
             return 0
         return max(self.num_sms // 2, 1) * num_ranks * self.num_max_rdma_chunked_recv_tokens * hidden_bytes
 
-    @property
-    def sm_budget(self) -> int | None:
-        """What a communicator is told: ``None`` for its own choice."""
-        return None if self.num_sms == DEFAULT_NUM_SMS else self.num_sms
-
 
 def low_latency_size_hint(max_tokens: int, hidden: int, ranks: int, num_experts: int) -> int:
     """Bytes of one rank's landing buffers in low-latency mode, roughly; 0 for no tokens.

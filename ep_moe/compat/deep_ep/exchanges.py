@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Literal, cast
 
@@ -35,7 +36,7 @@ class Exchanges:
 
         Raises:
             ConfigError: if ``torch.distributed`` has not been initialised.
-            ValueError: for an unknown communicator.
+            ValueError: if one of the variables has no such value.
         """
         choice = os.environ.get(COMM_VARIABLE, "auto")
         if choice not in ("auto", "portable", "nvlink"):
@@ -44,7 +45,7 @@ class Exchanges:
             cast(Literal["auto", "portable", "nvlink"], choice),
             group,
             max_tokens=None,
-            timeout_s=float(os.environ.get(TIMEOUT_VARIABLE, "30")),
+            timeout_s=_timeout(),
         )
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
@@ -102,6 +103,17 @@ class Exchanges:
         for kept in (self.normal, self.room, self.low_latency):
             kept.clear()
         self.destroyed = True
+
+
+def _timeout() -> float:
+    text = os.environ.get(TIMEOUT_VARIABLE, "30")
+    try:
+        timeout = float(text)
+    except ValueError:
+        timeout = math.nan
+    if not 0.1 <= timeout < math.inf:
+        raise ValueError(f"{TIMEOUT_VARIABLE}: expected seconds, at least 0.1, got {text!r}")
+    return timeout
 
 
 def refuse_capture(what: str) -> None:
