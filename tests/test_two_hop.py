@@ -312,3 +312,18 @@ def test_a_late_rank_of_a_node_is_named_by_its_rank_in_the_group() -> None:
     for rank, (message, late) in enumerate(run_ranks(4, _late_peer)):
         assert late == (1, 3)[rank // 2]
         assert message == f"node {rank // 2}, whose rank 1 is rank {late}: rank 0 waited 2 s for rank 1"
+
+
+def _in_more_groups_than_others(rank: int, world: int) -> bool:
+    before = set(dist.distributed_c10d._world.pg_names)
+    dist.new_group([0]), dist.new_group([0])
+    ours = make_communicator("two_hop_1", dist.group.WORLD)  # type: ignore[arg-type]
+    agree = not _differences(ours, rank, world, 0, 3)
+    for group in list(dist.distributed_c10d._world.pg_names):
+        if group not in before:
+            dist.destroy_process_group(group)
+    return agree
+
+
+def test_ranks_may_be_in_different_numbers_of_groups() -> None:
+    assert run_ranks(2, _in_more_groups_than_others) == [True, True]

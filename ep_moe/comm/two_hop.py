@@ -207,6 +207,7 @@ def two_hop_communicator(
         overlap: let both hops run at the same time, where both are our own kernels.
     """
     rank = dist.get_rank(group)
+    _even_out_names(group)
     node, counterparts = (
         dist.new_group(
             [dist.get_global_rank(group, member) for member in members],
@@ -231,3 +232,17 @@ def two_hop_communicator(
             group, topology, PipelinedHops(place, here, between), PutTallies(topology, between, within)
         )
     return TwoHopCommunicator(group, topology, SequentialHops(place, here, between), GatheredTallies(group))
+
+
+def _even_out_names(group: dist.ProcessGroup) -> None:
+    """Let all ranks give the next groups that they form the same names; collective over ``group``.
+
+    PyTorch names a group that only its members form after their ranks and the number of groups that the process is in.
+    Ranks that are in more groups than others would wait for them under another name, for ever. Groups of one make up
+    for the difference.
+    """
+    mine = len(dist.distributed_c10d._world.pg_names)
+    counts = [mine] * dist.get_world_size(group)
+    dist.all_gather_object(counts, mine, group=group)
+    for _ in range(max(counts) - mine):
+        dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
