@@ -60,8 +60,9 @@ class EPMoELayer(nn.Module):
             dtype: of the parameters; PyTorch's default if ``None``.
 
         Raises:
-            ConfigError: if ``torch.distributed`` has not been initialised, the experts do not divide over the group,
-                ``moe.ep_size`` says otherwise, or a phase asks for more ``expert_chunks`` than a rank has experts.
+            ConfigError: if ``torch.distributed`` has not been initialised, this rank is not in the group, the experts
+                do not divide over it, ``moe.ep_size`` says otherwise, or a phase asks for more ``expert_chunks`` than a
+                rank has experts.
             TypeError: if ``config`` is not a ``Config``.
         """
         super().__init__()

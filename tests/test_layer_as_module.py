@@ -15,7 +15,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ep_moe import Config, EPMoELayer
+from ep_moe import Config, ConfigError, EPMoELayer
 from ep_moe.config import ExpertsConfig, ModelConfig, MoEConfig, PhaseConfig, PhasesConfig, RouterConfig
 from ep_moe.data_parallel import is_expert_parameter
 
@@ -174,6 +174,27 @@ def _edges(rank: int, world: int) -> list[bool]:
 
 def test_strides_nan_and_uneven_loads_are_ordinary_input() -> None:
     assert run_ranks(2, _edges) == [[True] * 4] * 2
+
+
+def _outside_the_group(rank: int, world: int) -> list[str]:
+    first_alone = dist.new_group([0])
+    messages = []
+    for group in (first_alone, "world"):
+        try:
+            EPMoELayer(make_config(), group)  # type: ignore[arg-type]
+            messages.append("")
+        except ConfigError as error:
+            messages.append(str(error))
+    if rank == 0:
+        dist.destroy_process_group(first_alone)
+    return messages
+
+
+def test_a_rank_outside_the_group_is_told_so() -> None:
+    (inside, other), (outside, _) = run_ranks(2, _outside_the_group)
+    expected = "group: expected a torch.distributed.ProcessGroup that holds this rank, got "
+    assert inside == "" and outside == f"{expected}a group without rank 1, this one"
+    assert other == f"{expected}str"
 
 
 def _fp64_under_autocast(rank: int, world: int) -> bool:

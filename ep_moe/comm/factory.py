@@ -248,7 +248,7 @@ def communicator_factory(
     """The factory for ``group`` (the default group if ``None``); arguments as the attributes of the factory.
 
     Raises:
-        ConfigError: if ``torch.distributed`` has not been initialised.
+        ConfigError: if ``torch.distributed`` has not been initialised, or this rank is not in ``group``.
     """
     if not dist.is_initialized():
         raise ConfigError(
@@ -256,5 +256,9 @@ def communicator_factory(
             "(torchrun sets the environment it reads)"
         )
     group = group if group is not None else dist.group.WORLD
-    assert group is not None
+    if not isinstance(group, dist.ProcessGroup):
+        # What new_group returns to ranks that are not in the group, or a mistake.
+        outside = group is dist.GroupMember.NON_GROUP_MEMBER
+        found = f"a group without rank {dist.get_rank()}, this one" if outside else type(group).__name__
+        raise ConfigError(f"group: expected a torch.distributed.ProcessGroup that holds this rank, got {found}")
     return CommunicatorFactory(comm, group, max_tokens, timeout_s, ranks_per_node, between_nodes)
