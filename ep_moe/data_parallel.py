@@ -3,7 +3,8 @@
 The marking of parameters is that of Megatron-Core (``core/distributed/distributed_data_parallel.py``, checked with
 0.16 and 0.19): a parameter with ``allreduce = False`` belongs to one expert-parallel rank, any other is the same
 everywhere. :class:`~ep_moe.layer.EPMoELayer` marks its experts so. Megatron users keep Megatron's own data parallelism;
-these functions serve a plain training loop, with any ``torch.distributed`` backend.
+these functions serve a plain training loop, with any ``torch.distributed`` backend. PyTorch's
+``DistributedDataParallel`` does not know the mark: it would broadcast the experts of rank 0 to all ranks.
 
 Expected groups, of the D ranks that hold the model: the *data-parallel group* is all D ranks, each with its own
 tokens; an *expert-parallel group* is E of them that hold all experts together; an *expert-data-parallel group* is

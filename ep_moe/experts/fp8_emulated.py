@@ -44,7 +44,10 @@ def quantize_weight(weight: Tensor, transposed: bool) -> Fp8WeightPair:
 def multiply(
     rows: Fp8Rows, weight: Fp8Weight, segments: Segments, dtype: torch.dtype, *, out: Tensor | None = None
 ) -> Tensor:
-    """See :class:`Fp8Multiply`; a loop over experts and blocks, which needs the segments' sizes on the host."""
+    """See :class:`~ep_moe.experts.fp8.Fp8Multiply`.
+
+    A loop over experts and blocks, which needs the segments' sizes on the host.
+    """
     if out is None:
         out = torch.zeros(len(rows.values), weight.values.shape[1], dtype=dtype, device=rows.values.device)
     for expert, (start, end) in enumerate(_places(segments)):
@@ -63,7 +66,7 @@ def multiply(
 
 
 def activate(x: Tensor, activation: str, row_weights: Tensor | None, segments: Segments) -> Fp8Rows:
-    """See :class:`Fp8Activate`."""
+    """See :class:`~ep_moe.experts.fp8.Fp8Activate`."""
     with torch.no_grad():
         return quantize_rows(apply_activation(x, activation, row_weights), segments)
 
@@ -78,7 +81,7 @@ def activation_gradients(
     need_weights: bool,
     need_activated: bool,
 ) -> Fp8ActivationGradients:
-    """See :class:`Fp8BackwardOfActivation`."""
+    """See :class:`~ep_moe.experts.fp8.Fp8BackwardOfActivation`."""
     count = segments.row_count
     with torch.no_grad():
         activated = apply_activation(x, activation, row_weights, count) if need_activated else None
@@ -115,7 +118,10 @@ def wgrad(
     accumulate: bool = False,
     in_turns: bool = False,
 ) -> Tensor:
-    """See :class:`Fp8WeightGradient`; a loop over experts and blocks, which needs the segments' sizes on the host."""
+    """See :class:`~ep_moe.experts.fp8.Fp8WeightGradient`.
+
+    A loop over experts and blocks, which needs the segments' sizes on the host.
+    """
     shape = (len(segments.ends), grad.values.shape[1], rows.values.shape[1])
     totals = torch.zeros(shape, device=grad.values.device)
     block = 0
