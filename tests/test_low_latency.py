@@ -24,6 +24,7 @@ from low_latency_cases import (
 from ranks import run_ranks
 
 from ep_moe.comm.low_latency import LowLatencyCommunicator, PackedRows
+from ep_moe.comm.portable_low_latency import PortableLowLatencyCommunicator
 
 BASE = LowLatencyCase(tokens=(5, 8), max_tokens=8, hidden=128, local_experts=2, top_k=2)
 
@@ -280,3 +281,22 @@ def exchange_masked(rank: int, world: int, kind: str, device: str, early: bool) 
 @pytest.mark.parametrize(("kind", "device"), LOW_LATENCY_COMMUNICATORS)
 def test_masked_ranks_contribute_nothing(kind: str, device: str, early: bool) -> None:
     assert run_ranks(2, exchange_masked, kind, device, early) == [True, True]
+
+
+def _third_in_flight(rank: int, world: int) -> str:
+    communicator = PortableLowLatencyCommunicator(dist.group.WORLD, max_tokens=2, hidden=128, num_experts=2)
+    x, topk_idx = torch.zeros(1, 128, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.int64)
+    hooks = [communicator.dispatch_send(x, topk_idx)[1] for _ in range(2)]
+    try:
+        communicator.dispatch_send(x, topk_idx)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        for hook in hooks:
+            hook()
+    return ""
+
+
+def test_a_third_exchange_under_way_is_refused_in_the_words_of_the_kernels() -> None:
+    message = "dispatches: at most 2 may be under way; call the hook of the one before last first"
+    assert run_ranks(1, _third_in_flight) == [message]
