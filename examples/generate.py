@@ -93,12 +93,13 @@ def run(arguments: argparse.Namespace, config: Config, world: World, prompts: to
             print(bytes(text).decode(errors="replace"), end="\n---\n")
         sequences = world.size * len(prompts)
         how = config.phases.decode.mode + (", CUDA graph" if result.captured else "")
-        print(
-            f"{folder}: prefill {sequences * prompts.shape[1] / result.prefill_s:.0f} tokens/s, decode ({how}) "
-            f"{sequences * result.steps / result.decode_s:.0f} tokens/s, {1e3 * result.decode_s / result.steps:.2f} ms "
-            f"a step of {sequences} sequences on {world.size} x {world.device.type}",
-            flush=True,
-        )
+        line = f"{folder}: prefill {sequences * prompts.shape[1] / result.prefill_s:.0f} tokens/s"
+        if result.steps:
+            line += (
+                f", decode ({how}) {sequences * result.steps / result.decode_s:.0f} tokens/s, "
+                f"{1e3 * result.decode_s / result.steps:.2f} ms a step of {sequences} sequences"
+            )
+        print(f"{line} on {world.size} x {world.device.type}", flush=True)
 
 
 @record

@@ -75,7 +75,7 @@ def _overflow(rank: int, world: int, device: str) -> str:
 @pytest.mark.parametrize("device", DEVICES)
 def test_more_rows_than_the_capacity_are_an_error(device: str) -> None:
     (message,) = run_ranks(1, _overflow, device)
-    assert message == f"max_rows = 5: {TOKENS * TOP_K} rows arrived at rank 0"
+    assert message == f"max_rows = 5 (moe.capacity_rows): {TOKENS * TOP_K} rows arrived at rank 0"
 
 
 def _captured(rank: int, world: int) -> list[bool]:

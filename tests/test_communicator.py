@@ -274,7 +274,7 @@ def test_too_small_a_capacity_of_received_rows_is_an_error(kind: str, device: st
     # One expert on both ranks gets all tokens, so that both lack room.
     case = Case(tokens=(30, 30), num_experts=2, top_k=2, hidden=16)
     for rank, (_, error) in enumerate(run_ranks(2, _with_row_capacity, kind, device, case, -4)):
-        assert error == f"max_rows = room: needed rows arrived at rank {rank}"
+        assert error == f"max_rows = room (moe.capacity_rows): needed rows arrived at rank {rank}"
 
 
 @pytest.mark.parametrize(("kind", "device"), COMMUNICATORS)
@@ -290,7 +290,7 @@ def test_too_small_a_capacity_is_an_error(kind: str, device: str) -> None:
     # The same tokens on both ranks, so that both lack room.
     case = Case(tokens=(30, 30), num_experts=2, top_k=2, hidden=16)
     for rank, (_, error) in enumerate(run_ranks(2, _with_capacity, kind, device, case, -4)):
-        assert error == f"max_rows = room: needed rows arrived at rank {rank}"
+        assert error == f"max_rows = room (moe.capacity_rows): needed rows arrived at rank {rank}"
 
 
 def quantize_dequantize(x: torch.Tensor) -> torch.Tensor:

@@ -295,7 +295,7 @@ def _too_many(rank: int, world: int, device: str) -> str:
 @pytest.mark.parametrize("device", DEEP_EP_DEVICES)
 def test_too_many_rows_are_found_out(device: str) -> None:
     first, second = run_ranks(2, _too_many, device)
-    assert first == "" and "max_rows = 12: 16 rows arrived" in second
+    assert first == "" and "max_rows = 12 (moe.capacity_rows): 16 rows arrived" in second
 
 
 def _events(rank: int, world: int, device: str) -> list[str]:

@@ -39,6 +39,11 @@ class CapacityError(RuntimeError):
     """More rows arrived than ``max_rows``; the message says how many. Results of that dispatch lack rows."""
 
 
+def too_many_rows(max_rows: int, needed: int, rank: int) -> CapacityError:
+    """What is raised where ``needed`` rows arrived at ``rank``."""
+    return CapacityError(f"max_rows = {max_rows} (moe.capacity_rows): {needed} rows arrived at rank {rank}")
+
+
 @dataclass(frozen=True)
 class ExpertSegments:
     """Where the rows of each local expert lie in an expert-major tensor.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ep_moe.comm import nvlink_args as native
-from ep_moe.comm.communicator import CapacityError
+from ep_moe.comm.communicator import too_many_rows
 
 
 class PeerTimeoutError(RuntimeError):
@@ -65,7 +65,7 @@ class FaultMonitor:
             )
         self.forget()
         if fault == native.FAULT_OVERFLOW:
-            raise CapacityError(f"max_rows = {allowed}: {value} rows arrived at rank {self._rank}")
+            raise too_many_rows(allowed, value, self._rank)
         if fault == native.FAULT_TOKENS:
             raise ValueError(
                 f"x: {value} tokens, but buffers were made for {allowed} a rank; "

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ep_moe.comm.all_to_all import all_to_all_rows
 from ep_moe.comm.communicator import (
-    CapacityError,
     Dispatched,
     ExpertSegments,
     ReceivedRouting,
@@ -24,6 +23,7 @@ from ep_moe.comm.communicator import (
     check_expert_range,
     check_signature,
     exchange_signature,
+    too_many_rows,
 )
 from ep_moe.comm.fp8 import quantize_e4m3
 from ep_moe.comm.layout import ExpertLayout, SendLayout, expert_layout, send_layout, sum_by_token
@@ -105,7 +105,7 @@ class PortableCommunicator(UndividedExchanges):
             arrived_weights = self._exchange(topk_weights[send.tokens], send_counts, recv_counts)
             weights = self._by_slot(arrived_weights, handle)
         if max_rows is not None and needed > max_rows:  # only now: the other ranks expect this rank's messages
-            raise CapacityError(f"max_rows = {max_rows}: {needed} rows arrived at rank {self.rank}")
+            raise too_many_rows(max_rows, needed, self.rank)
         row_of_slot = torch.full((segments.num_rows,), -1, dtype=torch.int32, device=x.device)
         row_of_slot[experts.slots] = (experts.entries // handle.shape[1]).to(torch.int32)
         routing = None

@@ -21,13 +21,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_moe.comm.communicator import (
-    CapacityError,
     Communicator,
     Dispatched,
     ExpertSegments,
     RowLayout,
     check_dispatch_shapes,
     exchange_signature,
+    too_many_rows,
 )
 from ep_moe.comm.fp8 import check_blocks
 from ep_moe.comm.fp8_quantize import quantize_rows
@@ -141,7 +141,7 @@ class TwoHopCommunicator(UndividedExchanges):
             num_sms=num_sms,
         )
         if max_rows is not None and needed > max_rows:  # only now: the other ranks expect this rank's messages
-            raise CapacityError(f"max_rows = {max_rows}: {needed} rows arrived at rank {self.rank}")
+            raise too_many_rows(max_rows, needed, self.rank)
         segments = replace(here.segments, sizes=sizes) if max_rows is None else here.segments
         routing = here.routing
         if routing is not None:

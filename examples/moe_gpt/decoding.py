@@ -23,9 +23,9 @@ class Generated:
 
     Attributes:
         tokens: int64 ``[sequences, length]``, prompts included.
-        prefill_s: seconds that the prompts took.
-        decode_s: seconds that all steps after them took.
-        steps: of decoding.
+        prefill_s: seconds that the prompts and the first byte behind them took.
+        decode_s: seconds that all steps after it took.
+        steps: of decoding, each of which made a byte.
         captured: whether these were replays of a CUDA graph.
     """
 
@@ -142,21 +142,19 @@ def generate(
                 stack.enter_context(torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32))
                 return model(new, positions.expand_as(new), None)[:, -1].float()
 
+        draw = functools.partial(sample, temperature=temperature, generator=generator)
         places = torch.arange(length + steps, device=world.device)
         decode: Callable[[Tensor, Tensor], Tensor] = functools.partial(forward, "decode")
         start = clock(world)
-        logits = forward("prefill", tokens, places[:length])
+        tokens = torch.cat([tokens, draw(forward("prefill", tokens, places[:length]))], dim=1)
         prefill_s = clock(world) - start
         if capture:
             # What it leaves in the caches at this place, the first step overwrites.
             decode = CapturedStep(decode, tokens[:, -1:], places[length : length + 1])
         start = clock(world)
-        for step in range(steps):
-            tokens = torch.cat([tokens, sample(logits, temperature, generator)], dim=1)
-            if step + 1 < steps:
-                place = length + step
-                logits = decode(tokens[:, -1:], places[place : place + 1])
-        return Generated(tokens.cpu(), prefill_s, clock(world) - start, steps, capture)
+        for place in range(length, length + steps - 1):
+            tokens = torch.cat([tokens, draw(decode(tokens[:, -1:], places[place : place + 1]))], dim=1)
+        return Generated(tokens.cpu(), prefill_s, clock(world) - start, steps - 1, capture)
 
 
 def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
