@@ -8,17 +8,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from moe_gpt.bigram import bigram_loss, unigram_loss
+from moe_gpt.bigram import bigram_loss
 
 
 def as_bytes(*texts: bytes) -> tuple[np.ndarray, ...]:
     return tuple(np.frombuffer(text, dtype=np.uint8) for text in texts)
-
-
-def test_unigram_is_add_one() -> None:
-    train, validation = as_bytes(b"aaab"), as_bytes(b"ab", b"z")
-    expected = -(math.log(4 / 260) + math.log(2 / 260) + math.log(1 / 260)) / 3
-    assert unigram_loss(train, validation) == pytest.approx(expected)
 
 
 def test_bigram_equals_the_formula() -> None:
@@ -40,14 +34,12 @@ def test_bigram_equals_the_formula() -> None:
 def test_independent_bytes_cost_their_entropy() -> None:
     text = np.random.default_rng(0).integers(0, 4, 200_000).astype(np.uint8)
     train, validation = (text[:150_000],), (text[150_000:],)
-    assert unigram_loss(train, validation) == pytest.approx(math.log(4), abs=0.01)
     assert bigram_loss(train, validation) == pytest.approx(math.log(4), abs=0.01)
 
 
 def test_a_certain_successor_costs_nothing() -> None:
     cycle = np.arange(100_000, dtype=np.int64).astype(np.uint8)
     assert bigram_loss((cycle,), (cycle[:5000],)) < 0.01
-    assert unigram_loss((cycle,), (cycle[:5000],)) == pytest.approx(math.log(256), abs=0.01)
 
 
 def test_pairs_across_segments_do_not_count() -> None:

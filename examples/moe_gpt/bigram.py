@@ -12,19 +12,6 @@ _BYTES = 256
 _PRIOR_COUNTS = (0.1, 1.0, 10.0, 100.0, 1000.0)
 
 
-def unigram_loss(train: Sequence[NDArray[np.uint8]], validation: Sequence[NDArray[np.uint8]]) -> float:
-    """Cross-entropy on ``validation`` of the byte frequencies of ``train``, with add-one smoothing.
-
-    Args:
-        train: contiguous segments, uint8 ``[bytes]`` each.
-        validation: likewise.
-
-    Returns:
-        Nats per byte; NaN if ``validation`` is empty.
-    """
-    return _cross_entropy(_count_bytes(validation), _unigram(train))
-
-
 def bigram_loss(train: Sequence[NDArray[np.uint8]], validation: Sequence[NDArray[np.uint8]]) -> float:
     """Cross-entropy on ``validation`` of a model that sees one preceding byte, fitted on ``train``.
 
