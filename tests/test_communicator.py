@@ -382,8 +382,17 @@ def _dispatch_with(rank: int, world: int, changes: dict, only: int | None = None
         ({"topk_idx": torch.zeros(3, 2, dtype=torch.int64)}, "topk_idx: expected 4 tokens as in x, got 3"),
         ({"topk_idx": torch.full((4, 2), 4)}, "expected experts in [0, 4) (moe.num_experts) or -1, got 4 to 4"),
         ({"topk_idx": torch.full((4, 2), -2)}, "or -1, got -2 to -2"),
-        ({"topk_weights": torch.zeros(4, 3)}, "topk_weights: expected [4, 2] as topk_idx, got [4, 3]"),
+        (
+            {"topk_weights": torch.zeros(4, 3)},
+            "expected floating point [4, 2] as topk_idx, got torch.float32 [4, 3]",
+        ),
+        ({"topk_weights": torch.zeros(4, 2, dtype=torch.int32)}, "topk_weights: expected floating point [4, 2]"),
         ({"num_experts": 3}, "num_experts: expected a multiple of the 2 ranks of the group, got 3"),
+        ({"alignment": 0}, "alignment: expected at least 1, got 0"),
+        ({"alignment": -4}, "alignment: expected at least 1, got -4"),
+        ({"max_rows": -1}, "max_rows: expected at least 0 (moe.capacity_rows), got -1"),
+        ({"num_sms": 0}, "num_sms: expected at least 1 (phases.<phase>.num_sms), got 0"),
+        ({"layout": "row"}, "layout: expected expert_major or rows, got 'row'"),
         ({"fp8": True}, "multiple of 128 for fp8, got 8"),
         ({"scales": torch.zeros(4, 1)}, "x: expected torch.float8_e4m3fn with scales"),
         ({"x": torch.zeros(4, 8).to(torch.float8_e4m3fn)}, "got torch.float8_e4m3fn without scales, fp8 False"),
@@ -399,7 +408,14 @@ def test_bad_arguments_are_named_before_anything_is_sent(changes: dict, message:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"x": torch.zeros(4, 16)}, {"x": torch.zeros(4, 8, dtype=torch.bfloat16)}, {"topk_weights": None}],
+    [
+        {"x": torch.zeros(4, 16)},
+        {"x": torch.zeros(4, 8, dtype=torch.bfloat16)},
+        {"topk_weights": None},
+        {"topk_weights": torch.zeros(4, 2, dtype=torch.float16)},
+        {"num_experts": 8},
+        {"num_experts": 512},
+    ],
 )
 def test_ranks_that_disagree_are_told_so(changes: dict) -> None:
     answers = run_ranks(2, _dispatch_with, changes, 1)

@@ -34,6 +34,8 @@ RowLayout = Literal["expert_major", "rows"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
+SIGNATURE = ("hidden", "top_k", "dtype", "weights", "fp8")
+
 
 class CapacityError(RuntimeError):
     """More rows arrived than ``max_rows``; the message says how many. Results of that dispatch lack rows."""
@@ -284,8 +286,11 @@ def check_dispatch_shapes(
         raise ValueError(f"topk_idx: expected int64 [tokens, top_k >= 1], got {topk_idx.dtype} {list(topk_idx.shape)}")
     if topk_idx.shape[0] != x.shape[0]:
         raise ValueError(f"topk_idx: expected {x.shape[0]} tokens as in x, got {topk_idx.shape[0]}")
-    if topk_weights is not None and topk_weights.shape != topk_idx.shape:
-        raise ValueError(f"topk_weights: expected {list(topk_idx.shape)} as topk_idx, got {list(topk_weights.shape)}")
+    if topk_weights is not None and (topk_weights.shape != topk_idx.shape or topk_weights.dtype not in _DTYPES):
+        raise ValueError(
+            f"topk_weights: expected floating point {list(topk_idx.shape)} as topk_idx, "
+            f"got {topk_weights.dtype} {list(topk_weights.shape)}"
+        )
     quantised = x.dtype == torch.float8_e4m3fn
     if quantised != (scales is not None) or (quantised and fp8):
         raise ValueError(
@@ -304,6 +309,18 @@ def check_dispatch_shapes(
             raise ValueError(f"{name}: expected device {x.device} as x, got {tensor.device}")
 
 
+def check_options(layout: RowLayout, alignment: int, max_rows: int | None, num_sms: int | None) -> None:
+    """Raise ``ValueError`` unless a dispatch can have these options."""
+    if layout not in ("expert_major", "rows"):
+        raise ValueError(f"layout: expected expert_major or rows, got {layout!r}")
+    if alignment < 1:
+        raise ValueError(f"alignment: expected at least 1, got {alignment}")
+    if max_rows is not None and max_rows < 0:
+        raise ValueError(f"max_rows: expected at least 0 (moe.capacity_rows), got {max_rows}")
+    if num_sms is not None and num_sms < 1:
+        raise ValueError(f"num_sms: expected at least 1 (phases.<phase>.num_sms), got {num_sms}")
+
+
 def check_expert_range(topk_idx: Tensor, num_experts: int) -> None:
     """Raise ``ValueError`` unless all entries are experts or -1; waits for the device."""
     if topk_idx.numel():
@@ -315,17 +332,19 @@ def check_expert_range(topk_idx: Tensor, num_experts: int) -> None:
 
 
 def exchange_signature(x: Tensor, topk_idx: Tensor, topk_weights: Tensor | None, fp8: bool) -> list[int]:
-    """What must be equal on all ranks for their messages to match."""
+    """What must be equal on all ranks for their messages to match, in the order of :data:`SIGNATURE`."""
     if x.dtype not in _DTYPES:
         raise ValueError(f"x: expected one of {[str(d) for d in _DTYPES]}, got {x.dtype}")
-    weights = -1 if topk_weights is None else topk_weights.dtype.itemsize
+    weights = -1 if topk_weights is None else _DTYPES.index(topk_weights.dtype)
     return [x.shape[1], topk_idx.shape[1], _DTYPES.index(x.dtype), weights, int(fp8)]
 
 
-def check_signature(source: int, theirs: Sequence[int], rank: int, mine: Sequence[int]) -> None:
-    """Raise ``ValueError`` unless the rank ``source`` has the :func:`exchange_signature` that this ``rank`` has."""
+def check_signature(
+    source: int, theirs: Sequence[int], rank: int, mine: Sequence[int], names: Sequence[str] = SIGNATURE
+) -> None:
+    """Raise ``ValueError`` unless the rank ``source`` passed what this ``rank`` did, integers called ``names``."""
     if list(theirs) != list(mine):
         raise ValueError(
-            f"dispatch: rank {source} of the group passed (hidden, top_k, dtype, weights, fp8) = {list(theirs)}, "
+            f"dispatch: rank {source} of the group passed ({', '.join(names)}) = {list(theirs)}, "
             f"rank {rank} {list(mine)}: all ranks must agree"
         )

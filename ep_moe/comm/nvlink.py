@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ep_moe.comm import nvlink_args as native
-from ep_moe.comm.communicator import Dispatched, ExpertSegments, RowLayout, check_dispatch_shapes
+from ep_moe.comm.communicator import Dispatched, ExpertSegments, RowLayout, check_dispatch_shapes, check_options
 from ep_moe.comm.expert_groups import expert_groups
 from ep_moe.comm.node_chunks import NodeChunks
 from ep_moe.comm.nvlink_core import NvlinkCore
@@ -142,12 +142,13 @@ class NvlinkCommunicator:
         max_rows: int | None = None,
         num_sms: int | None = None,
     ) -> tuple[Dispatched, Iterator[None]]:
+        check_options(layout, alignment, max_rows, num_sms)
         self.check_limits(topk_idx, num_experts, max_rows)
         tokens, top_k = topk_idx.shape
         core, local_experts = self._core, num_experts // self.size
+        expert_groups(local_experts, groups)
         core.reserve(tokens, top_k, source.wire.bytes)
         topk_idx = topk_idx.contiguous()
-        expert_groups(local_experts, groups)
         with core:
             while True:
                 places = lay_out(

@@ -12,15 +12,18 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ep_moe.comm.all_to_all import all_to_all_rows
 from ep_moe.comm.communicator import (
+    SIGNATURE,
     Dispatched,
     ExpertSegments,
     ReceivedRouting,
     RowLayout,
     check_dispatch_shapes,
     check_expert_range,
+    check_options,
     check_signature,
     exchange_signature,
     too_many_rows,
@@ -28,6 +31,8 @@ from ep_moe.comm.communicator import (
 from ep_moe.comm.fp8 import quantize_e4m3
 from ep_moe.comm.layout import ExpertLayout, SendLayout, expert_layout, send_layout, sum_by_token
 from ep_moe.comm.undivided import UndividedExchanges
+
+_COUNTS_STEP = 1024  # more local experts than anybody has
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,12 @@ class PortableCommunicator(UndividedExchanges):
 
         The host learns the sizes also with ``max_rows``; gloo and NCCL have SM settings of their own.
         """
+        check_options(layout, alignment, max_rows, num_sms)
         check_dispatch_shapes(x, topk_idx, topk_weights, num_experts, self.size, scales=scales, fp8=fp8)
         check_expert_range(topk_idx, num_experts)
         payload = [*quantize_e4m3(x)] if fp8 else [x] if scales is None else [x, scales]
         send = send_layout(topk_idx, num_experts, self.size)
-        signature = exchange_signature(x, topk_idx, topk_weights, fp8)
+        signature = [*exchange_signature(x, topk_idx, topk_weights, fp8), num_experts]
         send_counts, recv_counts, expert_counts = self._exchange_counts(send, signature)
         local_experts = self._exchange(send.local_experts, send_counts, recv_counts)
         experts = expert_layout(local_experts, expert_counts, alignment)
@@ -180,13 +186,16 @@ class PortableCommunicator(UndividedExchanges):
     def _exchange_counts(self, send: SendLayout, signature: list[int]) -> tuple[list[int], list[int], list[int]]:
         """Tell every rank how many rows it will get, in all and per expert; the only wait of the host."""
         header = torch.tensor(signature, dtype=torch.int64, device=send.tokens.device).expand(self.size, -1)
-        table = torch.cat([send.rows_per_rank[:, None], send.rows_per_expert.view(self.size, -1), header], dim=1)
-        arrived = self._exchange(table, [1] * self.size, [1] * self.size)
+        counts = send.rows_per_expert.view(self.size, -1)
+        local_experts, first = counts.shape[1], 1 + len(signature)
+        table = torch.cat([send.rows_per_rank[:, None], header, counts], dim=1)
+        # Of one size whatever num_experts is: back ends end the process where ranks disagree on that of a message.
+        message = pad(table, (0, -local_experts % _COUNTS_STEP))
+        arrived = self._exchange(message, [1] * self.size, [1] * self.size)[:, : table.shape[1]]
         sent, received = torch.stack([table, arrived]).tolist()
         for rank, line in enumerate(received):
-            check_signature(rank, line[-len(signature) :], self.rank, signature)
-        local_experts = table.shape[1] - 1 - len(signature)
-        expert_counts = [sum(line[1 + expert] for line in received) for expert in range(local_experts)]
+            check_signature(rank, line[1:first], self.rank, signature, (*SIGNATURE, "num_experts"))
+        expert_counts = [sum(line[first + expert] for line in received) for expert in range(local_experts)]
         return [line[0] for line in sent], [line[0] for line in received], expert_counts
 
     def _spread(self, x: Tensor, handle: PortableHandle, layout: RowLayout) -> Tensor:

@@ -26,6 +26,7 @@ from ep_moe.comm.communicator import (
     ExpertSegments,
     RowLayout,
     check_dispatch_shapes,
+    check_options,
     exchange_signature,
     too_many_rows,
 )
@@ -111,6 +112,7 @@ class TwoHopCommunicator(UndividedExchanges):
         num_sms: int | None = None,
     ) -> Dispatched:
         """See :meth:`ep_moe.comm.communicator.Communicator.dispatch`."""
+        check_options(layout, alignment, max_rows, num_sms)
         check_dispatch_shapes(x, topk_idx, topk_weights, num_experts, self.size, scales=scales, fp8=fp8)
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             raise ValueError(
