@@ -23,7 +23,7 @@ from low_latency_cases import (
 )
 from ranks import run_ranks
 
-from ep_moe.comm.low_latency import LowLatencyCommunicator, PackedRows
+from ep_moe.comm.low_latency import IN_FLIGHT, LowLatencyCommunicator, PackedRows
 from ep_moe.comm.portable_low_latency import PortableLowLatencyCommunicator
 
 BASE = LowLatencyCase(tokens=(5, 8), max_tokens=8, hidden=128, local_experts=2, top_k=2)
@@ -300,3 +300,29 @@ def _third_in_flight(rank: int, world: int) -> str:
 def test_a_third_exchange_under_way_is_refused_in_the_words_of_the_kernels() -> None:
     message = "dispatches: at most 2 may be under way; call the hook of the one before last first"
     assert run_ranks(1, _third_in_flight) == [message]
+
+
+def _disagree(rank: int, world: int, changes: dict[str, int]) -> list[str]:
+    sizes = {"max_tokens": 4, "hidden": 128, "num_experts": 4, "top_k": 2, "weighted": 1}
+    messages = []
+    for given in ({**sizes, **(changes if rank == 1 else {})}, {**sizes}):
+        top_k, weighted = given.pop("top_k"), given.pop("weighted")
+        communicator = PortableLowLatencyCommunicator(dist.group.WORLD, **given)
+        weights = torch.ones(3, top_k) if weighted else None
+        x = torch.zeros(3, given["hidden"], dtype=torch.bfloat16)
+        for _ in range(IN_FLIGHT + 1):  # what is refused is not under way
+            try:
+                communicator.dispatch(x, torch.zeros(3, top_k, dtype=torch.int64), weights)
+                messages.append("no error")
+            except ValueError as error:
+                messages.append(str(error))
+    return messages
+
+
+@pytest.mark.parametrize(
+    "changes", [{"max_tokens": 5}, {"hidden": 256}, {"num_experts": 8}, {"top_k": 3}, {"weighted": 0}]
+)
+def test_ranks_that_disagree_are_told_so(changes: dict[str, int]) -> None:
+    for refused in run_ranks(2, _disagree, changes):
+        assert all("all ranks must agree" in message for message in refused[: IN_FLIGHT + 1])
+        assert refused[IN_FLIGHT + 1 :] == ["no error"] * (IN_FLIGHT + 1)

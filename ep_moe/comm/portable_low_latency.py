@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_moe.comm.communicator import check_expert_range
+from ep_moe.comm.communicator import check_expert_range, check_signature
 from ep_moe.comm.fp8 import quantize_e4m3, quantize_e4m3_ue8m0
 from ep_moe.comm.low_latency import (
     IN_FLIGHT,
@@ -24,6 +24,9 @@ from ep_moe.comm.low_latency import (
     check_other_rank,
     check_sizes,
 )
+
+_SCALE_FORMATS: tuple[ScaleFormat, ...] = ("none", "fp32", "ue8m0")
+_SIGNATURE = ("max_tokens", "hidden", "num_experts", "top_k", "weights", "scale_format")
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,11 @@ class PortableLowLatencyCommunicator:
         """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.dispatch_send`."""
         check_dispatch(self, x, topk_idx, topk_weights, scale_format, received, wait_ns)
         check_expert_range(topk_idx, self.num_experts)
+        self._agree(x, topk_idx.shape[1], topk_weights is not None, scale_format)
         begin = self._begin("dispatch")
-        everyone = self._gather(x, 0.0)
-        experts = self._gather(topk_idx, -1)
-        weights = None if topk_weights is None else self._gather(topk_weights, 0.0)
+        weighted = () if topk_weights is None else ((topk_weights, 0.0),)
+        everyone, experts, *all_weights = self._gather((x, 0.0), (topk_idx, -1), *weighted)
+        weights = all_weights[0] if all_weights else None
         experts[self.masked.to(experts.device)] = -1
         local_experts, places = self.num_experts // self.size, self.size * self.max_tokens
         first = self.rank * local_experts
@@ -187,7 +191,7 @@ class PortableLowLatencyCommunicator:
         """See :meth:`ep_moe.comm.low_latency.LowLatencyCommunicator.combine_send`."""
         check_combine(self, rows, topk_idx, topk_weights, handle, out, wait_ns)
         begin = self._begin("combine")
-        weights = handle.weights if topk_weights is None else self._gather(topk_weights, 0.0)
+        weights = handle.weights if topk_weights is None else self._gather((topk_weights, 0.0))[0]
         assert weights is not None  # one of them was given
         flat = rows.reshape(-1, self.hidden)
         partial = torch.zeros(self.size, self.max_tokens, self.hidden, dtype=torch.float32, device=rows.device)
@@ -231,14 +235,31 @@ class PortableLowLatencyCommunicator:
             raise RuntimeError(f"the hook of a {what} was called twice")
         self._waiting[what].remove(number)
 
-    def _gather(self, x: Tensor, padding: float) -> Tensor:
-        """``[ranks, max_tokens, ...]`` of every rank's ``[tokens, ...]``."""
-        on = self._staging(x)
-        padded = torch.full((self.max_tokens, *x.shape[1:]), padding, dtype=x.dtype, device=on)
-        padded[: x.shape[0]] = x
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather([part.view(torch.uint8) for part in parts], padded.view(torch.uint8), group=self.group)
-        return torch.stack(parts).to(x.device)
+    def _agree(self, x: Tensor, top_k: int, weighted: bool, scale_format: ScaleFormat) -> None:
+        """Raise ``ValueError`` unless all ranks pass the same: back ends end the process where sizes differ."""
+        sizes = [self.max_tokens, self.hidden, self.num_experts]
+        mine = [*sizes, top_k, int(weighted), _SCALE_FORMATS.index(scale_format)]
+        header = torch.tensor(mine, dtype=torch.int64, device=self._staging(x))
+        everyone = header.new_empty(self.size, len(mine))
+        dist.all_gather([*everyone], header, group=self.group)
+        for rank, theirs in enumerate(everyone.tolist()):
+            check_signature(rank, theirs, self.rank, mine, _SIGNATURE)
+
+    def _gather(self, *parts: tuple[Tensor, float]) -> list[Tensor]:
+        """``[ranks, max_tokens, width]`` of each ``[tokens, width]`` of every rank, padded with the values given."""
+        on = self._staging(parts[0][0])
+        padded = []
+        for x, padding in parts:
+            padded.append(torch.full((self.max_tokens, x.shape[1]), padding, dtype=x.dtype, device=on))
+            padded[-1][: x.shape[0]] = x
+        mine = [part.view(torch.uint8) for part in padded]
+        together = torch.cat(mine, dim=1)
+        everyone = together.new_empty(self.size, *together.shape)
+        dist.all_gather([*everyone], together, group=self.group)
+        gathered = everyone.split([part.shape[1] for part in mine], dim=2)
+        # Cloned, for of one rank any strides count as contiguous, which a view as another dtype does not accept.
+        whole = (rows.clone(memory_format=torch.contiguous_format) for rows in gathered)
+        return [rows.view(x.dtype).to(x.device) for rows, (x, _) in zip(whole, parts, strict=True)]
 
     def _all_to_all(self, out: Tensor, x: Tensor) -> None:
         """Part ``r`` of ``x`` to rank ``r``."""
