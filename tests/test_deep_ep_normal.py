@@ -370,7 +370,8 @@ def _refusals(rank: int, world: int) -> list[str]:
     buffer = make_buffer()
     x, idx, weights = make_inputs(BASE, rank)
     rows, _, got_weights, _, handle, _ = full_dispatch(buffer, x, idx, weights, BASE.num_experts)
-    per_expert = buffer.get_dispatch_layout(idx, BASE.num_experts)[2]
+    _, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, BASE.num_experts)
+    by_rank = {"is_token_in_rank": in_rank, "num_tokens_per_expert": per_expert}
     attempts = [
         lambda: buffer.get_dispatch_layout(idx.int(), 8),
         lambda: buffer.get_dispatch_layout(idx, 7),
@@ -379,6 +380,9 @@ def _refusals(rank: int, world: int) -> list[str]:
         lambda: buffer.dispatch(x, handle=(1, 2)),  # type: ignore[arg-type]
         lambda: buffer.dispatch(x, topk_idx=idx, topk_weights=weights.double(), num_tokens_per_expert=per_expert),
         lambda: buffer.dispatch(x, num_tokens_per_expert=per_expert),
+        lambda: buffer.dispatch(x, **by_rank, topk_weights=weights),
+        lambda: buffer.dispatch(x, **by_rank, expert_alignment=0),
+        lambda: buffer.dispatch(x, **by_rank | {"num_tokens_per_expert": per_expert[1:]}),
         lambda: buffer.dispatch((x, weights), topk_idx=idx, num_tokens_per_expert=per_expert),
         lambda: buffer.combine(rows[1:], handle),
         lambda: buffer.combine(rows, handle, topk_weights=got_weights[1:]),
@@ -397,6 +401,7 @@ def _refusals(rank: int, world: int) -> list[str]:
 
 
 def test_bad_arguments_are_named() -> None:
+    odd = BASE.num_experts - 1
     expected_messages = [
         "topk_idx: expected int64 [tokens, top_k], got torch.int32",
         "num_experts: expected a multiple of the 2 ranks",
@@ -405,6 +410,9 @@ def test_bad_arguments_are_named() -> None:
         "handle: expected what dispatch returned, got tuple",
         "topk_weights: expected torch.float32",
         "is_token_in_rank: expected torch.bool",
+        "topk_weights: must be None without topk_idx",
+        "alignment: expected at least 1, got 0",
+        f"num_tokens_per_expert: expected [num_experts], a multiple of the 2 ranks of the group, got [{odd}]",
         "x: expected rows of one byte an element and scales",
         "x: expected [",
         "topk_weights: expected torch.float32",

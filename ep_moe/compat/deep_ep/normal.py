@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ep_moe.comm import Communicator
+from ep_moe.comm.communicator import check_options
 from ep_moe.comm.fp8 import BLOCK
 from ep_moe.compat.deep_ep.normal_handle import NormalHandle
 from ep_moe.native import stream_handle
@@ -109,6 +110,12 @@ def dispatch_by_rank(
     """
     data, scales = x if isinstance(x, tuple) else (x, None)
     _check_rows(data, scales)
+    check_options("rows", alignment, num_worst_tokens, num_sms)
+    if num_tokens_per_expert.dim() != 1 or num_tokens_per_expert.shape[0] % communicator.size:
+        raise ValueError(
+            "num_tokens_per_expert: expected [num_experts], a multiple of the "
+            f"{communicator.size} ranks of the group, got {list(num_tokens_per_expert.shape)}"
+        )
     expected = [data.shape[0], communicator.size]
     if is_token_in_rank is None or is_token_in_rank.dtype != torch.bool or list(is_token_in_rank.shape) != expected:
         given = "None" if is_token_in_rank is None else f"{is_token_in_rank.dtype} {list(is_token_in_rank.shape)}"

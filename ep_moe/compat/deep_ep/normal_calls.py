@@ -144,6 +144,8 @@ class NormalCalls:
             return rows, None, None, None, handle, event
         if num_tokens_per_expert is None:
             raise ValueError("num_tokens_per_expert: needed without handle; get_dispatch_layout returns it")
+        if topk_idx is None and topk_weights is not None:
+            raise ValueError("topk_weights: must be None without topk_idx, whose experts they weight")
         num_experts = num_tokens_per_expert.size(0)
         if num_worst_tokens and num_worst_tokens > exchanges.room.get(data.device, 0):
             top_k = exchanges.size if topk_idx is None else topk_idx.shape[1]
