@@ -176,7 +176,11 @@ class NvlinkCommunicator:
                     segments = ExpertSegments(places.counts, places.ends, found.padded(alignment))
                     received = found.received
                     break
-                core.grow(most_tokens)  # all ranks have learnt the same number
+                try:
+                    core.grow(most_tokens)  # all ranks have learnt the same number
+                except Exception:
+                    core.skip_dispatch()
+                    raise
             slots = segments.num_rows
             rows, row_scales, steps = pull.start(received if layout == "rows" else slots)
         dtype = None if topk_weights is None else topk_weights.dtype

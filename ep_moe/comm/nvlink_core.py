@@ -135,8 +135,10 @@ class NvlinkCore:
         layout = native.BufferLayout()
         self._library.ep_moe_buffer_layout(ctypes.byref(shape), ctypes.byref(layout))
         torch.cuda.synchronize(self.device)  # the old buffer may be in use
-        self._workspace.zero_()
         self._buffer = allocate_symmetric(layout.total, self.group, self.device)
+        # Only now: where there was no room for the new buffer, the old one and the rounds counted for it stay in use.
+        self._workspace.zero_()
+        torch.cuda.synchronize(self.device)
         self._comm = native.CommunicatorArgs(
             buffers=(ctypes.c_void_p * native.MAX_RANKS)(*self._buffer.pointers),
             layout=layout,

@@ -117,10 +117,11 @@ class HostCounts:
         Raises:
             PeerTimeoutError: if the kernel does not run.
             ValueError: what the kernel found wrong with its arguments.
+            CapacityError: of an earlier dispatch.
         """
         try:
             self._wait()
-        except ValueError:
+        except Exception:  # whatever it is, tokens have been staged for a dispatch that will not run
             self._core.skip_dispatch()
             raise
         _, most_tokens, *slots, received = self._values[: 3 + local_experts]

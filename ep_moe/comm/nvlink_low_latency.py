@@ -337,10 +337,10 @@ class NvlinkLowLatencyCommunicator:
             with self._lock:
                 if called:
                     raise RuntimeError(f"the hook of a {name} was called twice")
-                called = True
                 self._faults.check()
                 arguments.ll.phases = native.RECEIVE
                 rounds.receive(number, torch.cuda.is_current_stream_capturing(), *work)
+                called = True  # only now: after mask_rank() a round whose hook told of a timeout can be received
                 stream = current_stream(self.device.index)
                 if stream.cuda_stream != home:
                     for tensor in tensors_in(used_by_receive):

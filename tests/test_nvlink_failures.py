@@ -1,0 +1,131 @@
+"""What calls between GPUs leave behind when they fail, with doubles of GPUs."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ep_moe.comm import CapacityError, PeerTimeoutError, nvlink, nvlink_core, nvlink_low_latency
+from ep_moe.comm import nvlink_args as native
+from ep_moe.comm.nvlink import NvlinkCommunicator
+from ep_moe.comm.nvlink_core import NvlinkCore
+from ep_moe.comm.nvlink_layout import HostCounts
+from ep_moe.comm.nvlink_low_latency import NvlinkLowLatencyCommunicator
+from ep_moe.comm.nvlink_pull import Pull
+
+
+class Rounds:
+    """Takes every round."""
+
+    received = 0
+
+    def send(self, *arguments: Any) -> int:
+        return 1
+
+    def receive(self, *arguments: Any) -> None:
+        self.received += 1
+
+
+def test_a_hook_that_told_of_a_timeout_can_be_called_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stream_handle", "current_stream"):
+        monkeypatch.setattr(nvlink_low_latency, name, lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    failed = False
+
+    def check() -> None:
+        if failed:
+            raise PeerTimeoutError("rank 1 did not come", 1)
+
+    communicator = object.__new__(NvlinkLowLatencyCommunicator)
+    communicator.device, communicator._lock = torch.device("cuda", 0), threading.Lock()
+    communicator._faults = SimpleNamespace(check=check)  # type: ignore[assignment]
+    communicator._reach = SimpleNamespace(library=None, prefix="low_latency")  # type: ignore[assignment]
+    rounds, arguments = Rounds(), SimpleNamespace(ll=SimpleNamespace(phases=0))
+    hook = communicator._start("dispatch", arguments, rounds, True, ())  # type: ignore[arg-type]
+    failed = True
+    with pytest.raises(PeerTimeoutError):
+        hook()
+    failed = False  # as after mask_rank()
+    hook()
+    assert rounds.received == 1
+    with pytest.raises(RuntimeError, match="the hook of a dispatch was called twice"):
+        hook()
+
+
+def test_a_buffer_that_cannot_grow_keeps_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(nvlink_core, "allocate_symmetric", no_room)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    core = object.__new__(NvlinkCore)
+    core.group, core.device, core.size = None, torch.device("cpu"), 2  # type: ignore[assignment]
+    core._captured, core._comm = False, native.CommunicatorArgs(rank=1)
+    core._library = SimpleNamespace(ep_moe_buffer_layout=lambda shape, layout: None)  # type: ignore[assignment]
+    core._workspace = torch.full((native.WORKSPACE_WORDS,), 7, dtype=torch.int32)
+    core._buffer = buffer = object()  # type: ignore[assignment]
+    with pytest.raises(torch.OutOfMemoryError):
+        core.grow(64)
+    assert core._buffer is buffer and core._comm.rank == 1 and bool((core._workspace == 7).all())
+
+
+class Core:
+    """Counts dispatches given up."""
+
+    size, max_tokens, device = 1, 32, torch.device("cpu")
+    skipped = 0
+    timeout_s = 1.0
+
+    def check(self) -> None:
+        raise CapacityError("of an earlier dispatch")
+
+    def reserve(self, *arguments: Any) -> None: ...
+
+    def grow(self, tokens: int) -> None:
+        raise RuntimeError("the symmetric buffer cannot grow")
+
+    def skip_dispatch(self) -> None:
+        self.skipped += 1
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+
+def test_a_dispatch_that_would_need_a_larger_buffer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tokens have been staged by then: the next dispatch must not take them for its own.
+    monkeypatch.setattr(nvlink, "lay_out", lambda *arguments, **options: SimpleNamespace(tokens=None))
+    monkeypatch.setattr(nvlink, "Pull", lambda *arguments, **options: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    communicator, core = object.__new__(NvlinkCommunicator), Core()
+    communicator._core, communicator.size = core, 1  # type: ignore[assignment]
+    communicator._host_counts = SimpleNamespace(wait=lambda local_experts: (64, None))  # type: ignore[assignment]
+    source = SimpleNamespace(wire=SimpleNamespace(bytes=128), stage=lambda core, early: None)
+    topk_idx = torch.zeros(64, 1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="cannot grow"):
+        communicator._dispatch(source, topk_idx, None, groups=1, num_experts=2)  # type: ignore[arg-type]
+    assert core.skipped == 1
+
+
+def test_a_dispatch_without_room_for_its_rows_is_given_up() -> None:
+    pull, core = object.__new__(Pull), Core()
+    pull._core = core  # type: ignore[assignment]
+    pull._source = SimpleNamespace(hidden=8, dtype=torch.float32)  # type: ignore[assignment]
+    pull._arguments = native.DispatchArgs()
+    with pytest.raises(RuntimeError):
+        pull.start(2**60)
+    assert core.skipped == 1
+
+
+def test_a_dispatch_that_learns_of_an_earlier_overflow_is_given_up() -> None:
+    counts, core = object.__new__(HostCounts), Core()
+    counts._core, counts._ready = core, ctypes.c_int32(0)  # type: ignore[assignment]
+    with pytest.raises(CapacityError):
+        counts.wait(2)
+    assert core.skipped == 1
