@@ -256,6 +256,18 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert printed.count("\n| 2 |") == printed.count("\n| 4 |") == 5 + 6
 
 
+def test_smaller_numbers_over_which_experts_do_not_spread_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    # Nodes of 72 GPUs: 64 do not divide 288 experts, and 128 are not whole nodes.
+    fixed = ["plan", "--config", str(V3), "--set", "moe.num_experts=288", "--set", "moe.router.num_groups=null"]
+    fixed += ["--set", "moe.router.group_topk=null"]
+    assert main([*fixed, "--gpus", "144", "--ranks-per-node", "72"]) == 0
+    printed = capsys.readouterr().out
+    assert "| 32 | 1 x 32 |" in printed and "| 144 | 1 x 144 |" in printed
+    assert "| 64 |" not in printed and "| 128 |" not in printed
+    assert main([*fixed, "--gpus", "72", "--benchmarks"]) == 0
+    assert "| 64 | 1 |" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["nowhere/plan.png", "plan.nothing"])
 def test_a_picture_that_cannot_be_written_is_named(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -275,6 +287,8 @@ def test_a_picture_that_cannot_be_written_is_named(
         (["--gpus", "8", "--rate", "x=1"], "--rate x=1"),
         (["--gpus", "8", "--set", "moe.top=1"], "moe.top"),
         (["--gpus", "12", "--benchmarks"], "--gpus 12"),
+        (["--gpus", "8", "--benchmarks", "--out", "x.png"], "--out x.png: not with --benchmarks"),
+        (["--gpus", "8", "--benchmarks", "--ranks-per-node", "8"], "--ranks-per-node 8: not with --benchmarks"),
     ],
 )
 def test_command_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

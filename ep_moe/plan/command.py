@@ -12,17 +12,23 @@ from ep_moe.plan.host import host_tables
 from ep_moe.plan.phases import GpuPlan, plan_gpus
 from ep_moe.plan.rates import Rates, rates_with
 from ep_moe.plan.report import draw, phase_table, routing_table
+from ep_moe.plan.routing import spreads
 
-SMALLEST = 8
+SMALLEST, RANKS_PER_NODE = 8, 8
 DESCRIPTION = "what an expert-parallel layer moves, holds and waits for on some number of GPUs (docs/plan.md)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
-    parser.add_argument("--gpus", type=int, required=True, help=f"most GPUs; smaller powers of two from {SMALLEST} too")
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        required=True,
+        help=f"most GPUs; smaller powers of two from {SMALLEST} too, where they divide the experts",
+    )
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the model")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the file")
-    parser.add_argument("--ranks-per-node", type=int, default=8, help="GPUs of an NVLink domain; default 8")
+    parser.add_argument("--ranks-per-node", type=int, help=f"GPUs of an NVLink domain; default {RANKS_PER_NODE}")
     parser.add_argument("--tokens", type=int, help="per rank in normal mode; default: of the configuration")
     parser.add_argument("--rate", action="append", default=[], metavar="NAME=NUMBER", help="see ep_moe/plan/rates.py")
     parser.add_argument(
@@ -35,15 +41,16 @@ def main(arguments: argparse.Namespace) -> int:
     """Print tables, write the picture; returns the exit code."""
     try:
         config, rates = load_config(arguments.config, arguments.set), rates_with(arguments.rate)
-        _check_positive(arguments)
+        _check(arguments)
         if arguments.benchmarks:
             tokens = arguments.tokens if arguments.tokens is not None else config.data.sequence_length
             print(host_tables(config, arguments.gpus, rates, tokens))
             return 0
+        per_node = RANKS_PER_NODE if arguments.ranks_per_node is None else arguments.ranks_per_node
         plans = plan_gpus(
             config,
-            gpu_counts(arguments.gpus),
-            ranks_per_node=arguments.ranks_per_node,
+            gpu_counts(config, arguments.gpus, per_node),
+            ranks_per_node=per_node,
             rates=rates,
             tokens=arguments.tokens,
         )
@@ -63,10 +70,10 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def gpu_counts(most: int) -> list[int]:
-    """Powers of two from 8 below ``most``, and ``most``."""
+def gpu_counts(config: Config, most: int, ranks_per_node: int) -> list[int]:
+    """Powers of two from 8 below ``most`` over which the experts can be spread, and ``most``."""
     counts = [SMALLEST << i for i in range(most.bit_length()) if SMALLEST << i < most]
-    return [*counts, most]
+    return [*(count for count in counts if spreads(config.moe, count, ranks_per_node)), most]
 
 
 def report(config: Config, plans: list[GpuPlan], rates: Rates) -> str:
@@ -88,8 +95,11 @@ def report(config: Config, plans: list[GpuPlan], rates: Rates) -> str:
     return "\n".join(lines)
 
 
-def _check_positive(arguments: argparse.Namespace) -> None:
+def _check(arguments: argparse.Namespace) -> None:
     for name in ("gpus", "ranks_per_node", "tokens"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    for name in ("ranks_per_node", "out"):
+        if arguments.benchmarks and getattr(arguments, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: not with --benchmarks")

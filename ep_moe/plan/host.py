@@ -8,7 +8,7 @@ from ep_moe.comm.communicator import RowLayout
 from ep_moe.config import Config
 from ep_moe.plan.rates import Rates
 from ep_moe.plan.report import markdown_table
-from ep_moe.plan.routing import TokenSpread, Topology, simulate_routing, spread_of, topology_of
+from ep_moe.plan.routing import TokenSpread, Topology, simulate_routing, spread_of, spreads, topology_of
 from ep_moe.plan.times import low_latency_combine, low_latency_dispatch, normal_combine, normal_dispatch
 from ep_moe.plan.traffic import traffic_of
 
@@ -31,7 +31,8 @@ def host_tables(config: Config, gpus: int, rates: Rates, tokens: int) -> str:
     """
     topk_idx = simulate_routing(config.moe)
     hosts = []
-    for ranks in [*(1 << i for i in range(1, gpus.bit_length()) if 1 << i < gpus), gpus]:
+    smaller = (1 << i for i in range(1, gpus.bit_length()) if 1 << i < gpus)
+    for ranks in [*(count for count in smaller if spreads(config.moe, count, count)), gpus]:
         topology = topology_of(config.moe, ranks, ranks)
         hosts.append((topology, spread_of(topk_idx, config.moe.num_experts, topology)))
     return "\n\n".join([_normal_table(config, hosts, rates, tokens), _low_latency_table(config, hosts, rates)])

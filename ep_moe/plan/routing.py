@@ -39,14 +39,21 @@ def topology_of(moe: MoEConfig, gpus: int, ranks_per_node: int) -> Topology:
     Raises:
         ConfigError: if that does not divide evenly.
     """
-    ranks = min(gpus, moe.num_experts)
-    topology = Topology(ranks, min(ranks, ranks_per_node))
-    if gpus < 1 or gpus % ranks or moe.num_experts % ranks or ranks % topology.ranks_per_node:
+    if not spreads(moe, gpus, ranks_per_node):
         raise ConfigError(
             f"--gpus {gpus}: must be a multiple or a divisor of moe.num_experts ({moe.num_experts}), and of "
             f"--ranks-per-node ({ranks_per_node}) if larger than that"
         )
-    return topology
+    ranks = min(gpus, moe.num_experts)
+    return Topology(ranks, min(ranks, ranks_per_node))
+
+
+def spreads(moe: MoEConfig, gpus: int, ranks_per_node: int) -> bool:
+    """Whether the experts can be spread evenly over so many GPUs."""
+    ranks = min(gpus, moe.num_experts)
+    if gpus < 1 or gpus % ranks or moe.num_experts % ranks:
+        return False
+    return ranks % min(ranks, ranks_per_node) == 0
 
 
 def simulate_routing(moe: MoEConfig, seed: int = 1) -> Tensor:
