@@ -14,6 +14,7 @@ from ep_moe.config_fields import ConfigError, Section, format_value, key, requir
 from ep_moe.config_training import DataConfig, TrainingConfig
 
 __all__ = [
+    "MAX_TIMEOUT_S",
     "PHASES",
     "Config",
     "ConfigError",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 PHASES = ("train", "prefill", "decode")
+MAX_TIMEOUT_S = 10**9  # kernels count nanoseconds in 64 bits
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,9 @@ class MoEConfig(Section):
         "What carries rows between nodes: torch.distributed; or, with our kernels on each node, NVSHMEM, or (loopback) "
         "stores between GPUs of one host that pose as nodes.",
     )
-    comm_timeout_s: float = key(30.0, "Seconds an nvlink kernel waits for a peer before PeerTimeoutError.", low=0.1)
+    comm_timeout_s: float = key(
+        30.0, "Seconds an nvlink kernel waits for a peer before PeerTimeoutError.", low=0.1, high=MAX_TIMEOUT_S
+    )
     capacity_rows: int | None = key(
         None,
         "Rows that normal mode makes room for on each rank, so that the host waits for nothing (CUDA graphs); more "

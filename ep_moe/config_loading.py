@@ -103,6 +103,8 @@ def _unknown_key(path: str, value: Any) -> str:
     close = _nearest(name, siblings, 0.75) or _nearest(name, candidates, 0.75) or _nearest(name, siblings, 0.6)
     if close:
         return f"{shown}: unknown key; did you mean {close}?"
+    if not siblings:  # a section where there are none, but keys
+        siblings = [other for other in leaves if other.rpartition(".")[0] == parent]
     allowed = ", ".join(sorted(other.rpartition(".")[2] for other in siblings))
     return f"{shown}: unknown key; {parent or 'the configuration'} has {allowed}"
 

@@ -63,6 +63,8 @@ BAD = [
     ("moe.routr.num_groups=2", "moe.routr: unknown key; did you mean moe.router?"),
     ("lr=1", "lr = 1: unknown key; the configuration has data, model, moe, phases, training"),
     ("phases.zzz.mode=normal", "phases.zzz: unknown key; phases has decode, prefill, train"),
+    ("data.zzz.x=1", "data.zzz: unknown key; data has path, pattern, sequence_length, validation_fraction"),
+    ("moe.comm_timeout_s=1e300", "moe.comm_timeout_s = 1e+300: must be at most 1000000000"),
     (
         "moe.experts={3: 1}",
         "moe.experts.3 = 1: unknown key; moe.experts has activation, backend, ffn_hidden_size, precision, "

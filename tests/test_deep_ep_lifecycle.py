@@ -271,7 +271,10 @@ def _with_variable(rank: int, world: int, name: str, value: str) -> str:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("EP_MOE_COMM", "nccl"), *(("EP_MOE_COMM_TIMEOUT_S", value) for value in ("soon", "0", "-1", "nan", "inf"))],
+    [
+        ("EP_MOE_COMM", "nccl"),
+        *(("EP_MOE_COMM_TIMEOUT_S", value) for value in ("soon", "0", "-1", "nan", "inf", "1e300")),
+    ],
 )
 def test_variables_without_meaning_are_named(name: str, value: str) -> None:
     message = run_ranks(1, _with_variable, name, value)[0]

@@ -13,6 +13,7 @@ from torch import Tensor
 from ep_moe.comm import Communicator, LowLatencyCommunicator, communicator_factory
 from ep_moe.compat.deep_ep import normal
 from ep_moe.compat.deep_ep.events import CommunicationStream
+from ep_moe.config import MAX_TIMEOUT_S
 
 COMM_VARIABLE, TIMEOUT_VARIABLE = "EP_MOE_COMM", "EP_MOE_COMM_TIMEOUT_S"
 
@@ -111,8 +112,8 @@ def _timeout() -> float:
         timeout = float(text)
     except ValueError:
         timeout = math.nan
-    if not 0.1 <= timeout < math.inf:
-        raise ValueError(f"{TIMEOUT_VARIABLE}: expected seconds, at least 0.1, got {text!r}")
+    if not 0.1 <= timeout <= MAX_TIMEOUT_S:
+        raise ValueError(f"{TIMEOUT_VARIABLE}: expected 0.1 to {MAX_TIMEOUT_S} seconds, got {text!r}")
     return timeout
 
 
