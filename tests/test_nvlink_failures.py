@@ -17,6 +17,7 @@ from ep_moe.comm.nvlink_core import NvlinkCore
 from ep_moe.comm.nvlink_layout import HostCounts
 from ep_moe.comm.nvlink_low_latency import NvlinkLowLatencyCommunicator
 from ep_moe.comm.nvlink_pull import Pull
+from ep_moe.comm.symmetric_transport import NodeExchangeArgs, SymmetricTransport
 
 
 class Rounds:
@@ -129,3 +130,21 @@ def test_a_dispatch_that_learns_of_an_earlier_overflow_is_given_up() -> None:
     with pytest.raises(CapacityError):
         counts.wait(2)
     assert core.skipped == 1
+
+
+def test_memory_between_nodes_that_could_not_be_had_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(num_bytes: int) -> None:
+        asked.append(num_bytes)
+        raise RuntimeError("no room")
+
+    asked: list[int] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    transport = object.__new__(SymmetricTransport)
+    transport._device, transport._nodes, transport._channels = torch.device("cpu"), 2, 1
+    transport._allocate, transport._workspace = no_room, torch.zeros(4)  # type: ignore[assignment]
+    transport._arguments = NodeExchangeArgs(slot_bytes=32 * 16)
+    wide, narrow = torch.zeros(2, 8), torch.zeros(2, 4)
+    for rows in (wide, narrow):  # there was room for the narrow ones before
+        with pytest.raises(RuntimeError, match="no room"):
+            transport.reserve([rows])
+    assert len(asked) == 2 and asked[1] < asked[0]

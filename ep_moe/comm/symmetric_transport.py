@@ -265,6 +265,7 @@ class SymmetricTransport:
         if slot_bytes <= self._arguments.slot_bytes:
             return
         torch.cuda.synchronize(self._device)  # the old memory may be in use
+        self._arguments.slot_bytes = 0  # if there is no room, the next operation asks again: the old may be gone
         self._workspace.zero_()
         slots = 2 * self._nodes * self._channels * _SLOTS
         self._buffer = self._allocate(-(-slots * 8 // 16) * 16 + slots * slot_bytes)
