@@ -17,10 +17,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron_models import (
     EXPERTS,
+    expert_parallel,
     module_of,
     submodules_of,
     transformer_config,
 )
+from ranks import run_ranks
 
 from ep_moe.config import ConfigError
 from ep_moe.megatron import MegatronEPMoELayer, use_ep_moe
@@ -64,6 +66,14 @@ def test_a_spec_without_moe_is_an_error() -> None:
         ({"moe_mlp_glu_interleave_size": 32}, "moe_mlp_glu_interleave_size = 32"),
         ({"transformer_impl": "inference_optimized"}, "transformer_impl = inference_optimized"),
         ({"cuda_graph_impl": "full_iteration"}, "cuda_graph_impl = full_iteration"),
+        ({"quant_recipe": "recipe"}, "quant_recipe = recipe"),
+        ({"batch_invariant_mode": True}, "batch_invariant_mode = True"),
+        ({"activation_func_fp8_input_store": True}, "activation_func_fp8_input_store = True"),
+        (
+            {"fine_grained_activation_offloading": True, "offload_modules": ["attn_norm", "expert_fc1", "moe_act"]},
+            "offload_modules = [attn_norm, expert_fc1, moe_act]: nothing inside of the layer is offloaded; leave out "
+            "expert_fc1, moe_act",
+        ),
         ({"activation_func": torch.tanh}, "activation_func = tanh"),
         ({"moe_router_load_balancing_type": "sinkhorn"}, "moe_router_load_balancing_type = sinkhorn"),
         ({"moe_router_load_balancing_type": "quantile_balancing"}, "load_balancing_type = quantile_balancing"),
@@ -78,6 +88,42 @@ def test_settings_that_would_not_be_honoured_are_refused(changes: dict[str, Any]
     with pytest.raises(ConfigError, match=r"^TransformerConfig\.") as caught:
         moe_config(config, comm="auto", backend="auto")
     assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_offloading_outside_of_the_layer_is_megatrons_own_affair() -> None:
+    moe_config(
+        transformer_config(fine_grained_activation_offloading=True, offload_modules=["attn_norm", "mlp_norm"]),
+        comm="auto",
+        backend="auto",
+    )
+
+
+def _build(rank: int, world: int, changes: dict[str, Any], options: dict[str, Any]) -> str:
+    with expert_parallel(world):
+        try:
+            MegatronEPMoELayer(transformer_config(**changes), **options)
+        except (ConfigError, TypeError) as error:
+            return str(error)
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({}, {"between_nodes": "nvshmem"}, "moe.comm_between_nodes = nvshmem: needs moe.comm: nvlink (here auto)"),
+        ({}, {"between_nodes": "x"}, "moe.comm_between_nodes = x: must be one of portable, loopback, nvshmem"),
+        ({}, {"ranks_per_node": 0}, "moe.comm_ranks_per_node = 0: must be at least 1"),
+        ({}, {"phases": {"train": {}}}, "phases: expected an ep_moe.config.PhasesConfig or None, got dict"),
+        (
+            {"num_moe_experts": 7},
+            {},
+            "TransformerConfig.num_moe_experts = 7: must be divisible by the expert-parallel size (2, "
+            "expert_model_parallel_size)",
+        ),
+    ],
+)
+def test_what_the_layer_cannot_be_built_from(changes: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    assert run_ranks(2, _build, changes, options) == [message] * 2
 
 
 def test_translation() -> None:

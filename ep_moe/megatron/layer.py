@@ -90,13 +90,18 @@ class MegatronEPMoELayer(MoELayer):
 
         Raises:
             ConfigError: for a setting of ``config`` that the layer would not honour.
+            TypeError: if ``phases`` is not a ``PhasesConfig``.
         """
+        if phases is not None and not isinstance(phases, PhasesConfig):
+            raise TypeError(f"phases: expected an ep_moe.config.PhasesConfig or None, got {type(phases).__name__}")
         moe = moe_config(
             config,
             comm=comm,
             backend=backend,
             precision=precision,
             wgrad_precision=wgrad_precision,
+            ranks_per_node=ranks_per_node,
+            between_nodes=between_nodes,
             comm_timeout_s=comm_timeout_s,
             capacity_rows=capacity_rows,
         )
@@ -106,6 +111,12 @@ class MegatronEPMoELayer(MoELayer):
                 "whether it is repeated; EPMoELayer needs False"
             )
         groups = pg_collection if pg_collection is not None else get_default_pg_collection()
+        ep_size = megatron_utils.get_pg_size(groups.ep)
+        if moe.num_experts % ep_size != 0:
+            raise ConfigError(
+                f"TransformerConfig.num_moe_experts = {moe.num_experts}: must be divisible by the expert-parallel size "
+                f"({ep_size}, expert_model_parallel_size)"
+            )
         # Not MoELayer's own constructor: it would build Megatron's router, dispatcher and experts as well.
         BaseMoELayer.__init__(self, config=config, layer_number=layer_number, pg_collection=groups)
         if ignored:
@@ -122,12 +133,12 @@ class MegatronEPMoELayer(MoELayer):
         phases = honour_overlap(config, phases if phases is not None else PhasesConfig())
         check_expert_chunks(phases, self.num_local_experts)
         communicators = communicator_factory(
-            comm,
+            moe.comm,
             groups.ep,
             max_tokens=most_tokens(phases),
             timeout_s=moe.comm_timeout_s,
-            ranks_per_node=ranks_per_node,
-            between_nodes=between_nodes,
+            ranks_per_node=moe.comm_ranks_per_node,
+            between_nodes=moe.comm_between_nodes,
         )
         self.router = MegatronRouter(config, moe, groups, is_mtp_layer=self.is_mtp_layer, **kind)
         self.experts = MegatronExperts(

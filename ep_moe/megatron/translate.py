@@ -42,9 +42,15 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("fp8", (None, False), "experts compute in the dtype of their parameters"),
     ("fp4", (None, False), "experts compute in the dtype of their parameters"),
     ("cuda_graph_impl", (None, "none"), "the dispatch reads sizes on the host"),
+    ("quant_recipe", (None,), "experts compute in the dtype of their parameters"),
+    ("batch_invariant_mode", (False,), "results may depend on which tokens are computed together"),
+    ("activation_func_fp8_input_store", (False,), "inputs of activations are kept in the dtype of the rows"),
     ("activation_func_clamp_value", (None,), "clamped activations are not implemented"),
     ("glu_linear_offset", (0, 0.0), "offset activations are not implemented"),
 )
+
+# Choices of ``offload_modules`` that lie inside of the layer, in any release.
+_OFFLOADED_INSIDE = ("expert_fc1", "moe_act", "fused_group_mlp")
 
 _LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 
@@ -56,6 +62,8 @@ def moe_config(
     backend: Backend,
     precision: Precision = "input",
     wgrad_precision: Precision = "input",
+    ranks_per_node: int | None = None,
+    between_nodes: BetweenNodes = "portable",
     comm_timeout_s: float = 30.0,
     capacity_rows: int | None = None,
 ) -> MoEConfig:
@@ -69,6 +77,8 @@ def moe_config(
         backend: grouped GEMM, as key ``moe.experts.backend``.
         precision: of its products, as key ``moe.experts.precision``.
         wgrad_precision: of the gradients of weights, as key ``moe.experts.wgrad_precision``.
+        ranks_per_node: as key ``moe.comm_ranks_per_node``.
+        between_nodes: as key ``moe.comm_between_nodes``.
         comm_timeout_s: how long a peer is waited for, as key ``moe.comm_timeout_s``.
         capacity_rows: rows to make room for, as key ``moe.capacity_rows``.
 
@@ -80,6 +90,8 @@ def moe_config(
         num_experts=config.num_moe_experts,
         top_k=config.moe_router_topk,
         comm=comm,
+        comm_ranks_per_node=ranks_per_node,
+        comm_between_nodes=between_nodes,
         comm_timeout_s=comm_timeout_s,
         capacity_rows=capacity_rows,
         router=_router_config(config),
@@ -106,6 +118,13 @@ def check_supported(config: TransformerConfig) -> None:
             "TransformerConfig.sequence_parallel = False: tensor-parallel ranks would all dispatch the same tokens; "
             "EPMoELayer needs True where tensor_model_parallel_size > 1"
         )
+    if getattr(config, "fine_grained_activation_offloading", False):
+        inside = [name for name in config.offload_modules or [] if name in _OFFLOADED_INSIDE]
+        if inside:
+            raise ConfigError(
+                f"TransformerConfig.offload_modules = [{', '.join(config.offload_modules)}]: nothing inside of the "
+                f"layer is offloaded; leave out {', '.join(inside)}"
+            )
     if config.overlap_moe_expert_parallel_comm and config.moe_token_dispatcher_type == "flex":
         raise ConfigError(
             "TransformerConfig.moe_token_dispatcher_type = flex: Megatron's overlapped schedule reaches into its own "
