@@ -93,6 +93,18 @@ def test_other_changes() -> None:
     torch.testing.assert_close(experts(rows, None, SEGMENTS), 16 * first)
 
 
+@torch.no_grad()
+def test_other_tensors_at_the_address_of_one_that_is_gone() -> None:
+    experts, rows = make_experts("fp8"), torch.randn(8, 128)
+    first = experts(rows, None, SEGMENTS)
+    memory = bytearray(experts.fc2_weight.nbytes)
+    for factor in (2.0, 4.0):
+        torch.frombuffer(memory, dtype=torch.float32).copy_(experts.fc2_weight.flatten() * factor)
+        other = torch.frombuffer(memory, dtype=torch.float32).view_as(experts.fc2_weight)  # of the same version, too
+        got = torch.func.functional_call(experts, {"fc2_weight": other}, (rows, None, SEGMENTS))
+        torch.testing.assert_close(got, factor * first)
+
+
 def test_backward_reads_the_weight_of_its_forward() -> None:
     experts = make_experts("fp8")
     rows = torch.randn(8, 128, requires_grad=True)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class QuantizedWeight:
     """The FP8 copies of one weight, while they are valid."""
 
     def __init__(self) -> None:
+        self._weight: Callable[[], Tensor | None] = _nothing  # itself: another may come to lie at its address
         self._source: tuple[Any, ...] | None = None
         self._kept: Fp8WeightPair | None = None
         self._captured: list[Fp8WeightPair] = []
@@ -42,7 +44,7 @@ class QuantizedWeight:
         """The copies of ``weight``; with the transposed one where gradients are enabled."""
         transposed = torch.is_grad_enabled()
         source = (weight.data_ptr(), weight._version, weight.dtype, weight.device, gemm)
-        found = self._kept if source == self._source else None
+        found = self._kept if source == self._source and self._weight() is weight else None
         if weight.is_cuda and torch.cuda.is_current_stream_capturing():
             if transposed or found is None:
                 return gemm.quantize_weight(weight.detach(), transposed)
@@ -50,18 +52,22 @@ class QuantizedWeight:
         elif found is None or (transposed and found.transposed is None):
             self.forget()  # before there are new ones: room for one set is enough
             found = gemm.quantize_weight(weight.detach(), transposed)
-            self._source, self._kept = source, found
+            self._weight, self._source, self._kept = weakref.ref(weight), source, found
         return found
 
     def forget(self) -> None:
         """Quantise at the next call."""
-        self._source = self._kept = None
+        self._weight, self._source, self._kept = _nothing, None, None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedWeight:
         return QuantizedWeight()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return QuantizedWeight, ()
+
+
+def _nothing() -> None:
+    """What a reference to a weight that is gone gives."""
 
 
 @functools.cache
