@@ -52,6 +52,11 @@ def run(config: Config, trainer: Trainer, world: World, resume: bool, profile: b
         if folder is None:
             raise ConfigError(f"training.output_dir = {training.output_dir}: holds no checkpoint to resume from")
         trainer.resume(folder)
+    if profile and training.steps - trainer.step <= PROFILED_STEPS.start:
+        raise ConfigError(
+            f"training.steps = {training.steps}: --profile records from the {PROFILED_STEPS.start + 1}th step of a run "
+            f"on, this one would take {max(training.steps - trainer.step, 0)}"
+        )
     baseline = bigram_loss(trainer.corpus.train, trainer.corpus.validation) if world.is_main else None
     report = RunReport(training.output_dir, world.is_main, training.steps, trainer.step, baseline)
     report.message(f"Text: {trainer.corpus.description}")
@@ -84,10 +89,13 @@ def profiler(path: Path, model: nn.Module, enabled: bool) -> Iterator[Callable[[
     """Yield a function to call before each step of this run; writes the trace of ``PROFILED_STEPS`` to ``path``."""
     with contextlib.ExitStack() as running:
 
+        def say_where(failure: object, *_: object) -> None:
+            if failure is None:  # otherwise nothing was written
+                print(f"Trace: {path} (open in chrome://tracing or ui.perfetto.dev)", file=sys.stderr)
+
         def on_step(step: int) -> None:
             if enabled and step == PROFILED_STEPS.start:
-                message = f"Trace: {path} (open in chrome://tracing or ui.perfetto.dev)"
-                running.callback(print, message, file=sys.stderr)
+                running.push(say_where)
                 running.enter_context(trace(path, model))
             elif step == PROFILED_STEPS.stop:
                 running.close()

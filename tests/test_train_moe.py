@@ -152,6 +152,25 @@ def test_profile_writes_a_trace_that_a_browser_opens(tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_too_short_to_profile_is_refused(tmp_path: Path) -> None:
+    short = command(tmp_path, 1, "training.steps=3", "training.eval_interval=1", flags=("--profile",))
+    done = subprocess.run(short, capture_output=True, text=True, env=environment())
+    assert done.returncode != 0
+    assert "training.steps = 3: --profile records from the 4th step of a run on, this one would take 3" in done.stderr
+
+
+def test_a_profile_that_fails_is_not_said_to_be_written(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.path.insert(0, 'examples')\n"
+        "from pathlib import Path; from torch import nn; from train_moe import PROFILED_STEPS, profiler\n"
+        "with profiler(Path(sys.argv[1]), nn.Linear(1, 1), enabled=True) as on_step:\n"
+        "    on_step(PROFILED_STEPS.start); raise SystemExit(3)\n"
+    )
+    place = str(tmp_path / "trace.json")
+    done = subprocess.run([sys.executable, "-c", program, place], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 3 and "Trace:" not in done.stderr and not Path(place).exists(), done.stderr
+
+
 def test_a_bad_key_ends_all_processes_with_one_line(tmp_path: Path) -> None:
     done = subprocess.run(command(tmp_path, 2, "moe.topk=4"), capture_output=True, text=True, env=environment())
     assert done.returncode != 0
