@@ -32,7 +32,7 @@ from ep_moe.comm.fp8 import quantize_e4m3
 from ep_moe.compat.deep_ep import Buffer
 from ep_moe.compat.deep_ep.exchanges import COMM_VARIABLE
 from machine import say
-from timing import FLUSH_BYTES, Call, repeat
+from timing import FLUSH_BYTES, Call, capture, repeat
 
 REPEATS, WARM_UP = 30, 5
 ROUND_TRIPS = 20  # of a CUDA graph
@@ -197,7 +197,8 @@ def low_latency_mode(arguments: argparse.Namespace, device: torch.device) -> Ite
         lambda: buffer.low_latency_combine(y, topk_idx, topk_weights, handle),
     )
     if device.type == "cuda":
-        yield "round trip, fp8, captured", capture(native_round_trip), capture(compat_round_trip)
+        ours, theirs = (capture(call, ROUND_TRIPS) for call in (native_round_trip, compat_round_trip))
+        yield "round trip, fp8, captured", ours, theirs
 
 
 def factory() -> CommunicatorFactory:
@@ -234,18 +235,6 @@ def time_call(call: Call, device: torch.device) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) * 1000.0
-
-
-def capture(call: Call) -> Call:
-    """Several of ``call`` in a CUDA graph."""
-    call()
-    torch.cuda.synchronize()
-    dist.barrier()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(ROUND_TRIPS):
-            call()
-    return graph.replay
 
 
 def make_inputs(tokens: int, arguments: argparse.Namespace, device: torch.device) -> Inputs:
