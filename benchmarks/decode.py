@@ -1,18 +1,19 @@
-"""A decode step of one MoE layer: experts on packed rows, on gathered rows, on all rows; and the layer in normal mode.
+"""A decode step of one MoE layer: experts on packed, gathered and all rows; and in normal mode, ours and over NCCL.
 
     python benchmarks/decode.py --tokens 128 8 --out results
 
 Each GPU holds ``--experts`` experts of DeepSeek-V3's dimensions. Low-latency steps (dispatch, experts, combine) are
 captured in a CUDA graph; ``all rows`` gives the experts every place of the packed buffers, as GEMMs would that know no
-counts. Times are medians in microseconds; ``weights`` is what it takes to read those of the experts that have rows, at
-``--bandwidth``. With ``--precision fp8`` rows travel in FP8 (but for ``all rows``), and experts multiply in it.
+counts. ``nccl`` is the layer in normal mode with ``moe.comm: portable``; ``weights`` is what it takes to read those of
+the experts that have rows, at ``--bandwidth``. Times are medians in microseconds. With ``--precision fp8`` rows travel
+in FP8 (but for ``all rows``), and experts multiply in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Line:
     all_rows: float
     layer: float
     normal: float
+    nccl: float
     weights: float
 
 
@@ -67,11 +69,15 @@ def main() -> None:
     )
     torch.manual_seed(1)
     layer = EPMoELayer(config, device=machine.device, dtype=torch.bfloat16).eval()
+    over_nccl = replace(config, moe=replace(config.moe, comm="portable"))
+    nccl_layer = EPMoELayer(over_nccl, device=machine.device, dtype=torch.bfloat16).eval()
+    nccl_layer.load_state_dict(layer.state_dict())
     factory = communicator_factory("auto", dist.group.WORLD, max_tokens=None, timeout_s=30.0)
     communicator = factory.build_low_latency(machine.device, most, shape.hidden, num_experts)
     say(f"{arguments.experts} experts a rank, room for {most} tokens a rank, {precision}, us")
-    say("tokens  experts with rows |   packed  gathered  all rows | layer, packed  layer, normal, no graph | weights")
-    lines = [measure(tokens, layer, communicator, arguments, machine) for tokens in arguments.tokens]
+    say("                          |                              |                  layer:       |")
+    say("tokens  experts with rows |   packed  gathered  all rows | packed  normal, no graph  nccl | weights")
+    lines = [measure(tokens, layer, nccl_layer, communicator, arguments, machine) for tokens in arguments.tokens]
     save("decode", arguments.out, machine, vars(arguments), lines, functools.partial(draw, lines))
     dist.barrier()
     dist.destroy_process_group()
@@ -81,6 +87,7 @@ def main() -> None:
 def measure(
     tokens: int,
     layer: EPMoELayer,
+    nccl_layer: EPMoELayer,
     communicator: LowLatencyCommunicator,
     arguments: argparse.Namespace,
     machine: Machine,
@@ -124,13 +131,13 @@ def measure(
 
     with layer.phase("decode"):
         whole = time_captured(lambda: layer(x))
-    with layer.phase("prefill"):
-        normal = time_call(lambda: layer(x), machine).median
+    with layer.phase("prefill"), nccl_layer.phase("prefill"):
+        normal, nccl = (time_call(functools.partial(run, x), machine).median for run in (layer, nccl_layer))
     packed, gathered, every = (time_captured(call) for call in (step(True), step(False), all_rows))
-    line = Line(tokens, local_experts, with_rows, packed, gathered, every, whole, normal, least)
+    line = Line(tokens, local_experts, with_rows, packed, gathered, every, whole, normal, nccl, least)
     say(
         f"{tokens:6}  {with_rows:17} | {line.packed:8.1f} {line.gathered:9.1f} {line.all_rows:9.1f} | "
-        f"{line.layer:13.1f}  {line.normal:23.1f} | {line.weights:7.1f}"
+        f"{line.layer:6.1f}  {line.normal:16.1f} {line.nccl:6.1f} | {line.weights:7.1f}"
     )
     return line
 
@@ -138,11 +145,11 @@ def measure(
 def draw(lines: list[Line], pyplot: Any) -> Any:
     """Bars of the variants, in groups by the number of tokens."""
     figure, axis = pyplot.subplots(figsize=(9, 5))
-    variants = ("packed", "gathered", "all_rows", "layer", "normal", "weights")
+    variants = ("packed", "gathered", "all_rows", "layer", "normal", "nccl", "weights")
     for place, variant in enumerate(variants):
-        at = [group + place * 0.13 for group in range(len(lines))]
-        axis.bar(at, [getattr(line, variant) for line in lines], 0.12, label=variant.replace("_", " "))
-    axis.set_xticks([group + 0.32 for group in range(len(lines))], [f"{line.tokens} tokens" for line in lines])
+        at = [group + place * 0.115 for group in range(len(lines))]
+        axis.bar(at, [getattr(line, variant) for line in lines], 0.105, label=variant.replace("_", " "))
+    axis.set_xticks([group + 0.345 for group in range(len(lines))], [f"{line.tokens} tokens" for line in lines])
     axis.set(title="a decode step of one layer", ylabel="us")
     axis.legend()
     return figure

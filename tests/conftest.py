@@ -15,7 +15,8 @@ for folder in (ROOT, ROOT / "tests", ROOT / "examples", ROOT / "benchmarks"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 # Rank processes are spawned: they find the same modules through the environment.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")])
+_ahead = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples"), os.environ.get("PYTHONPATH")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _ahead))
 # Several ranks may share a GPU in tests.
 os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
 warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")

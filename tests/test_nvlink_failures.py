@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +13,8 @@ from ep_moe.comm import CapacityError, PeerTimeoutError, nvlink, nvlink_core, nv
 from ep_moe.comm import nvlink_args as native
 from ep_moe.comm.nvlink import NvlinkCommunicator
 from ep_moe.comm.nvlink_core import NvlinkCore
-from ep_moe.comm.nvlink_layout import HostCounts
+from ep_moe.comm.nvlink_layout import KnownSizes
 from ep_moe.comm.nvlink_low_latency import NvlinkLowLatencyCommunicator
-from ep_moe.comm.nvlink_pull import Pull
 from ep_moe.comm.symmetric_transport import NodeExchangeArgs, SymmetricTransport
 
 
@@ -79,12 +77,7 @@ def test_a_buffer_that_cannot_grow_keeps_its_rounds(monkeypatch: pytest.MonkeyPa
 class Core:
     """Counts dispatches given up."""
 
-    size, max_tokens, device = 1, 32, torch.device("cpu")
-    skipped = 0
-    timeout_s = 1.0
-
-    def check(self) -> None:
-        raise CapacityError("of an earlier dispatch")
+    size, max_tokens, skipped = 1, 32, 0
 
     def reserve(self, *arguments: Any) -> None: ...
 
@@ -99,36 +92,52 @@ class Core:
     def __exit__(self, *exception: object) -> None: ...
 
 
-def test_a_dispatch_that_would_need_a_larger_buffer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Tokens have been staged by then: the next dispatch must not take them for its own.
-    monkeypatch.setattr(nvlink, "lay_out", lambda *arguments, **options: SimpleNamespace(tokens=None))
-    monkeypatch.setattr(nvlink, "Pull", lambda *arguments, **options: None)
+def no_room(*arguments: Any) -> None:
+    raise torch.OutOfMemoryError("no room")
+
+
+def overflowed(*arguments: Any) -> None:
+    raise CapacityError("of an earlier dispatch")
+
+
+def dispatching(monkeypatch: pytest.MonkeyPatch, sizes: Any, start: Any) -> tuple[NvlinkCommunicator, Core]:
+    """A communicator whose dispatches learn what ``sizes`` returns, and then call ``start``."""
+    places = SimpleNamespace(tokens=None, counts=None, ends=None)
+    monkeypatch.setattr(nvlink, "lay_out", lambda *arguments, **options: places)
+    monkeypatch.setattr(nvlink, "Pull", lambda *arguments, **options: SimpleNamespace(start=start))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     communicator, core = object.__new__(NvlinkCommunicator), Core()
     communicator._core, communicator.size = core, 1  # type: ignore[assignment]
-    communicator._host_counts = SimpleNamespace(wait=lambda local_experts: (64, None))  # type: ignore[assignment]
+    communicator._host_counts = SimpleNamespace(wait=sizes)  # type: ignore[assignment]
+    return communicator, core
+
+
+@pytest.mark.parametrize(
+    ("sizes", "start", "error"),
+    [
+        pytest.param(lambda experts: (64, KnownSizes((64, 0), 64)), no_room, "cannot grow", id="larger buffer"),
+        pytest.param(lambda experts: (32, KnownSizes((32, 0), 32)), no_room, "no room", id="rows"),
+        pytest.param(overflowed, no_room, "of an earlier dispatch", id="earlier overflow"),
+    ],
+)
+def test_a_dispatch_that_cannot_go_on_is_given_up(
+    sizes: Any, start: Any, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tokens have been staged by then: the next dispatch must not take them for its own.
+    communicator, core = dispatching(monkeypatch, sizes, start)
     source = SimpleNamespace(wire=SimpleNamespace(bytes=128), stage=lambda core, early: None)
     topk_idx = torch.zeros(64, 1, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match="cannot grow"):
+    with pytest.raises(RuntimeError, match=error):
         communicator._dispatch(source, topk_idx, None, groups=1, num_experts=2)  # type: ignore[arg-type]
     assert core.skipped == 1
 
 
-def test_a_dispatch_without_room_for_its_rows_is_given_up() -> None:
-    pull, core = object.__new__(Pull), Core()
-    pull._core = core  # type: ignore[assignment]
-    pull._source = SimpleNamespace(hidden=8, dtype=torch.float32)  # type: ignore[assignment]
-    pull._arguments = native.DispatchArgs()
-    with pytest.raises(RuntimeError):
-        pull.start(2**60)
-    assert core.skipped == 1
-
-
-def test_a_dispatch_that_learns_of_an_earlier_overflow_is_given_up() -> None:
-    counts, core = object.__new__(HostCounts), Core()
-    counts._core, counts._ready = core, ctypes.c_int32(0)  # type: ignore[assignment]
-    with pytest.raises(CapacityError):
-        counts.wait(2)
+def test_a_dispatch_along_known_routes_without_room_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    communicator, core = dispatching(monkeypatch, None, no_room)
+    source = SimpleNamespace(wire=SimpleNamespace(bytes=128), stage=lambda core, early: None)
+    handle = SimpleNamespace(tokens=4, top_k=1, places=None, num_sms=None, nodes=None, num_rows=lambda layout: 4)
+    with pytest.raises(torch.OutOfMemoryError):
+        communicator._dispatch_cached(source, handle, "rows", 1)  # type: ignore[arg-type]
     assert core.skipped == 1
 
 

@@ -165,24 +165,24 @@ class NvlinkCommunicator:
                 )
                 # Staging needs no sizes: it runs beside the layout and while the host waits for them.
                 source.stage(core, early=True)
-                pull = Pull(core, source, places.tokens, layout, groups, num_sms, nodes, early=True)
-                if max_rows is not None:
-                    segments = ExpertSegments(places.counts, places.ends, None, places.max_slots)
-                    received = places.max_received
-                    break
-                # Buffers have been made large enough where sizes are known.
-                most_tokens, found = (0, sizes) if sizes is not None else self._host_counts.wait(local_experts)
-                if most_tokens <= core.max_tokens:
-                    segments = ExpertSegments(places.counts, places.ends, found.padded(alignment))
-                    received = found.received
-                    break
                 try:
+                    pull = Pull(core, source, places.tokens, layout, groups, num_sms, nodes, early=True)
+                    if max_rows is not None:
+                        most_tokens, received = 0, places.max_received
+                        segments = ExpertSegments(places.counts, places.ends, None, places.max_slots)
+                    else:
+                        # Buffers have been made large enough where sizes are known.
+                        most_tokens, found = (0, sizes) if sizes is not None else self._host_counts.wait(local_experts)
+                        received = found.received
+                        segments = ExpertSegments(places.counts, places.ends, found.padded(alignment))
+                    if most_tokens <= core.max_tokens:
+                        slots = segments.num_rows
+                        rows, row_scales, steps = pull.start(received if layout == "rows" else slots)
+                        break
                     core.grow(most_tokens)  # all ranks have learnt the same number
                 except Exception:
                     core.skip_dispatch()
                     raise
-            slots = segments.num_rows
-            rows, row_scales, steps = pull.start(received if layout == "rows" else slots)
         dtype = None if topk_weights is None else topk_weights.dtype
         weights, routing = places.weights(slots, dtype), places.routing(received, dtype)
         routes = NvlinkHandle(num_sms, topk_idx, places.tokens, segments, received, nodes)
@@ -214,8 +214,12 @@ class NvlinkCommunicator:
         core.reserve(handle.tokens, handle.top_k, source.wire.bytes)
         with core:
             source.stage(core, early=False)
-            pull = Pull(core, source, handle.places, layout, groups, handle.num_sms, handle.nodes, early=False)
-            rows, _, steps = pull.start(handle.num_rows(layout))
+            try:
+                pull = Pull(core, source, handle.places, layout, groups, handle.num_sms, handle.nodes, early=False)
+                rows, _, steps = pull.start(handle.num_rows(layout))
+            except Exception:
+                core.skip_dispatch()
+                raise
         return rows, steps
 
     def dispatch_weights(self, topk_weights: Tensor, handle: NvlinkHandle) -> Tensor:

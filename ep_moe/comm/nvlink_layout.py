@@ -119,11 +119,7 @@ class HostCounts:
             ValueError: what the kernel found wrong with its arguments.
             CapacityError: of an earlier dispatch.
         """
-        try:
-            self._wait()
-        except Exception:  # whatever it is, tokens have been staged for a dispatch that will not run
-            self._core.skip_dispatch()
-            raise
+        self._wait()
         _, most_tokens, *slots, received = self._values[: 3 + local_experts]
         return most_tokens, KnownSizes(tuple(slots), received)
 

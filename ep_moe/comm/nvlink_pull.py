@@ -75,18 +75,14 @@ class Pull:
             ``[num_rows, hidden]``, their scales if they have any, and the steps.
 
         Raises:
-            torch.OutOfMemoryError: if there is no room for these; the dispatch counts as given up.
+            torch.OutOfMemoryError: if there is no room for these.
         """
         core, source, arguments = self._core, self._source, self._arguments
         scales = None
-        try:
-            rows = torch.empty(num_rows, source.hidden, dtype=source.dtype, device=core.device)
-            if arguments.row_scales:
-                scales = torch.empty(num_rows, arguments.row_scales, dtype=torch.float32, device=core.device)
-                arguments.scales = scales.data_ptr()
-        except Exception:
-            core.skip_dispatch()
-            raise
+        rows = torch.empty(num_rows, source.hidden, dtype=source.dtype, device=core.device)
+        if arguments.row_scales:
+            scales = torch.empty(num_rows, arguments.row_scales, dtype=torch.float32, device=core.device)
+            arguments.scales = scales.data_ptr()
         arguments.rows, arguments.num_rows = rows.data_ptr(), num_rows
         arguments.range, *later = self._ranges
         core.launch("dispatch", arguments)
