@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +19,41 @@ from ep_moe.comm.nvlink_wire import SHARED_BYTES
 from ep_moe.comm.sm_budget import dispatch_sms
 
 _MAX_WARPS, _MAX_STAGES = 8, 3
+_SMS_THAT_STORE_IN_TIME = 48  # an expert-major result between two ranks as fast as the link brings it
+_PEER_ROWS, _PEER_BYTES = 128, 950_000
+"""Rows on their way from peers at once, and at least so many bytes. Fewer leave the links idle; more only queue, in
+front of what other kernels load and of what peers wait for: staged rows and flags."""
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Where a block keeps rows between their load and their stores.
+
+    Attributes:
+        warps: of the block, each of which brings other rows.
+        stages: rows that a warp has room for. One of them is being stored, the others are on their way.
+    """
+
+    warps: int
+    stages: int
+
+
+@functools.cache
+def ring(layout: RowLayout, ranks: int, sms: int, row_bytes: int) -> Ring:
+    """The ring of each of ``sms`` blocks, for rows of ``row_bytes`` as they travel between ``ranks``.
+
+    Warps are an even number where memory allows, so that between two ranks half of them bring rows of the peer.
+    """
+    room = SHARED_BYTES // row_bytes
+    if ranks == 1 or layout == "expert_major":
+        # Stores take an SM longer than loads, and on few SMs longer than the link: there, more of them in line.
+        warps = max(min(room // 2, _MAX_WARPS), 1)
+        return Ring(warps, min(room // warps, 2 if ranks > 1 and sms >= _SMS_THAT_STORE_IN_TIME else _MAX_STAGES))
+    peers_share = 1 - 1 / ranks
+    under_way = max(_PEER_ROWS, _PEER_BYTES / row_bytes) / peers_share / sms
+    stages = _MAX_STAGES if under_way >= _MAX_WARPS else 2
+    warps = min(2 * max(round(under_way / (stages - 1) / 2), 1), _MAX_WARPS, max(room // stages, 1))
+    return Ring(warps, min(room // warps, stages))
 
 
 class Pull:
@@ -47,11 +84,12 @@ class Pull:
             early: beside the layout kernel ahead of staging.
         """
         wire, (slots, width) = source.wire, places.in_layout(layout)
-        warps = max(min(SHARED_BYTES // (2 * wire.bytes), _MAX_WARPS), 1)
         self._core, self._source, self._places = core, source, places
         self._ranges = places.ranges(layout, groups)
+        comm = core.arguments(num_sms or dispatch_sms(core.size, places.experts, places.top_k, layout))
+        chosen = ring(layout, core.size, comm.blocks, wire.bytes)
         self._arguments = native.DispatchArgs(
-            comm=core.arguments(num_sms or dispatch_sms(core.size, places.experts, places.top_k, layout)),
+            comm=comm,
             slots=slots,
             counts=places.counts,
             ends=places.ends,
@@ -60,8 +98,8 @@ class Pull:
             row_scales=wire.scales,
             slot_tokens=places.slot_tokens,
             width=width,
-            warps=warps,
-            stages=min(SHARED_BYTES // (warps * wire.bytes), _MAX_STAGES),
+            warps=chosen.warps,
+            stages=chosen.stages,
             behind_staging=1,
             early=int(early),
         )
