@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from ep_moe.comm.node_chunks import NodeChunks, node_chunks, node_starts
+from ep_moe.comm.node_chunks import NodeChunks, most_places, node_chunks, node_starts
 
 Token = tuple[int, int, int, int]  # node, rank of the node, number among those it sent there, bin
 
@@ -37,7 +37,7 @@ def test_shifted_places_are_ordered_by_source_rank(nodes: int, ranks: int) -> No
     counts = torch.zeros(bins, nodes, ranks, dtype=torch.int64)
     for node, rank, _, bin in entries:
         counts[bin, node, rank] += 1
-    chunks = node_chunks(node_starts(arriving), counts, 0, torch.device("cpu"))
+    chunks = node_chunks(node_starts(arriving), counts, 0, 0, torch.device("cpu"))
     first, shifts = _tables(chunks, ranks, bins)
 
     for bin in range(bins):
@@ -50,7 +50,7 @@ def test_shifted_places_are_ordered_by_source_rank(nodes: int, ranks: int) -> No
 
 def test_nodes_start_at_a_chunk() -> None:
     arriving = torch.tensor([[33, 0], [0, 5], [64, 1]])  # of three nodes, to two ranks
-    chunks = node_chunks(node_starts(arriving), torch.zeros(2, 3, 2, dtype=torch.int64), 1, torch.device("cpu"))
+    chunks = node_chunks(node_starts(arriving), torch.zeros(2, 3, 2, dtype=torch.int64), 1, 128, torch.device("cpu"))
     first, _ = _tables(chunks, 2, 2)
     assert first == [[0, 64, 64, 128], [0, 0, 32, 64]]
     assert (chunks.first, chunks.tokens, chunks.most_tokens, chunks.most) == ((0, 0, 32, 64), 64, 128, 2)
@@ -58,5 +58,13 @@ def test_nodes_start_at_a_chunk() -> None:
 
 def test_no_tokens_at_all() -> None:
     zeros = torch.zeros(2, 2, dtype=torch.int64)
-    chunks = node_chunks(node_starts(zeros), torch.zeros(3, 2, 2, dtype=torch.int64), 0, torch.device("cpu"))
+    chunks = node_chunks(node_starts(zeros), torch.zeros(3, 2, 2, dtype=torch.int64), 0, 0, torch.device("cpu"))
     assert (chunks.tokens, chunks.most_tokens, chunks.most) == (0, 0, 0)
+
+
+def test_most_places_are_those_of_the_fullest_rank_of_any_node() -> None:
+    generator = torch.Generator().manual_seed(5)
+    for nodes, ranks_per_node in ((1, 1), (2, 1), (2, 4), (4, 2)):
+        sent = torch.randint(0, 200, (nodes * ranks_per_node, nodes), generator=generator)
+        by_node = [node_starts(sent[:, node].view(nodes, ranks_per_node)) for node in range(nodes)]
+        assert most_places(sent, ranks_per_node) == max(starts[-1] for of_node in by_node for starts in of_node)

@@ -145,6 +145,24 @@ def test_rows_from_several_nodes(ranks: int) -> None:
         assert not problems, "\n".join(problems[:5])
 
 
+def _one_node_grows(rank: int, world: int) -> list[bool]:
+    """Only ranks of the first node get more tokens than there is room for; then all need more for wider rows."""
+    on = rank_device("cuda", rank)
+    ours = two_hops(topology_of_group(dist.group.WORLD, world // 2), on, max_tokens=32)  # type: ignore[arg-type]
+    right = []
+    for hidden in (256, 512):
+        x = torch.randn(200, hidden, device=on)
+        idx = torch.arange(200, device=on).remainder(world // 2)[:, None]
+        got = ours.dispatch(x, idx, None, num_experts=world)
+        right.append(torch.equal(ours.combine(got.rows, got.handle), x))
+    return right
+
+
+@pytest.mark.parametrize("ranks", gpu_ranks(4))
+def test_a_node_that_gets_more_tokens_than_the_other(ranks: int) -> None:
+    assert run_ranks(ranks, _one_node_grows) == [[True, True]] * ranks
+
+
 def _sequential(rank: int, world: int) -> list[str]:
     """The same kernels, one hop behind the other."""
     on, group = rank_device("cuda", rank), dist.group.WORLD

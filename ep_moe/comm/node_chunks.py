@@ -26,7 +26,7 @@ class NodeChunks:
         nodes: that tokens come from.
         most: chunks that a node sent to a rank.
         first: where each node's tokens start at this rank, and the end of the last.
-        most_tokens: places for tokens that a rank needs.
+        most_tokens: places for tokens that the rank of all nodes that needs the most of them needs.
     """
 
     table: Tensor
@@ -64,7 +64,20 @@ def node_starts(arriving: Tensor) -> list[tuple[int, ...]]:
     ]
 
 
-def node_chunks(starts: list[tuple[int, ...]], bins: Tensor, rank: int, device: torch.device) -> NodeChunks:
+def most_places(sent: Tensor, ranks_per_node: int) -> int:
+    """Places for tokens of the rank, of any node, that needs the most of them.
+
+    Args:
+        sent: int64 ``[ranks, nodes]`` on the CPU, tokens that each rank sends to each node.
+        ranks_per_node: of which the ones in the same place on their nodes send tokens to each other.
+    """
+    chunks = (sent + native.CHUNK_TOKENS - 1) // native.CHUNK_TOKENS
+    return int(chunks.view(-1, ranks_per_node, sent.shape[1]).sum(0).max()) * native.CHUNK_TOKENS
+
+
+def node_chunks(
+    starts: list[tuple[int, ...]], bins: Tensor, rank: int, most_tokens: int, device: torch.device
+) -> NodeChunks:
     """Lay out the tokens of a node's ranks.
 
     Args:
@@ -72,6 +85,7 @@ def node_chunks(starts: list[tuple[int, ...]], bins: Tensor, rank: int, device: 
         bins: int64 ``[local experts + 1, nodes, ranks]`` on the CPU: slots of each of this rank's experts, then its
             rows, by source rank.
         rank: this one's place on the node.
+        most_tokens: of :func:`most_places`.
         device: of the table.
     """
     ranks, nodes = len(starts), len(starts[0]) - 1
@@ -81,7 +95,6 @@ def node_chunks(starts: list[tuple[int, ...]], bins: Tensor, rank: int, device: 
         shifts = (by_node - _starts(bins.transpose(1, 2))).permute(1, 2, 0)
         table = torch.cat([table, shifts.flatten().to(torch.int32)])
     most = max(end - start for of_rank in starts for start, end in pairwise(of_rank)) // native.CHUNK_TOKENS
-    most_tokens = max(of_rank[-1] for of_rank in starts)
     return NodeChunks(to_device(table, device), nodes, most, starts[rank], most_tokens, ranks)
 
 

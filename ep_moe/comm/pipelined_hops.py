@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ep_moe.comm.communicator import Dispatched, RowLayout
 from ep_moe.comm.hops import Counts, Place
-from ep_moe.comm.node_chunks import node_chunks, node_starts
+from ep_moe.comm.node_chunks import most_places, node_chunks, node_starts
 from ep_moe.comm.nvlink import NvlinkCommunicator
 from ep_moe.comm.nvlink_core import NvlinkCore
 from ep_moe.comm.nvlink_handle import NvlinkHandle
@@ -126,7 +126,9 @@ class PipelinedHops:
             transport.reserve(routing)
             transport.move(routing, arrived_routing, routes.tokens, sent, arrived)
             # While that is under way.
-            chunks = node_chunks(starts, counts.bins.view(-1, nodes, ranks), node.rank, node.device)
+            # Buffers of all nodes grow together, as allocate_symmetric wants it.
+            most_tokens = most_places(counts.nodes, ranks)
+            chunks = node_chunks(starts, counts.bins.view(-1, nodes, ranks), node.rank, most_tokens, node.device)
             *slots, received = counts.bins.sum(1).tolist()
             with place.ranks_named():
                 dispatched = node.dispatch_from_nodes(

@@ -30,6 +30,9 @@ def allocate_symmetric(
 
     Peers must be GPUs of one host that can access each other, or the same GPU
     (with ``TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1``).
+
+    PyTorch tells one rendezvous from the next by counting those of a process over all its groups: ranks that meet must
+    have met equally often, also in groups of which only one of them is a member, or they wait for each other for ever.
     """
     from torch.distributed import _symmetric_memory as symmetric_memory
 
