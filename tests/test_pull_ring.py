@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ep_moe.comm import RowLayout
-from ep_moe.comm.nvlink_pull import ring
+from ep_moe.comm.nvlink_pull import Ring, ring
 from ep_moe.comm.nvlink_wire import SHARED_BYTES
 
 DEEPSEEK_V3_FP8, DEEPSEEK_V3_BF16 = 7424, 14336
@@ -32,3 +32,12 @@ def test_rows_under_way_from_the_peer_are_as_many_on_any_number_of_sms(row_bytes
         assert chosen.warps % 2 == 0
         assert from_peer <= 1.5 * wanted
         assert from_peer >= wanted / 1.5 or memory_is_short or chosen.warps == 8
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+@pytest.mark.parametrize("row_bytes", [512, 2048, DEEPSEEK_V3_FP8, DEEPSEEK_V3_BF16])
+def test_warps_that_also_store_have_the_link_busy(ranks: int, row_bytes: int) -> None:
+    for sms in (16, 48, 64, 128):
+        chosen = ring("expert_major", ranks, sms, row_bytes)
+        from_peers = sms * chosen.warps * (chosen.stages - 1) * row_bytes * (1 - 1 / ranks)
+        assert from_peers >= 950_000 or (chosen.warps + 1) * 3 * row_bytes > SHARED_BYTES or chosen == Ring(8, 3)

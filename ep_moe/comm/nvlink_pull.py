@@ -44,12 +44,12 @@ def ring(layout: RowLayout, ranks: int, sms: int, row_bytes: int) -> Ring:
 
     Warps are an even number where memory allows, so that between two ranks half of them bring rows of the peer.
     """
-    room = SHARED_BYTES // row_bytes
+    room, peers_share = SHARED_BYTES // row_bytes, 1 - 1 / ranks
     if ranks == 1 or layout == "expert_major":
         # Stores take an SM longer than loads, and on few SMs longer than the link: there, more of them in line.
         warps = max(min(room // 2, _MAX_WARPS), 1)
-        return Ring(warps, min(room // warps, 2 if ranks > 1 and sms >= _SMS_THAT_STORE_IN_TIME else _MAX_STAGES))
-    peers_share = 1 - 1 / ranks
+        one_each_suffices = sms >= _SMS_THAT_STORE_IN_TIME and sms * warps * row_bytes * peers_share >= _PEER_BYTES
+        return Ring(warps, min(room // warps, 2 if one_each_suffices else _MAX_STAGES))
     under_way = max(_PEER_ROWS, _PEER_BYTES / row_bytes) / peers_share / sms
     stages = _MAX_STAGES if under_way >= _MAX_WARPS else 2
     warps = min(2 * max(round(under_way / (stages - 1) / 2), 1), _MAX_WARPS, max(room // stages, 1))
