@@ -407,19 +407,20 @@ def test_bad_arguments_are_named_before_anything_is_sent(changes: dict, message:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "passed"),
     [
-        {"x": torch.zeros(4, 16)},
-        {"x": torch.zeros(4, 8, dtype=torch.bfloat16)},
-        {"topk_weights": None},
-        {"topk_weights": torch.zeros(4, 2, dtype=torch.float16)},
-        {"num_experts": 8},
-        {"num_experts": 512},
+        ({"x": torch.zeros(4, 16)}, "hidden 16"),
+        ({"x": torch.zeros(4, 8, dtype=torch.bfloat16)}, "dtype torch.bfloat16"),
+        ({"topk_weights": None}, "dtype of weights none"),
+        ({"topk_weights": torch.zeros(4, 2, dtype=torch.float16)}, "dtype of weights torch.float16"),
+        ({"num_experts": 8}, "num_experts 8"),
+        ({"num_experts": 512}, "num_experts 512"),
     ],
 )
-def test_ranks_that_disagree_are_told_so(changes: dict) -> None:
-    answers = run_ranks(2, _dispatch_with, changes, 1)
-    assert all("all ranks must agree" in answer for answer in answers)
+def test_ranks_that_disagree_are_told_so(changes: dict, passed: str) -> None:
+    here, there = run_ranks(2, _dispatch_with, changes, 1)
+    assert f"rank 1 of the group passed {passed}, rank 0 " in here and "all ranks must agree" in here
+    assert "rank 0 of the group passed" in there and f"rank 1 {passed}: all ranks must agree" in there
 
 
 def _fail_on_one_rank(rank: int, world: int) -> None:

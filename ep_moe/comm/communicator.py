@@ -34,7 +34,7 @@ RowLayout = Literal["expert_major", "rows"]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
-SIGNATURE = ("hidden", "top_k", "dtype", "weights", "fp8")
+SIGNATURE = ("hidden", "top_k", "dtype", "dtype of weights", "fp8")
 
 
 class CapacityError(RuntimeError):
@@ -343,8 +343,21 @@ def check_signature(
     source: int, theirs: Sequence[int], rank: int, mine: Sequence[int], names: Sequence[str] = SIGNATURE
 ) -> None:
     """Raise ``ValueError`` unless the rank ``source`` passed what this ``rank`` did, integers called ``names``."""
-    if list(theirs) != list(mine):
-        raise ValueError(
-            f"dispatch: rank {source} of the group passed ({', '.join(names)}) = {list(theirs)}, "
-            f"rank {rank} {list(mine)}: all ranks must agree"
+    differing = [name for name, a, b in zip(names, theirs, mine, strict=True) if a != b]
+    if differing:
+        other, own = (
+            ", ".join(
+                f"{name} {_named(name, value)}" for name, value in zip(names, values, strict=True) if name in differing
+            )
+            for values in (theirs, mine)
         )
+        raise ValueError(
+            f"dispatch: rank {source} of the group passed {other}, rank {rank} {own}: all ranks must agree"
+        )
+
+
+def _named(name: str, value: int) -> str:
+    """What stands for ``value`` of that name in a signature."""
+    if name.startswith("dtype"):
+        return "none" if value < 0 else str(_DTYPES[value])
+    return str(bool(value)) if name == "fp8" else str(value)
