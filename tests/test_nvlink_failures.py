@@ -11,6 +11,7 @@ import torch
 
 from ep_moe.comm import CapacityError, PeerTimeoutError, nvlink, nvlink_core, nvlink_low_latency
 from ep_moe.comm import nvlink_args as native
+from ep_moe.comm import nvlink_low_latency_args as low_latency_native
 from ep_moe.comm.nvlink import NvlinkCommunicator
 from ep_moe.comm.nvlink_core import NvlinkCore
 from ep_moe.comm.nvlink_layout import KnownSizes
@@ -54,6 +55,27 @@ def test_a_hook_that_told_of_a_timeout_can_be_called_again(monkeypatch: pytest.M
     assert rounds.received == 1
     with pytest.raises(RuntimeError, match="the hook of a dispatch was called twice"):
         hook()
+
+
+def test_low_latency_memory_that_could_not_be_had_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(reach: object, shape: low_latency_native.LowLatencyShape, *arguments: Any) -> None:
+        asked.append(shape.row_bytes)
+        raise RuntimeError("no room")
+
+    asked: list[int] = []
+    monkeypatch.setattr(nvlink_low_latency, "allocate_landing", no_room)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    communicator = object.__new__(NvlinkLowLatencyCommunicator)
+    communicator._common = low_latency_native.LowLatency()
+    communicator._common.shape.max_top_k, communicator._common.shape.row_bytes = 8, 128
+    communicator._landing = object()  # type: ignore[assignment]
+    communicator._captured, communicator._reach = False, None  # type: ignore[assignment]
+    communicator.size, communicator.max_tokens, communicator.num_experts, communicator.hidden = 2, 8, 4, 128
+    communicator.rank, communicator.device = 0, torch.device("cpu")
+    for row_bytes in (256, 128):  # there was room for the short rows before
+        with pytest.raises(RuntimeError, match="no room"):
+            communicator._reserve(8, row_bytes)
+    assert asked == [256, 128]
 
 
 def test_a_buffer_that_cannot_grow_keeps_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -371,7 +371,12 @@ class NvlinkLowLatencyCommunicator:
             experts_per_rank=self.num_experts // self.size,
             row_bytes=max(row_bytes, shape.row_bytes),
         )
-        landing = self._landing = allocate_landing(self._reach, shape, self.rank, self.device)
+        try:
+            landing = allocate_landing(self._reach, shape, self.rank, self.device)
+        except Exception:
+            self._landing = None  # between nodes the old one is gone: the next call asks again
+            raise
+        self._landing = landing
         self._workspace[native.ROUNDS :] = 0
         multiprocessors = torch.cuda.get_device_properties(self.device).multi_processor_count
         threads = -(-self.hidden // (32 * _CHANNELS_PER_THREAD)) * 32
