@@ -78,10 +78,11 @@ def test_low_latency_memory_that_could_not_be_had_is_asked_for_again(monkeypatch
     assert asked == [256, 128]
 
 
-def test_a_buffer_that_cannot_grow_keeps_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_room(*arguments: Any) -> None:
-        raise torch.OutOfMemoryError("no room")
+def no_room(*arguments: Any) -> None:
+    raise torch.OutOfMemoryError("no room")
 
+
+def test_a_buffer_that_cannot_grow_keeps_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvlink_core, "allocate_symmetric", no_room)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
@@ -114,12 +115,11 @@ class Core:
     def __exit__(self, *exception: object) -> None: ...
 
 
-def no_room(*arguments: Any) -> None:
-    raise torch.OutOfMemoryError("no room")
-
-
 def overflowed(*arguments: Any) -> None:
     raise CapacityError("of an earlier dispatch")
+
+
+SOURCE: Any = SimpleNamespace(wire=SimpleNamespace(bytes=128), stage=lambda core, early: None)
 
 
 def dispatching(monkeypatch: pytest.MonkeyPatch, sizes: Any, start: Any) -> tuple[NvlinkCommunicator, Core]:
@@ -147,19 +147,17 @@ def test_a_dispatch_that_cannot_go_on_is_given_up(
 ) -> None:
     # Tokens have been staged by then: the next dispatch must not take them for its own.
     communicator, core = dispatching(monkeypatch, sizes, start)
-    source = SimpleNamespace(wire=SimpleNamespace(bytes=128), stage=lambda core, early: None)
     topk_idx = torch.zeros(64, 1, dtype=torch.int64)
     with pytest.raises(RuntimeError, match=error):
-        communicator._dispatch(source, topk_idx, None, groups=1, num_experts=2)  # type: ignore[arg-type]
+        communicator._dispatch(SOURCE, topk_idx, None, groups=1, num_experts=2)
     assert core.skipped == 1
 
 
 def test_a_dispatch_along_known_routes_without_room_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     communicator, core = dispatching(monkeypatch, None, no_room)
-    source = SimpleNamespace(wire=SimpleNamespace(bytes=128), stage=lambda core, early: None)
     handle = SimpleNamespace(tokens=4, top_k=1, places=None, num_sms=None, nodes=None, num_rows=lambda layout: 4)
     with pytest.raises(torch.OutOfMemoryError):
-        communicator._dispatch_cached(source, handle, "rows", 1)  # type: ignore[arg-type]
+        communicator._dispatch_cached(SOURCE, handle, "rows", 1)  # type: ignore[arg-type]
     assert core.skipped == 1
 
 

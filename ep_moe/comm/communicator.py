@@ -343,14 +343,10 @@ def check_signature(
     source: int, theirs: Sequence[int], rank: int, mine: Sequence[int], names: Sequence[str] = SIGNATURE
 ) -> None:
     """Raise ``ValueError`` unless the rank ``source`` passed what this ``rank`` did, integers called ``names``."""
-    differing = [name for name, a, b in zip(names, theirs, mine, strict=True) if a != b]
+    differing = [part for part in zip(names, theirs, mine, strict=True) if part[1] != part[2]]
     if differing:
-        other, own = (
-            ", ".join(
-                f"{name} {_named(name, value)}" for name, value in zip(names, values, strict=True) if name in differing
-            )
-            for values in (theirs, mine)
-        )
+        other = ", ".join(f"{name} {_named(name, value)}" for name, value, _ in differing)
+        own = ", ".join(f"{name} {_named(name, value)}" for name, _, value in differing)
         raise ValueError(
             f"dispatch: rank {source} of the group passed {other}, rank {rank} {own}: all ranks must agree"
         )

@@ -19,7 +19,7 @@ from ep_moe.comm.expert_groups import expert_groups
 from ep_moe.comm.node_chunks import NodeChunks
 from ep_moe.comm.nvlink_core import NvlinkCore
 from ep_moe.comm.nvlink_handle import NvlinkHandle
-from ep_moe.comm.nvlink_layout import HostCounts, KnownSizes, lay_out
+from ep_moe.comm.nvlink_layout import HostCounts, KnownSizes, RowPlaces, lay_out
 from ep_moe.comm.nvlink_pull import Pull
 from ep_moe.comm.nvlink_rows import LocalRows, RowSource
 from ep_moe.comm.nvlink_sums import SumFlags, Summed
@@ -167,14 +167,7 @@ class NvlinkCommunicator:
                 source.stage(core, early=True)
                 try:
                     pull = Pull(core, source, places.tokens, layout, groups, num_sms, nodes, early=True)
-                    if max_rows is not None:
-                        most_tokens, received = 0, places.max_received
-                        segments = ExpertSegments(places.counts, places.ends, None, places.max_slots)
-                    else:
-                        # Buffers have been made large enough where sizes are known.
-                        most_tokens, found = (0, sizes) if sizes is not None else self._host_counts.wait(local_experts)
-                        received = found.received
-                        segments = ExpertSegments(places.counts, places.ends, found.padded(alignment))
+                    most_tokens, received, segments = self._arriving(places, max_rows, sizes, local_experts, alignment)
                     if most_tokens <= core.max_tokens:
                         slots = segments.num_rows
                         rows, row_scales, steps = pull.start(received if layout == "rows" else slots)
@@ -187,6 +180,18 @@ class NvlinkCommunicator:
         weights, routing = places.weights(slots, dtype), places.routing(received, dtype)
         routes = NvlinkHandle(num_sms, topk_idx, places.tokens, segments, received, nodes)
         return Dispatched(rows, row_scales, weights, segments, places.row_of_slot(slots), routes, routing), steps
+
+    def _arriving(
+        self, places: RowPlaces, max_rows: int | None, sizes: KnownSizes | None, local_experts: int, alignment: int
+    ) -> tuple[int, int, ExpertSegments]:
+        """The most tokens of a rank, or 0 where buffers are large enough for it; rows there are; and their segments.
+
+        With ``max_rows`` there are as many as there is room for; otherwise the host knows ``sizes``, or waits for them.
+        """
+        if max_rows is not None:
+            return 0, places.max_received, ExpertSegments(places.counts, places.ends, None, places.max_slots)
+        most_tokens, found = (0, sizes) if sizes is not None else self._host_counts.wait(local_experts)
+        return most_tokens, found.received, ExpertSegments(places.counts, places.ends, found.padded(alignment))
 
     def dispatch_cached(self, x: Tensor, handle: NvlinkHandle, layout: RowLayout = "expert_major") -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_cached`; rows of e4m3 may travel too."""

@@ -119,11 +119,6 @@ class HostCounts:
             ValueError: what the kernel found wrong with its arguments.
             CapacityError: of an earlier dispatch.
         """
-        self._wait()
-        _, most_tokens, *slots, received = self._values[: 3 + local_experts]
-        return most_tokens, KnownSizes(tuple(slots), received)
-
-    def _wait(self) -> None:
         core, ready = self._core, self._ready
         # A kernel's own waits end in time; the margin is for kernels of others before it on the stream.
         limit = 10 * core.timeout_s
@@ -137,6 +132,8 @@ class HostCounts:
                 torch.cuda.synchronize(core.device)  # raises what went wrong on the device, if anything did
                 raise PeerTimeoutError(f"rank {core.rank}: the layout kernel did not run within {limit:g} s", core.rank)
         core.check()
+        _, most_tokens, *slots, received = self._values[: 3 + local_experts]
+        return most_tokens, KnownSizes(tuple(slots), received)
 
 
 def lay_out(
