@@ -17,6 +17,9 @@ for folder in (ROOT, ROOT / "tests", ROOT / "examples", ROOT / "benchmarks"):
 # Rank processes are spawned: they find the same modules through the environment.
 _ahead = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples"), os.environ.get("PYTHONPATH")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _ahead))
+# Threads of several processes would wait for one another's cores: tests have more processes than most machines cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 # Several ranks may share a GPU in tests.
 os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
 warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
