@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT, ROOT / "tests", ROOT / "examples", ROOT / "benchmarks"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
-# Rank processes are spawned: they find the same modules through the environment.
+# Processes that tests start find the same modules through the environment.
 _ahead = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples"), os.environ.get("PYTHONPATH")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _ahead))
 # Threads of several processes would wait for one another's cores: tests have more processes than most machines cores.

@@ -1,6 +1,6 @@
 """Run a function on several ranks: a pool of processes joined in one gloo group, reused between tests.
 
-Starting a process costs seconds (importing torch), so a pool of each size is started once and kept. A test
+Starting a process can cost seconds (importing torch), so a pool of each size is started once and kept. A test
 function is a module-level function called as ``function(rank, world_size, *args)`` on every rank.
 """
 
@@ -12,6 +12,7 @@ import multiprocessing
 import multiprocessing.util  # registers its exit handler, which joins processes, before ours below ends them
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from forking import Context, quickest
 
 _GROUP_TIMEOUT = timedelta(seconds=60)
 _CALL_TIMEOUT_S = 60.0
@@ -33,8 +35,8 @@ class RankError(AssertionError):
 class RankPool:
     """Processes ``0 .. world_size - 1`` of one gloo group, waiting for functions to run."""
 
-    def __init__(self, world_size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, world_size: int, context: Context | None = None) -> None:
+        context = context or quickest()
         store = tempfile.NamedTemporaryFile(prefix="ep_moe_store_", delete=False)  # noqa: SIM115
         self.connections: list[Connection] = []
         self.processes: list[multiprocessing.process.BaseProcess] = []
@@ -71,8 +73,9 @@ class RankPool:
         """End the processes: by closing their pipes, so that they can end their own children, or by force."""
         for connection in self.connections:
             connection.close()
+        deadline = time.monotonic() + 2
         for process in self.processes:
-            process.join(timeout=2)
+            process.join(timeout=max(deadline - time.monotonic(), 0))
             process.kill()
 
 

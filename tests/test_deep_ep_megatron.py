@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from communicators import rank_device
+from forking import FROM_NOTHING
 from ranks import RankPool, join_over_nccl
 from torch import Tensor
 
@@ -25,7 +26,7 @@ EXPERTS, TOKENS, HIDDEN, TOP_K = 8, (24, 40), 32, 3
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
     """Processes that have not imported Megatron yet."""
-    with contextlib.closing(RankPool(2)) as processes:
+    with contextlib.closing(RankPool(2, FROM_NOTHING)) as processes:
         yield processes
 
 
@@ -114,6 +115,6 @@ def test_flex_dispatcher(pool: RankPool, capacity: bool) -> None:
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("capacity", [False, True])
 def test_flex_dispatcher_equals_all_to_all_dispatcher(capacity: bool) -> None:
-    with contextlib.closing(RankPool(2)) as processes, tempfile.TemporaryDirectory() as folder:
+    with contextlib.closing(RankPool(2, FROM_NOTHING)) as processes, tempfile.TemporaryDirectory() as folder:
         processes.run(join_over_nccl, f"{folder}/store")
         assert processes.run(_flex, "cuda", capacity) == [[], []]
