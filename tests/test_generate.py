@@ -4,44 +4,38 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_train_moe import TINY, environment
+from programs import Ended, Program
+from test_train_moe import TINY, torchrun
 from test_train_moe import run as train
 
 pytest.importorskip("megatron.core")
 
+SCRIPT = ROOT / "examples" / "generate.py"
 # Low-latency mode wants whole blocks of 128 channels.
 WIDE = ("model.hidden_size=128", "moe.top_k=2")
 PROMPTS = ("def main(", "import torch\n")
 
 
+def arguments(output: Path, *overrides: str, flags: tuple[str, ...] = ()) -> list[str]:
+    """The command line; of a flag given twice the last counts."""
+    settings = [*TINY, *WIDE, f"training.output_dir={output}", "training.device=cpu", *overrides]
+    words = ["--config", str(ROOT / "configs" / "quickstart.yaml"), "--steps", "12", "--temperature", "0"]
+    words += [word for setting in settings for word in ("--set", setting)]
+    words += [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    return [*words, *flags]
+
+
 def generate(output: Path, processes: int, *overrides: str, flags: tuple[str, ...] = ()) -> tuple[list[str], str]:
     """The continued prompts, and the line of rates."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-    script = [str(ROOT / "examples" / "generate.py"), "--config", str(ROOT / "configs" / "quickstart.yaml")]
-    settings = [*TINY, *WIDE, f"training.output_dir={output}", "training.device=cpu", *overrides]
-    words = [word for setting in settings for word in ("--set", setting)]
-    words += [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    done = subprocess.run(
-        [
-            *launcher,
-            *script,
-            *words,
-            "--steps",
-            "12",
-            "--temperature",
-            "0",
-            *flags,
-        ],  # of a flag given twice the last counts
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment(),
-    )
+    program = Program(SCRIPT, arguments(output, *overrides, flags=flags), processes, output)
+    return read(program.wait(timeout_s=120))
+
+
+def read(done: Ended | subprocess.CompletedProcess[str]) -> tuple[list[str], str]:
     assert done.returncode == 0, done.stderr
     *texts, rates = done.stdout.split("\n---\n")
     return texts, rates
@@ -49,7 +43,8 @@ def generate(output: Path, processes: int, *overrides: str, flags: tuple[str, ..
 
 def test_modes_and_splits_agree(tmp_path: Path) -> None:
     train(tmp_path, 2, *WIDE)
-    texts, rates = generate(tmp_path, 2)
+    command = torchrun(2, SCRIPT, arguments(tmp_path))
+    texts, rates = read(subprocess.run(command, capture_output=True, text=True, timeout=120))
     assert [text[:9] for text in texts] == [prompt[:9] for prompt in PROMPTS]
     assert re.search(r"prefill \d+ tokens/s, decode \(low_latency\) \d+ tokens/s", rates)
     alone, _ = generate(tmp_path, 1)

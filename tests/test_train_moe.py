@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from programs import Program
 
 pytest.importorskip("megatron.core")
 
+SCRIPT = ROOT / "examples" / "train_moe.py"
 TINY = [
     "model.num_layers=2",
     "model.num_dense_layers=1",
@@ -38,10 +40,8 @@ TINY = [
 ]
 
 
-def command(output: Path, processes: int, *overrides: str, flags: tuple[str, ...] = ()) -> list[str]:
-    """The torchrun command of a tiny run."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-    script = [str(ROOT / "examples" / "train_moe.py"), "--config", str(ROOT / "configs" / "quickstart.yaml")]
+def arguments(output: Path, *overrides: str, flags: tuple[str, ...] = ()) -> list[str]:
+    """The command line of a tiny run."""
     settings = [
         *TINY,
         f"data.path={ROOT / 'ep_moe'}",
@@ -49,25 +49,30 @@ def command(output: Path, processes: int, *overrides: str, flags: tuple[str, ...
         "training.device=cpu",
         *overrides,
     ]
-    return [*launcher, *script, *flags, *(word for setting in settings for word in ("--set", setting))]
+    config = ["--config", str(ROOT / "configs" / "quickstart.yaml")]
+    return [*config, *flags, *(word for setting in settings for word in ("--set", setting))]
 
 
 def run(output: Path, processes: int, *overrides: str, flags: tuple[str, ...] = ()) -> list[dict[str, str]]:
     """Train and return the rows of ``metrics.csv``."""
-    done = subprocess.run(
-        command(output, processes, *overrides, flags=flags),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=environment(),
-    )
+    done = train(output, processes, *overrides, flags=flags).wait(timeout_s=240)
     assert done.returncode == 0, done.stderr
+    return metrics(output)
+
+
+def train(output: Path, processes: int, *overrides: str, flags: tuple[str, ...] = ()) -> Program:
+    return Program(SCRIPT, arguments(output, *overrides, flags=flags), processes, output)
+
+
+def metrics(output: Path) -> list[dict[str, str]]:
     with (output / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+def torchrun(processes: int, script: Path, words: list[str]) -> list[str]:
+    """The command that starts a program as users do."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
+    return [*launcher, str(script), *words]
 
 
 def losses(rows: list[dict[str, str]]) -> list[float]:
@@ -92,16 +97,9 @@ def test_resume_repeats_the_losses_of_an_uninterrupted_run(tmp_path: Path) -> No
     whole = run(tmp_path / "whole", 2, *bias)
     part = tmp_path / "part"
     # The schedule is that of six steps; the run is ended after the checkpoint of step 3.
-    stop = subprocess.Popen(
-        command(part, 2, *bias, "training.checkpoint_interval=3", "training.steps=6"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(),
-    )
+    stop = train(part, 2, *bias, "training.checkpoint_interval=3", "training.steps=6")
     wait_for(part / "step_00000003" / "shared.pt")
     stop.kill()
-    stop.wait()
     for folder in part.glob("step_00000006"):
         for file in folder.iterdir():
             file.unlink()
@@ -133,17 +131,16 @@ def test_a_checkpoint_resumes_with_other_keys_of_how_it_is_run(tmp_path: Path) -
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     run(tmp_path, 1, "training.steps=1", "training.eval_interval=1")
-    done = subprocess.run(
-        command(tmp_path, 1, "moe.top_k=3", flags=("--resume",)), capture_output=True, text=True, env=environment()
-    )
+    done = train(tmp_path, 1, "moe.top_k=3", flags=("--resume",)).wait(timeout_s=120)
     assert done.returncode != 0
-    assert (
-        "moe.top_k = 3: the checkpoint" in done.stderr and "Traceback (most recent call last):\n  File" in done.stderr
-    )
+    assert "Process 0 failed: moe.top_k = 3: the checkpoint" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_profile_writes_a_trace_that_a_browser_opens(tmp_path: Path) -> None:
-    run(tmp_path, 1, flags=("--profile",))
+    command = torchrun(2, SCRIPT, arguments(tmp_path, flags=("--profile",)))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert len(metrics(tmp_path)) == 6
     trace = json.loads((tmp_path / "trace.json").read_text())
     names = {event.get("name", "") for event in trace["traceEvents"]}
     for stage in ("route", "dispatch", "experts", "combine"):
@@ -153,28 +150,29 @@ def test_profile_writes_a_trace_that_a_browser_opens(tmp_path: Path) -> None:
 
 
 def test_a_run_too_short_to_profile_is_refused(tmp_path: Path) -> None:
-    short = command(tmp_path, 1, "training.steps=3", "training.eval_interval=1", flags=("--profile",))
-    done = subprocess.run(short, capture_output=True, text=True, env=environment())
+    short = train(tmp_path, 1, "training.steps=3", "training.eval_interval=1", flags=("--profile",))
+    done = short.wait(timeout_s=120)
     assert done.returncode != 0
     assert "training.steps = 3: --profile records from the 4th step of a run on, this one would take 3" in done.stderr
 
 
 def test_a_profile_that_fails_is_not_said_to_be_written(tmp_path: Path) -> None:
-    program = (
-        "import sys; sys.path.insert(0, 'examples')\n"
-        "from pathlib import Path; from torch import nn; from train_moe import PROFILED_STEPS, profiler\n"
+    place, script = tmp_path / "trace.json", tmp_path / "program.py"
+    script.write_text(
+        "import sys; from pathlib import Path; from torch import nn; from train_moe import PROFILED_STEPS, profiler\n"
         "with profiler(Path(sys.argv[1]), nn.Linear(1, 1), enabled=True) as on_step:\n"
         "    on_step(PROFILED_STEPS.start); raise SystemExit(3)\n"
     )
-    place = str(tmp_path / "trace.json")
-    done = subprocess.run([sys.executable, "-c", program, place], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 3 and "Trace:" not in done.stderr and not Path(place).exists(), done.stderr
+    done = Program(script, [str(place)], 1, tmp_path).wait(timeout_s=60)
+    assert done.returncode == 3 and "Trace:" not in done.stderr and not place.exists(), done.stderr
 
 
 def test_a_bad_key_ends_all_processes_with_one_line(tmp_path: Path) -> None:
-    done = subprocess.run(command(tmp_path, 2, "moe.topk=4"), capture_output=True, text=True, env=environment())
+    command = torchrun(2, SCRIPT, arguments(tmp_path, "moe.topk=4"))
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0
     assert "moe.topk = 4: unknown key; did you mean moe.top_k?" in done.stderr
+    assert "Traceback (most recent call last):\n  File" in done.stderr  # torchrun's own
 
 
 def test_when_one_process_dies_all_end(tmp_path: Path) -> None:
@@ -198,11 +196,10 @@ def test_ctrl_c_ends_all_processes_with_a_message(tmp_path: Path) -> None:
 def start(output: Path) -> tuple[subprocess.Popen[str], list[int]]:
     """A long run on two processes, once it has trained a few steps, and the process ids of its ranks."""
     process = subprocess.Popen(
-        command(output, 2, "training.steps=100000", "training.checkpoint_interval=2"),
+        torchrun(2, SCRIPT, arguments(output, "training.steps=100000", "training.checkpoint_interval=2")),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(),
         start_new_session=True,
     )
     wait_for(output / "step_00000002" / "shared.pt")
