@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 
 from protocol.state import (
@@ -37,6 +38,7 @@ class Model:
         self.tagged = setup.tables == "tagged"
         # A receive's reads of the table and the clear of it are kernels that follow one another.
         self.clears_follow_reads = not self.tagged and setup.order == "stream"
+        self._blocks = functools.cache(self._new_blocks)  # rounds are counted anew, so few kernels differ
 
     # What blocks do.
 
@@ -167,17 +169,24 @@ class Model:
                     kept = len(uncleared) - (setup.table_lag - 1)
                     in_receive, uncleared = uncleared[: max(kept, 0)], uncleared[max(kept, 0) :]
                 uncleared = (*uncleared, number)
+        blocks = self._blocks(at, phases, number, targets, in_send, in_receive)
+        kernel = Kernel(phases, number, blocks, frozenset())
+        following = Rank(sent, unreceived, uncleared, (*rank.kernels, kernel), False)
+        return (Event(at, 0, phases, number, "launch"),), self._with_rank(state, at, following)
+
+    def _new_blocks(
+        self, at: int, phases: str, number: int, targets: Targets, in_send: tuple[int, ...], in_receive: tuple[int, ...]
+    ) -> tuple[Block, ...]:
+        """The blocks of a kernel, which clears tables of the rounds ``in_send`` and ``in_receive``."""
         blocks = []
-        for block in range(setup.blocks):
+        for block in range(self.setup.blocks):
             stages: list[Stage] = []
             if "S" in phases:
                 stages += self.send_stages(at, block, number, targets, self._clears(at, block, number, in_send))
             if "R" in phases:
                 stages += self._receive_stages(at, block, number, self._clears(at, block, number, in_receive))
-            blocks.append(_trimmed(Block(setup.order != "early", tuple(stages))))
-        kernel = Kernel(phases, number, tuple(blocks), frozenset())
-        following = Rank(sent, unreceived, uncleared, (*rank.kernels, kernel), False)
-        return (Event(at, 0, phases, number, "launch"),), self._with_rank(state, at, following)
+            blocks.append(_trimmed(Block(self.setup.order != "early", tuple(stages))))
+        return tuple(blocks)
 
     def _with_rank(self, state: State, at: int, rank: Rank) -> State:
         """The state with a rank replaced; kernels that have ended are forgotten."""
@@ -187,7 +196,7 @@ class Model:
         while kernels and kernels[0].ended:
             kernels = kernels[1:]
         if kernels is not rank.kernels:
-            rank = rank._replace(kernels=kernels)
+            rank = Rank(rank.sent, rank.unreceived, rank.uncleared, kernels, rank.dead)
         return State((*state.ranks[:at], rank, *state.ranks[at + 1 :]), state.memory, state.flying)
 
     # Blocks.
@@ -208,8 +217,10 @@ class Model:
                 yield position, number, kernel, block.stages[0]
 
     def _may_act(self, rank: Rank, position: int) -> bool:
+        if position == 0 or not self.setup.waits:
+            return True
         waits = any(phase in self.setup.waits for phase in rank.kernels[position].phases)
-        return not waits or position == 0 or rank.kernels[position - 1].ended
+        return not waits or rank.kernels[position - 1].ended
 
     def _starts(self, state: State, at: int) -> Iterator[Step]:
         """Blocks that may start early."""
@@ -242,7 +253,8 @@ class Model:
             kernel.unperformed if unperformed is None else unperformed,
         )
         kernels = (*rank.kernels[:position], kernel, *rank.kernels[position + 1 :])
-        return self._with_rank(state, at, rank._replace(kernels=kernels))
+        following = Rank(rank.sent, rank.unreceived, rank.uncleared, kernels, rank.dead)
+        return self._with_rank(state, at, following)
 
     def _in_buffer(self, cells: frozenset[Cell], word: Word, number: int) -> Cell | None:
         """What the word holds in the buffer of a round."""
