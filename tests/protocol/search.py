@@ -52,7 +52,9 @@ def explore(setup: Setup, every_step: bool = False, most_states: int = 500_000) 
             any_step = False
             for events, following in model.steps(state):
                 any_step = True
-                base, following = _normalise(following, setup.period)
+                base = 0
+                if setup.rounds is None:
+                    base, following = _normalise(following, setup.period)
                 step = (state, events, base)
                 if came_from.setdefault(following, step) is step:
                     queue.append(following)
