@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 
@@ -48,9 +48,14 @@ class Section:
         """Raise :class:`ConfigError` if keys contradict each other."""
 
 
-def field_types(section: type) -> dict[str, Any]:
+_types: dict[type, Mapping[str, Any]] = {}  # to find them out compiles every annotation
+
+
+def field_types(section: type) -> Mapping[str, Any]:
     """The type of every key of a section class."""
-    return get_type_hints(section)
+    if section not in _types:
+        _types[section] = get_type_hints(section)
+    return _types[section]
 
 
 def is_section(kind: Any) -> bool:
