@@ -1,7 +1,8 @@
 // Activations of the experts with the routing weight inside: one pass forward, one backward.
 //
-// Forward reads x and writes out. Backward reads x and grad, recomputes the activation and writes grad_x and, summed
-// over each row, the gradient of its weight. The arithmetic is fp32, and every result is rounded once.
+// Forward reads x and writes out. Backward reads x and grad, recomputes the activation and writes grad_x, the
+// activation where it is wanted again and, summed over each row, the gradient of its weight. The arithmetic is fp32,
+// and every result is rounded once.
 //
 // The threads of a block form teams of one size, which depends on the width alone; a team works on one row at a time,
 // its threads side by side in vectors of 16 bytes. So a row's sum always has the same order, whatever the number of
@@ -18,7 +19,7 @@ struct ActivationArgs {
   const void* x;             // [rows][2 or 1][row_vectors]; of gated activations the gate lies before the linear half
   const void* grad;          // [rows][row_vectors]; backward only
   const float* row_weights;  // [rows], or nullptr for weights of 1
-  void* out;                 // [rows][row_vectors]; forward only
+  void* out;                 // [rows][row_vectors]; backward: or nullptr, may be grad
   void* grad_x;              // as x; backward only, or nullptr
   float* grad_weights;       // [rows]; backward only, or nullptr
   const int32_t* num_rows;   // how many of the rows are real, or nullptr for all; with `room`: in each room
@@ -149,6 +150,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     const Vector<T>* gate = static_cast<const Vector<T>*>(args.x) + row * vectors * (gated ? 2 : 1);
     const Vector<T>* up = gate + vectors;
     const Vector<T>* grad = static_cast<const Vector<T>*>(args.grad) + row * vectors;
+    Vector<T>* out = static_cast<Vector<T>*>(args.out) + row * vectors;
     Vector<T>* grad_gate = static_cast<Vector<T>*>(args.grad_x) + row * vectors * (gated ? 2 : 1);
     Vector<T>* grad_up = grad_gate + vectors;
     const float weight = real ? weight_of(args, row) : 0.0f;
@@ -174,10 +176,15 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
 #pragma unroll
         for (int k = 0; k < kCount; ++k) {
           float none = 0.0f;
-          activation_gradients<Function, gated>(incoming[k], weight, from_gate[k], gated ? from_up[k] : none, sum);
+          incoming[k] =
+              activation_gradients<Function, gated>(incoming[k], weight, from_gate[k], gated ? from_up[k] : none, sum);
+        }
+        Vector<T> result;
+        if (args.out != nullptr) {
+          result.from_float(incoming);
+          out[i] = result;
         }
         if (args.grad_x == nullptr) continue;
-        Vector<T> result;
         result.from_float(from_gate);
         grad_gate[i] = result;
         if constexpr (gated) {
@@ -248,7 +255,7 @@ EP_MOE_API const char* ep_moe_activation_forward(const ep_moe::ActivationArgs* a
   return ep_moe::launch_over_rows("activation kernel", *args, false, stream);
 }
 
-// Writes `grad_x` and `grad_weights`, those that are given.
+// Writes `grad_x`, `grad_weights` and `out`, those that are given.
 EP_MOE_API const char* ep_moe_activation_backward(const ep_moe::ActivationArgs* args, cudaStream_t stream) {
   return ep_moe::launch_over_rows("activation backward kernel", *args, true, stream);
 }

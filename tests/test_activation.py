@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ep_moe import native
 from ep_moe.experts import activation_kernels, apply_activation, fc1_width
+from ep_moe.experts.activation import activate, activation_backward
 from ep_moe.native import NativeLibraryError, library_path, load_library
 
 ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu", "squared_relu")
@@ -208,6 +209,38 @@ def test_arguments_have_the_library_s_size() -> None:
         pytest.skip("the CUDA library was not built here")
     load_library()
     assert activation_kernels.find_library() is not None
+
+
+def check_activation_made_again(x: Tensor, weights: Tensor, grad: Tensor, activation: str) -> None:
+    """Raise unless backward makes it in the memory of the gradient, and the gradients are those without."""
+    count = torch.tensor([max(x.shape[0] - 3, 0)], dtype=torch.int32, device=x.device)
+
+    def gradients(grad: Tensor, activated: Tensor | None) -> tuple[Tensor | None, ...]:
+        return activation_backward(
+            grad, x, activation, weights, count, need_x=True, need_weights=True, activated=activated
+        )
+
+    wanted, made = gradients(grad, None), grad.clone()
+    found = gradients(made, made)
+    real = int(count)
+    for one, other in zip((*found, made), (*wanted, activate(x, activation, weights, count)), strict=True):
+        assert one is not None and other is not None and torch.equal(one[:real], other[:real])
+    assert torch.equal(made[real:], grad[real:])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_backward_makes_the_activation_again(activation: str) -> None:
+    x = torch.randn(9, fc1_width(activation, 24)).bfloat16()
+    check_activation_made_again(x, torch.rand(9), torch.randn(9, 24).bfloat16(), activation)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_make_the_activation_again(activation: str, dtype: torch.dtype) -> None:
+    for rows, vectors in SHAPES:
+        x, weights, grad = make_inputs(rows, width_of(vectors, dtype), activation, dtype)
+        check_activation_made_again(x, weights, grad, activation)
 
 
 @pytest.mark.parametrize(

@@ -221,12 +221,21 @@ class Communicator(Protocol):
         """Send routing weights (``[tokens, top_k]``) along the routes of an earlier dispatch: ``[num_rows]``."""
         ...
 
-    def combine(self, rows: Tensor, handle: Any, layout: RowLayout = "expert_major") -> Tensor:
+    def combine(
+        self, rows: Tensor, handle: Any, layout: RowLayout = "expert_major", *, behind_gemms: bool = False
+    ) -> Tensor:
         """Sum the rows of each token at its source rank: ``[rows, hidden]`` in either layout to ``[tokens, hidden]``.
 
         The sum runs in fp32 (fp64 for fp64 rows): first over a rank's rows of the token in top-k order, rounded
         once to the dtype of ``rows``, then over the ranks in ascending order. Tokens routed nowhere receive zero.
         Over several nodes the sum of a node's ranks is rounded too, and the nodes are added in ascending order.
+
+        Args:
+            rows: as dispatched; those of padding are not read.
+            handle: of the dispatch.
+            layout: of ``rows``.
+            behind_gemms: GEMMs that take several times as long run meanwhile. If the handle does not say how many SMs
+                to use, it is then few, so that less is taken from those, instead of as many as make this fastest.
         """
         ...
 

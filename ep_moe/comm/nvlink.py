@@ -235,15 +235,17 @@ class NvlinkCommunicator:
         self._exchange_weights(topk_weights.float().contiguous(), slots, handle, native.TO_SLOTS)
         return slots.to(topk_weights.dtype)
 
-    def combine(self, rows: Tensor, handle: NvlinkHandle, layout: RowLayout = "expert_major") -> Tensor:
+    def combine(
+        self, rows: Tensor, handle: NvlinkHandle, layout: RowLayout = "expert_major", *, behind_gemms: bool = False
+    ) -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.combine`."""
-        out, steps = self._combine(rows, handle, layout, 1)
+        out, steps = self._combine(rows, handle, layout, 1, behind_gemms)
         next(steps)
         return out
 
     def combine_in_groups(self, rows: Tensor, handle: NvlinkHandle, groups: int) -> tuple[Tensor, Iterator[None]]:
         """See :meth:`ep_moe.comm.communicator.Communicator.combine_in_groups`; a launch a group."""
-        return self._combine(rows, handle, "expert_major", groups)
+        return self._combine(rows, handle, "expert_major", groups, False)
 
     def combine_to_nodes(
         self,
@@ -263,7 +265,7 @@ class NvlinkCommunicator:
             send: to launch beside this, as the next work of the stream.
             leave_sms: SMs for that; a block of combine takes the whole of one.
         """
-        out, arguments = self._combine_arguments(rows, handle, layout)
+        out, arguments = self._combine_arguments(rows, handle, layout, False)
         assert handle.nodes is not None
         core = self._core
         with core:
@@ -276,21 +278,23 @@ class NvlinkCommunicator:
         return out
 
     def _combine(
-        self, rows: Tensor, handle: NvlinkHandle, layout: RowLayout, groups: int
+        self, rows: Tensor, handle: NvlinkHandle, layout: RowLayout, groups: int, behind_gemms: bool
     ) -> tuple[Tensor, Iterator[None]]:
         rows = rows.contiguous()
-        out, arguments = self._combine_arguments(rows, handle, layout)
+        out, arguments = self._combine_arguments(rows, handle, layout, behind_gemms)
         return out, self._core.steps("combine", arguments, handle.places.ranges(layout, groups), (rows, out, handle))
 
     def _combine_arguments(
-        self, rows: Tensor, handle: NvlinkHandle, layout: RowLayout
+        self, rows: Tensor, handle: NvlinkHandle, layout: RowLayout, behind_gemms: bool
     ) -> tuple[Tensor, native.CombineArgs]:
         """The result, and the arguments that fill it; of contiguous ``rows``."""
         expected = handle.num_rows(layout)
         if rows.dim() != 2 or rows.shape[0] != expected:
             raise ValueError(f"rows: expected [{expected}, hidden] as dispatched, got {list(rows.shape)}")
         wire = wire_format(rows, ELEMENTS, scaled=False)
-        num_sms = handle.num_sms or combine_sms(self.size, handle.places.experts, handle.top_k, layout)
+        num_sms = handle.num_sms or combine_sms(
+            self.size, handle.places.experts, handle.top_k, layout, behind_gemms=behind_gemms
+        )
         self._core.reserve(handle.tokens, handle.top_k, wire.bytes)
         out = torch.empty(handle.tokens, rows.shape[1], dtype=rows.dtype, device=self.device)
         slots, width = handle.places.in_layout(layout)

@@ -146,7 +146,9 @@ class PortableCommunicator(UndividedExchanges):
         arrived = self._exchange(topk_weights[handle.send.tokens], handle.send_counts, handle.recv_counts)
         return self._by_slot(arrived, handle)
 
-    def combine(self, rows: Tensor, handle: PortableHandle, layout: RowLayout = "expert_major") -> Tensor:
+    def combine(
+        self, rows: Tensor, handle: PortableHandle, layout: RowLayout = "expert_major", *, behind_gemms: bool = False
+    ) -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.combine`."""
         if rows.dim() != 2 or rows.shape[0] != handle.num_rows(layout):
             raise ValueError(

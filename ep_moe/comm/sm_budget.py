@@ -16,6 +16,8 @@ from ep_moe.comm.communicator import RowLayout
 SM_STEP, MOST_SMS = 8, 128
 HEADROOM = 1.5
 """How much more than limits the exchange the SMs could move: stages that take equally long hinder each other."""
+BEHIND_GEMMS = 0.5
+"""The same behind GEMMs, where time does not count: an SM that stores or adds all the time takes least from them."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,15 @@ class KernelRates:
 MEASURED = KernelRates()
 
 
-def sms_to_keep_up(work_of_one_sm: float, longest_other: float) -> int:
-    """SMs with which their part of an exchange takes less time than its slowest other part, by :data:`HEADROOM`.
+def sms_to_keep_up(work_of_one_sm: float, longest_other: float, headroom: float = HEADROOM) -> int:
+    """SMs with which their part of an exchange takes less time than its slowest other part, by ``headroom``.
 
     Args:
         work_of_one_sm: time of the SMs' part on one of them.
         longest_other: time of that other part, in the same unit.
+        headroom: how many times as much they could move.
     """
-    needed = HEADROOM * work_of_one_sm / longest_other
+    needed = headroom * work_of_one_sm / longest_other
     return min(math.ceil(needed / SM_STEP) * SM_STEP, MOST_SMS)
 
 
@@ -75,14 +78,18 @@ def dispatch_sms(ranks: int, experts_per_rank: int, top_k: int, layout: RowLayou
 
 
 @functools.cache
-def combine_sms(ranks: int, experts_per_rank: int, top_k: int, layout: RowLayout) -> int:
-    """SMs for a combine between ``ranks`` of one node, which adds a rank's rows of a token and then the ranks' sums."""
+def combine_sms(ranks: int, experts_per_rank: int, top_k: int, layout: RowLayout, *, behind_gemms: bool = False) -> int:
+    """SMs for a combine between ``ranks`` of one node, which adds a rank's rows of a token and then the ranks' sums.
+
+    ``behind_gemms`` is that of :meth:`ep_moe.comm.communicator.Communicator.combine`.
+    """
     arriving = ranks_of_token(ranks, experts_per_rank, top_k)
     added = top_k if layout == "expert_major" else arriving
     pushed = arriving * (1 - 1 / ranks)
     crew = busier_crew(added, pushed, 1.0, 1 - 1 / ranks)
     wire, memory = pushed / MEASURED.push, (added + 2 * pushed + 1) / MEASURED.memory
-    return sms_to_keep_up(crew / MEASURED.combine_per_crew, overlapped(wire, memory, MEASURED.combine_interference))
+    others = overlapped(wire, memory, MEASURED.combine_interference)
+    return sms_to_keep_up(crew / MEASURED.combine_per_crew, others, BEHIND_GEMMS if behind_gemms else HEADROOM)
 
 
 def busier_crew(added: float, pushed: float, finished: float, from_peers: float) -> float:

@@ -165,7 +165,9 @@ class TwoHopCommunicator(UndividedExchanges):
             raise ValueError(f"topk_weights: expected {list(handle.shape)}, got {list(topk_weights.shape)}")
         return self._hops.dispatch_weights(topk_weights.contiguous(), handle.hops)
 
-    def combine(self, rows: Tensor, handle: TwoHopHandle, layout: RowLayout = "expert_major") -> Tensor:
+    def combine(
+        self, rows: Tensor, handle: TwoHopHandle, layout: RowLayout = "expert_major", *, behind_gemms: bool = False
+    ) -> Tensor:
         """See :meth:`ep_moe.comm.communicator.Communicator.combine`."""
         if rows.dim() != 2 or rows.shape[0] != handle.num_rows(layout):
             raise ValueError(

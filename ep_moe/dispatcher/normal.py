@@ -205,7 +205,10 @@ def _dispatch_backward(ctx: Any, grad_rows: Tensor, grad_weights: Tensor) -> tup
     def send_back() -> tuple[Tensor | None, Tensor | None]:
         # Whether each is needed is the same on all ranks of a model.
         needs_x, needs_weights = ctx.needs_input_grad[:2]
-        grad_x = communicator.combine(grad_rows.contiguous(), ctx.routes) if needs_x else None
+        behind_gemms = ctx.behind is not None
+        grad_x = (
+            communicator.combine(grad_rows.contiguous(), ctx.routes, behind_gemms=behind_gemms) if needs_x else None
+        )
         grad_topk = communicator.combine_weights(grad_weights.contiguous(), ctx.routes) if needs_weights else None
         return grad_x, grad_topk
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ep_moe.experts import activation_kernels
-from ep_moe.experts.recompute import Recipe
 
 
 @dataclass(frozen=True)
@@ -101,16 +100,6 @@ def apply_activation(
     return result
 
 
-def activation_recipe(
-    x: Tensor, activation: str, row_weights: Tensor | None = None, row_count: Tensor | None = None
-) -> Recipe:
-    """How to make the result of :func:`apply_activation` again; arguments as there."""
-    weights = None if row_weights is None else row_weights.detach()
-    return Recipe(
-        (x.detach(), weights, row_count), lambda x, weights, count: apply_activation(x, activation, weights, count)
-    )
-
-
 def apply_packed_activation(x: Tensor, activation: str, counts: Tensor) -> Tensor:
     """As :func:`apply_activation`, for packed rows: of ``x[e]`` the first ``counts[e]`` are real. No gradients.
 
@@ -172,11 +161,13 @@ def activation_backward(
     need_weights: bool,
     row_start: Tensor | None = None,
     out: Tensor | None = None,
+    activated: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of :func:`activate` in ``x`` and ``row_weights`` from that of its result.
 
     Arguments as there, and which of the two gradients are wanted; the others are ``None``. That of ``x`` is written to
-    ``out``, if given.
+    ``out``, if given. If ``activated`` is, what the activation makes of ``x`` is written there, bit for bit; it may be
+    ``grad``.
     """
     if activation_kernels.usable(x, _out_width(x, activation)):
         return activation_kernels.backward(
@@ -189,6 +180,7 @@ def activation_backward(
             need_weights=need_weights,
             row_start=row_start,
             out=out,
+            activated=activated,
         )
     wide = x.to(_compute_dtype(x))
     # dense: the aten backward kernels below are tuned for it, and sum().backward() hands over an expanded scalar
@@ -198,14 +190,14 @@ def activation_backward(
     if activation in _GATED:
         nonlinearity = _GATED[activation]
         gate, up = wide.chunk(2, dim=-1)
-        activated = nonlinearity.value(gate)
+        value = nonlinearity.value(gate)
         if need_weights:
-            grad_weights = (grad * activated).mul_(up).sum(-1)
+            grad_weights = (grad * value).mul_(up).sum(-1)
         if need_x:
             grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
             grad_gate, grad_up = grad_x.chunk(2, dim=-1)
             grad_gate.copy_(nonlinearity.backward(scaled * up, gate))
-            grad_up.copy_(activated.mul_(scaled))
+            grad_up.copy_(value.mul_(scaled))
     else:
         nonlinearity = _PLAIN[activation]
         if need_weights:
@@ -216,6 +208,8 @@ def activation_backward(
         grad_x = _store(grad_x, out, row_start, row_count)
     if grad_weights is not None and row_weights is not None:
         grad_weights = grad_weights.to(row_weights.dtype)
+    if activated is not None:
+        activate(x, activation, row_weights, row_count, row_start=row_start, out=activated)
     return grad_x, grad_weights
 
 

@@ -109,12 +109,14 @@ def backward(
     need_weights: bool,
     row_start: Tensor | None = None,
     out: Tensor | None = None,
+    activated: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of :func:`forward` from that of its result, ``[..., width]`` in the dtype of ``x``.
 
     Returns:
         The gradients of ``x`` and of ``row_weights``, in their shapes and dtypes, or ``None`` for those not needed;
-        that of ``x`` is ``out``, if given. Only rows from ``row_start`` to ``row_count`` are written.
+        that of ``x`` is ``out``, if given. Only rows from ``row_start`` to ``row_count`` are written, to ``activated``
+        too, which gets the result of :func:`forward` and may be ``grad``.
     """
     # an expanded scalar (from sum().backward()), or a view that starts between vectors
     if not _is_plain(grad):
@@ -125,7 +127,8 @@ def backward(
     weights = as_fp32(row_weights)
     arguments.x, arguments.grad, arguments.row_weights = x.data_ptr(), grad.data_ptr(), pointer(weights)
     arguments.grad_x, arguments.grad_weights = pointer(grad_x), pointer(grad_weights)
-    if need_x or need_weights:
+    arguments.out = pointer(activated)
+    if need_x or need_weights or activated is not None:
         _launch("activation_backward", arguments, x.device)
     if grad_weights is not None and row_weights is not None:
         grad_weights = grad_weights.to(row_weights.dtype)

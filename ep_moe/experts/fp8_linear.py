@@ -21,7 +21,6 @@ from ep_moe.comm.fp8_rows import QuantizedRows, dequantize_rows
 from ep_moe.experts.deferred import WeightGradientTask
 from ep_moe.experts.fp8 import Fp8Columns, Fp8Gemm, Fp8Rows, Fp8WeightPair, by_blocks
 from ep_moe.experts.gemm import GroupedGemm, WeightProduct, gradient_or_task, row_major, weight_product
-from ep_moe.experts.recompute import kept
 
 
 class QuantizedGradient:
@@ -161,9 +160,8 @@ class _Fp8GroupedLinear(torch.autograd.Function):
         else:
             rows = row_major(rows)
             fp8_rows = products.fp8.quantize_rows(rows, segments)
-            recipe = kept(rows)
-            ctx.save_for_backward(*recipe.tensors)
-            ctx.make_rows = recipe.make
+            ctx.save_for_backward(rows)
+            ctx.make_rows = None
         return products.fp8.multiply(fp8_rows, quantized.weight, segments, rows.dtype)
 
     @staticmethod
@@ -180,6 +178,7 @@ class _Fp8GroupedLinear(torch.autograd.Function):
                 quantized, operand = quantize_gradient(products, grad, segments, need_weight)
             grad_rows = products.fp8.multiply(quantized, ctx.transposed, segments, ctx.dtype)
         if need_weight:
-            product = weight_product_of(products, operand, ctx.make_rows(*ctx.saved_tensors), segments, ctx.dtype)
+            rows = ctx.saved_tensors[0] if ctx.make_rows is None else ctx.make_rows(*ctx.saved_tensors)
+            product = weight_product_of(products, operand, rows, segments, ctx.dtype)
             grad_weight = gradient_or_task(ctx.defer, ctx.parameter, product)
         return grad_rows, None, grad_weight, None, None, None, None, None, None

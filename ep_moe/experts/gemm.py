@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 
 from ep_moe.comm import ExpertSegments
 from ep_moe.experts.deferred import WeightGradientTask
-from ep_moe.experts.recompute import Recipe, kept
 
 
 class RowProduct(Protocol):
@@ -172,14 +171,12 @@ def grouped_linear(
     segments: ExpertSegments,
     gemm: GroupedGemm,
     defer: Callable[[WeightGradientTask], None] | None = None,
-    recipe: Recipe | None = None,
 ) -> Tensor:
     """``gemm.forward``, differentiable once in ``rows`` and ``weight``; strides may be any.
 
-    With ``defer`` the backward pass hands it the computation of the weight's gradient instead of running it. With
-    ``recipe`` it makes the rows again instead of keeping them.
+    With ``defer`` the backward pass hands it the computation of the weight's gradient instead of running it.
     """
-    result: Tensor = _GroupedLinear.apply(rows, weight, segments, gemm, defer, recipe)
+    result: Tensor = _GroupedLinear.apply(rows, weight, segments, gemm, defer)
     return result
 
 
@@ -199,27 +196,25 @@ class _GroupedLinear(torch.autograd.Function):
         segments: ExpertSegments,
         gemm: GroupedGemm,
         defer: Callable[[WeightGradientTask], None] | None,
-        recipe: Recipe | None,
     ) -> Tensor:
         ctx.parameter = weight  # besides the saved one, which may come back as another tensor without main_grad
         rows, weight = row_major(rows), row_major(weight)
-        recipe = recipe or kept(rows)
-        ctx.save_for_backward(weight, *recipe.tensors)
-        ctx.segments, ctx.gemm, ctx.defer, ctx.make_rows = segments, gemm, defer, recipe.make
+        ctx.save_for_backward(rows, weight)
+        ctx.segments, ctx.gemm, ctx.defer = segments, gemm, defer
         return gemm.forward(rows, weight, segments)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *ingredients = ctx.saved_tensors
+        rows, weight = ctx.saved_tensors
         grad = row_major(grad)  # sum().backward() hands over an expanded scalar
         need_rows, need_weight, *_ = ctx.needs_input_grad
         grad_rows = ctx.gemm.dgrad(grad, weight, ctx.segments) if need_rows else None
         grad_weight = None
         if need_weight:
-            product = weight_product(ctx.gemm, grad, ctx.make_rows(*ingredients), ctx.segments)
+            product = weight_product(ctx.gemm, grad, rows, ctx.segments)
             grad_weight = gradient_or_task(ctx.defer, ctx.parameter, product)
-        return grad_rows, grad_weight, None, None, None, None
+        return grad_rows, grad_weight, None, None, None
 
 
 def weight_product(gemm: GroupedGemm, grad: Tensor, rows: Tensor, segments: ExpertSegments) -> WeightProduct:

@@ -14,8 +14,8 @@ from ep_moe.comm import ExpertSegments, PackedSegments
 from ep_moe.comm.fp8 import BLOCK
 from ep_moe.comm.fp8_rows import QuantizedRows
 from ep_moe.config import ConfigError, ExpertsConfig
+from ep_moe.experts.activated_linear import activated_linear
 from ep_moe.experts.activation import (
-    activation_recipe,
     apply_activation,
     apply_packed_activation,
     check_row_weights,
@@ -30,8 +30,7 @@ from ep_moe.experts.gemm import GroupedGemm, grouped_linear, row_major
 from ep_moe.experts.groups import ExpertNetwork
 from ep_moe.experts.init import initialize_experts
 from ep_moe.experts.quantized_weight import QuantizedWeight
-from ep_moe.experts.recompute import Recipe
-from ep_moe.experts.swiglu import swiglu_linear
+from ep_moe.experts.swiglu import activated, swiglu_linear
 from ep_moe.experts.te import import_grouped_gemm
 
 
@@ -132,8 +131,12 @@ class GroupedExperts(nn.Module):
         return self.config.precision == "fp8"
 
     def defer_gradients(self) -> DeferredGradients:
-        """What :meth:`forward` needs so that its backward pass leaves the weight gradients for later."""
-        return DeferredGradients(*_autocast(self.fc1_weight, self.fc2_weight))
+        """What :meth:`forward` needs so that its backward pass leaves the gradient of ``fc1_weight`` for later.
+
+        That one alone takes longer than rows travel, and needs nothing that is not there at the end of the backward
+        pass anyway.
+        """
+        return DeferredGradients(*autocast(self.fc1_weight))
 
     def network(self, rows: Tensor) -> ExpertNetwork:
         """How rows like ``rows``, of the dtype of the computation, are computed with.
@@ -153,7 +156,7 @@ class GroupedExperts(nn.Module):
         Raises:
             ValueError: if ``rows`` are of another dtype or device, or not ``hidden`` wide.
         """
-        fc1_weight, fc2_weight = _autocast(self.fc1_weight, self.fc2_weight)
+        fc1_weight, fc2_weight = autocast(self.fc1_weight, self.fc2_weight)
         self._check_rows(rows, rows.shape[0], fc1_weight)
         return fc1_weight, fc2_weight
 
@@ -176,8 +179,8 @@ class GroupedExperts(nn.Module):
             row_weights: floating point ``[segments.num_rows]``, or ``None`` for weights of 1.
             segments: which rows belong to which local expert. If packed, for inference: ``rows`` are
                 ``[local_experts, room, hidden]``, and so is the result, which is ``segments.out``.
-            deferred: of :meth:`defer_gradients`; takes the weight gradients, whose computation the caller then owes.
-                ``None`` computes them in the backward pass of each projection.
+            deferred: of :meth:`defer_gradients`; takes the gradients of its weights, those of the first projection or
+                of both, whose computation the caller then owes. Others are computed in the backward pass.
 
         Returns:
             ``[segments.num_rows, hidden]`` in the dtype of the computation, contiguous.
@@ -189,28 +192,36 @@ class GroupedExperts(nn.Module):
         """
         if isinstance(segments, PackedSegments):
             return self._forward_packed(rows, segments)
-        if deferred is None:
-            fc1_weight, fc2_weight = _autocast(self.fc1_weight, self.fc2_weight)
-        else:
-            fc1_weight, fc2_weight = deferred.weights
+        later = () if deferred is None else deferred.weights
+        fc1_weight, fc2_weight = (*later, *autocast(*(self.fc1_weight, self.fc2_weight)[len(later) :]))
         if isinstance(rows, QuantizedRows):
-            rows = replace(rows, stand_in=_autocast(rows.stand_in)[0])
+            rows = replace(rows, stand_in=autocast(rows.stand_in)[0])
         else:
-            (rows,) = _autocast(rows)
+            (rows,) = autocast(rows)
         self._check(rows, row_weights, segments, fc1_weight)
-        defer_fc1, defer_fc2 = (None if deferred is None else functools.partial(deferred.add, i) for i in range(2))
+        defer_fc1, defer_fc2 = (
+            functools.partial(deferred.add, i) if deferred is not None and i < len(later) else None for i in range(2)
+        )
         activation = self.config.activation
         if self.config.precision == "fp8":
             return self._forward_fp8(rows, row_weights, segments, (fc1_weight, fc2_weight), (defer_fc1, defer_fc2))
         assert isinstance(rows, Tensor)  # which _check has seen to
         gemm = self._backend(rows.dtype, rows.device)
+        inner: Tensor | None = None
+        fc1_out: Tensor | None
         if gemm.swiglu is not None and activation == "swiglu":
-            inner, fc1_out = swiglu_linear(rows, fc1_weight, row_weights, segments, gemm, defer_fc1)
+            fc1_out, inner = swiglu_linear(rows, fc1_weight, row_weights, segments, gemm, defer_fc1)
         else:
             fc1_out = grouped_linear(rows, fc1_weight, segments, gemm, defer_fc1)
+        # Only where the pre-activations are kept anyway, for their own gradient.
+        if self.config.recompute_activation and fc1_out is not None and fc1_out.requires_grad:
+            return activated_linear(fc1_out, row_weights, activation, fc2_weight, segments, gemm, defer_fc2, inner)
+        if inner is None:
+            assert fc1_out is not None
             inner = apply_activation(fc1_out, activation, row_weights, segments.row_count)
-        recipe = self._recipe_of_activations(fc1_out, row_weights, segments)
-        return grouped_linear(inner, fc2_weight, segments, gemm, defer_fc2, recipe)
+        elif fc1_out is not None:
+            inner = activated(fc1_out, row_weights, segments, inner)
+        return grouped_linear(inner, fc2_weight, segments, gemm, defer_fc2)
 
     def _set_marks(self) -> None:
         for parameter in (self.fc1_weight, self.fc2_weight):
@@ -254,17 +265,6 @@ class GroupedExperts(nn.Module):
     def _backend(self, dtype: torch.dtype, device: torch.device) -> GroupedGemm:
         return select_backend(self.config.backend, dtype=dtype, device=device, **self._sizes)
 
-    def _recipe_of_activations(
-        self, fc1_out: Tensor | None, row_weights: Tensor | None, segments: ExpertSegments
-    ) -> Recipe | None:
-        """How to make what the second projection reads, if it is not to be kept.
-
-        Only where the pre-activations are kept anyway, for their own gradient.
-        """
-        if not self.config.recompute_activation or fc1_out is None or not fc1_out.requires_grad:
-            return None
-        return activation_recipe(fc1_out, self.config.activation, row_weights, segments.row_count)
-
     def _forward_fp8(
         self,
         rows: Tensor | QuantizedRows,
@@ -301,7 +301,7 @@ class GroupedExperts(nn.Module):
 
     def _forward_packed(self, rows: Tensor | QuantizedRows, segments: PackedSegments) -> Tensor:
         """The network on the real rows of each expert, into the buffer from which they are combined."""
-        fc1_weight, fc2_weight = _autocast(self.fc1_weight, self.fc2_weight)
+        fc1_weight, fc2_weight = autocast(self.fc1_weight, self.fc2_weight)
         arrived, rows = (rows, rows.stand_in) if isinstance(rows, QuantizedRows) else (None, rows)
         if torch.is_grad_enabled() and (rows.requires_grad or fc1_weight.requires_grad or fc2_weight.requires_grad):
             raise RuntimeError("packed rows have no gradients: wrap the call in torch.no_grad()")
@@ -363,10 +363,9 @@ class GroupedExperts(nn.Module):
             )
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as ``torch.autocast`` would for a linear layer: custom autograd functions are outside its reach."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not tensors or not torch.is_autocast_enabled(kind := tensors[0].device.type):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)

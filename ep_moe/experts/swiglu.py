@@ -22,11 +22,10 @@ def swiglu_linear(
     segments: ExpertSegments,
     gemm: GroupedGemm,
     defer: Callable[[WeightGradientTask], None] | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """``swiglu(rows @ weight.T) * row_weights`` by ``gemm.swiglu``, differentiable once; strides may be any.
+) -> tuple[Tensor | None, Tensor]:
+    """``grouped_linear``, and ``swiglu(...) * row_weights`` of its result, by ``gemm.swiglu``; strides may be any.
 
-    The same as :func:`~ep_moe.experts.gemm.grouped_linear` and ``apply_activation`` one after the other, and backward
-    is theirs: the derivative of the activation inside a GEMM was slower than in a kernel of its own.
+    Backward is that of the two: the derivative of the activation inside a GEMM was slower than in a kernel of its own.
 
     Args:
         rows: ``[segments.num_rows, hidden]``.
@@ -37,39 +36,45 @@ def swiglu_linear(
         defer: takes the computation of the weight's gradient in the backward pass; ``None`` runs it there.
 
     Returns:
-        ``[segments.num_rows, ffn]``, and the pre-activations ``[segments.num_rows, 2 * ffn]`` or, where nothing needs a
-        gradient, ``None``. Behind the last segment both are unspecified, as are the gradients of rows and
-        ``row_weights``.
+        The pre-activations ``[segments.num_rows, 2 * ffn]``, differentiable once in ``rows`` and ``weight``, or
+        ``None`` where nothing needs a gradient; and the activations, ``[segments.num_rows, ffn]``, without a history:
+        :func:`activated` gives them one. Behind the last segment both are unspecified, as are the gradients of rows.
     """
     fused = gemm.swiglu
     assert fused is not None
     if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in (rows, weight, row_weights)):
-        return fused(row_major(rows), row_major(weight), segments, row_weights, keep=False)
-    activated: list[Tensor] = []
+        inner, _ = fused(row_major(rows), row_major(weight), segments, row_weights, keep=False)
+        return None, inner
+    made: list[Tensor] = []
 
     def forward(rows: Tensor, weight: Tensor, segments: ExpertSegments, /, *, out: Tensor | None = None) -> Tensor:
         inner, pre_activation = fused(rows, weight, segments, row_weights, keep=True, pre_activation=out)
         assert pre_activation is not None
-        activated.append(inner)
+        made.append(inner)
         return pre_activation
 
-    # Two nodes, so that backward is done with the pre-activation before it makes the gradients of rows and weight.
-    both = GroupedGemm(forward, gemm.dgrad, gemm.wgrad, in_turns=gemm.in_turns)
-    pre_activation = grouped_linear(rows, weight, segments, both, defer)
-    result: Tensor = _Activated.apply(pre_activation, row_weights, segments, activated)
-    return result, pre_activation
+    # Of the first projection alone, so that backward is done with the pre-activation before it makes the gradients of
+    # rows and weight.
+    first = GroupedGemm(forward, gemm.dgrad, gemm.wgrad, in_turns=gemm.in_turns)
+    return grouped_linear(rows, weight, segments, first, defer), made.pop()
+
+
+def activated(
+    pre_activation: Tensor, row_weights: Tensor | None, segments: ExpertSegments, activations: Tensor
+) -> Tensor:
+    """The activations of :func:`swiglu_linear`, differentiable once in the pre-activations and ``row_weights``."""
+    result: Tensor = _Activated.apply(pre_activation, row_weights, segments, activations)
+    return result
 
 
 class _Activated(torch.autograd.Function):
-    """The activation of the first argument, which has been computed."""
-
     @staticmethod
     def forward(
-        ctx: Any, pre_activation: Tensor, row_weights: Tensor | None, segments: ExpertSegments, activated: list[Tensor]
+        ctx: Any, pre_activation: Tensor, row_weights: Tensor | None, segments: ExpertSegments, activations: Tensor
     ) -> Tensor:
         ctx.save_for_backward(pre_activation, row_weights)
         ctx.segments = segments
-        return activated.pop()
+        return activations.view_as(activations)  # another tensor, which may have a history
 
     @staticmethod
     @once_differentiable

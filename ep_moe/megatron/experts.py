@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ep_moe.experts import GroupedExperts
 from ep_moe.experts.deferred import DeferredGradients, WeightGradientTask
+from ep_moe.experts.grouped import autocast
 
 Layout = Literal["native", "sequential", "grouped", "te_grouped"]
 
@@ -136,9 +137,10 @@ class MegatronExperts(GroupedExperts):
         self.mark_parameters(allreduce=ep_size == 1, skip_backward_post_hook=delay_wgrad)
 
     def defer_gradients(self) -> DeferredGradients:
-        """As in ``GroupedExperts``; with ``delay_wgrad`` all passes leave their gradients in one place."""
-        deferred = super().defer_gradients()
-        return DeferredGradients(*deferred.weights, tasks=self._delayed) if self.delay_wgrad else deferred
+        """As in ``GroupedExperts``; with ``delay_wgrad`` all passes leave all gradients in one place."""
+        if not self.delay_wgrad:
+            return super().defer_gradients()
+        return DeferredGradients(*autocast(self.fc1_weight, self.fc2_weight), tasks=self._delayed)
 
     def register_wgrad_accumulation_and_reduce_hooks(self, hook: Callable[[], None]) -> None:
         """Call ``hook``, of one parameter, whenever :meth:`backward_dw` is done; Megatron's DDP calls this."""
