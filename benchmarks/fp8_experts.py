@@ -136,7 +136,7 @@ def passes(case: Case, experts: GroupedExperts) -> Iterator[Pass]:
     yield Pass("activation", lambda: fp8.activate(pre, "swiglu", weights, segments), 5 * rows * ffn)
     yield Pass("fc2 forward", multiply(inner8, fc2.weight), flops=flops2)
     yield Pass("gradient quantised", lambda: fp8.quantize_rows(grad, segments), 3 * rows * hidden)
-    yield Pass("gradient, or rows, quantised both ways", lambda: fp8.quantize_both(grad, segments), 4 * rows * hidden)
+    yield Pass("gradient quantised both ways", lambda: fp8.quantize_both(grad, segments, False), 4 * rows * hidden)
     yield Pass("fc2 dgrad", multiply(grad8, fc2.transposed), flops=flops2)
     backward = functools.partial(
         fp8.activation_gradients, inner, pre, "swiglu", weights, segments, need_weights=True, need_activated=True
@@ -149,12 +149,12 @@ def passes(case: Case, experts: GroupedExperts) -> Iterator[Pass]:
     yield Pass("fc1 wgrad, bf16", lambda: wgrad(pre, x, segments), flops=flops1, fp8=False)
     yield from wgrad_passes(case, fp8, "fc1", pre, x, flops1)
     arrived = Fp8Rows(x8.values, by_row.contiguous().t())
-    yield Pass("fc1 FP8 rows by tokens", lambda: fp8.quantize_columns(arrived, segments), 2 * rows * hidden)
+    yield Pass("fc1 FP8 rows by tokens", lambda: fp8.quantize_columns(arrived, segments, True), 3 * rows * hidden)
     total = torch.zeros(experts.fc1_weight.shape, device=device)
     added: dict[str, Any] = {"out": total, "accumulate": True}
     moved = 8 * total.numel()
     yield Pass("fc1 wgrad, bf16, added to fp32", lambda: wgrad(pre, x, segments, **added), moved, flops1, False)
-    columns = fp8.quantize_columns(pre, segments), fp8.quantize_columns(x, segments)
+    columns = fp8.quantize_columns(pre, segments, False), fp8.quantize_columns(x, segments, True)
     in_fp8 = functools.partial(fp8.wgrad, *columns, segments, torch.bfloat16, **added)
     yield Pass("fc1 wgrad, FP8, added to fp32", in_fp8, moved, flops1)
 
@@ -162,9 +162,9 @@ def passes(case: Case, experts: GroupedExperts) -> Iterator[Pass]:
 def wgrad_passes(case: Case, fp8: Fp8Gemm, name: str, grad: Tensor, rows: Tensor, flops: int) -> Iterator[Pass]:
     """A gradient of weights in FP8, of operands in bf16."""
     segments = case.segments
-    yield Pass(f"{name} gradient by tokens", lambda: fp8.quantize_columns(grad, segments), 3 * grad.numel())
-    yield Pass(f"{name} rows by tokens", lambda: fp8.quantize_columns(rows, segments), 3 * rows.numel())
-    columns = fp8.quantize_columns(grad, segments), fp8.quantize_columns(rows, segments)
+    yield Pass(f"{name} gradient by tokens", lambda: fp8.quantize_columns(grad, segments, False), 3 * grad.numel())
+    yield Pass(f"{name} rows by tokens", lambda: fp8.quantize_columns(rows, segments, True), 5 * rows.numel())
+    columns = fp8.quantize_columns(grad, segments, False), fp8.quantize_columns(rows, segments, True)
     yield Pass(f"{name} wgrad, FP8", lambda: fp8.wgrad(*columns, segments, torch.bfloat16), flops=flops)
 
 

@@ -78,30 +78,19 @@ __device__ __forceinline__ void st_shared_zeros(uint32_t address) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
 }
 
-// Overwrites tokens `first` to `last` in the operands of a warpgroup: two boxes of grad, its own, and the two of rows,
-// which the other warpgroup overwrites with the same zeros. The swizzle permutes within a token's 128 bytes only.
+// Overwrites tokens `first` to `last` in the operands of a warpgroup: its own box of grad, and those of rows, which the
+// other warpgroup overwrites with the same zeros. The swizzle permutes within a token's 128 bytes only.
 __device__ __forceinline__ void clear_tokens(uint32_t grad, uint32_t rows, int first, int last, int warpgroup) {
   constexpr int kChunks = kSwizzleRowBytes / 16;
   const int thread = threadIdx.x % kWarpgroup;
   for (int i = thread; i < (last - first) * kChunks; i += kWarpgroup) {
     const uint32_t offset = first * kSwizzleRowBytes + i * 16;
     st_shared_zeros(grad + offset);
-    st_shared_zeros(grad + kBoxBytes + offset);
-    st_shared_zeros(rows + offset);
-    st_shared_zeros(rows + kBoxBytes + offset);
+#pragma unroll
+    for (int box = 0; box < kTileIn / 64; ++box) st_shared_zeros(rows + box * kBoxBytes + offset);
   }
   fence_proxy_async_shared();
   bar_sync(1 + warpgroup, kWarpgroup);
-}
-
-__device__ __forceinline__ void multiply_step(float (&sums)[2][64], uint64_t grad, uint64_t rows, int step,
-                                              bool accumulate) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    wgmma<kTileIn, Major::kOuter, Major::kOuter>(sums[half],
-                                                 grad + half * (kBoxBytes >> 4) + step * descriptor_step(Major::kOuter),
-                                                 rows + step * descriptor_step(Major::kOuter), accumulate);
-  }
 }
 
 template <Result result>
@@ -111,10 +100,10 @@ __device__ __forceinline__ void multiply(const WeightGemm& gemm, const int32_t* 
   for (WeightTileSequence tiles = tiles_of(gemm.args, ends); !tiles.done(); tiles.advance()) {
     const WeightTile tile = tiles.tile();
     if (result != Result::kWrite && tile.tokens == 0) continue;
-    float sums[2][64];
+    float sums[kTileIn / 2];
     if (tile.tokens == 0) {
 #pragma unroll
-      for (int j = 0; j < 128; ++j) sums[j / 64][j % 64] = 0.0f;
+      for (float& sum : sums) sum = 0.0f;
     }
     int previous = 0;
     // A block of tokens. The number of steps is known when this is compiled: with branches between multiplies, the
@@ -123,13 +112,16 @@ __device__ __forceinline__ void multiply(const WeightGemm& gemm, const int32_t* 
       constexpr int kSteps = decltype(steps)::value;
       position.wait_full(barriers);
       const uint32_t stage = ring + position.stage * kStageBytes;
-      const uint32_t my_grad = stage + warpgroup * 2 * kBoxBytes, rows = stage + kGradBytes;
+      const uint32_t my_grad = stage + warpgroup * kBoxBytes, rows = stage + kGradBytes;
       const int valid = tile.tokens - token;
       if (valid < kSteps * kMmaK) clear_tokens(my_grad, rows, valid, kSteps * kMmaK, warpgroup);
       const uint64_t a = matrix_descriptor(my_grad, kBoxBytes), b = matrix_descriptor(rows, kBoxBytes);
       wgmma_fence();
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) multiply_step(sums, a, b, step, token > 0 || step > 0);
+      for (int step = 0; step < kSteps; ++step) {
+        wgmma<kTileIn, Major::kOuter, Major::kOuter>(sums, a + step * descriptor_step(Major::kOuter),
+                                                     b + step * descriptor_step(Major::kOuter), token > 0 || step > 0);
+      }
       wgmma_commit_group();
       wgmma_wait_group<1>();  // the block before this one has been multiplied
       if (token > 0 && threadIdx.x % 32 == 0) mbarrier_arrive(&barriers.empty[previous]);
@@ -144,8 +136,7 @@ __device__ __forceinline__ void multiply(const WeightGemm& gemm, const int32_t* 
     for (; token + kMmaK < tile.tokens; token += kBlockK) multiply_block(token, kWhole);
     if (token < tile.tokens) multiply_block(token, kFirstStep);
     wgmma_wait_group<0>();
-    touch(sums[0]);
-    touch(sums[1]);
+    touch(sums);
     if (tile.tokens > 0 && threadIdx.x % 32 == 0) mbarrier_arrive(&barriers.empty[previous]);
 
     if constexpr (result == Result::kTotal) {
@@ -207,7 +198,7 @@ EP_MOE_API const char* ep_moe_grouped_gemm_wgrad(const ep_moe::GroupedWgradArgs*
   if (!encode_column_blocks(&gemm.grad, args->grad, args->num_rows, args->out_features, kBlockK, kTileOut / 64) ||
       !encode_column_blocks(&gemm.rows, args->rows, args->num_rows, args->in_features, kBlockK, kTileIn / 64) ||
       !encode_rows(&gemm.out, out_type, args->out, args->experts, args->out_features, args->in_features,
-                   args->accumulate ? 64 : 128)) {
+                   kWarpgroupOut)) {
     return error_text(cudaErrorInvalidValue, kWhat);
   }
   const bool few_tokens = args->num_rows < static_cast<int64_t>(kReducedTokens) * args->experts;

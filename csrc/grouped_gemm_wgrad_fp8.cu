@@ -1,19 +1,23 @@
 // Gradient of the experts' weights in FP8: for each expert its gradient rows, transposed, by its rows, both e4m3.
 //
 // The reduction runs over tokens, along which the multiply wants its operands: quantize_columns.cu has transposed them,
-// into blocks of 128 tokens of one expert, with a scale for each block of a channel, zeros behind an expert's last
-// token. So no product needs a mask, and a stage of the ring is a block. Instructions that would see those zeros alone
-// are left out. The products of a block are summed by the multiply, then scaled by the scales of their two channels and
-// added to fp32 registers ("promoted"), as the DeepSeek-V3 report describes (arXiv 2412.19437, section 3.3). An expert
-// without tokens gets zeros.
+// into blocks of 128 tokens of one expert, zeros behind an expert's last token. So no product needs a mask, and a stage
+// of the ring is a block. Instructions that would see those zeros alone are left out. The products of a block are
+// summed by the multiply, then scaled and added to fp32 registers ("promoted"), as the DeepSeek-V3 report describes
+// (arXiv 2412.19437, section 3.3).
 //
-// A tile is 256 channels of the gradient by 128 of the rows, in four units of 64 x 128: a warpgroup has the upper or
-// the lower two, side by side, so that its sums lie as those of the product in bf16 and leave in the same ways
-// (gemm_weight_result.cuh). The warpgroups multiply by turns (gemm_turns.cuh): both take two a stage, also where the
-// lower half of a tile lies outside of the matrix and multiplies zeros. One thread copies.
+// Of the gradient a channel has a scale for each block. Of the rows it has one for all tokens of the expert, by which
+// sums are scaled when they are complete: two scales that change from block to block and from channel to channel would
+// take a multiplication more for every product, between multiplies that wait for it. An expert without tokens gets
+// zeros and has no scales.
 //
-// Registers of a multiplying thread: 128 sums, 64 products, and the scales of one unit as they are used. Shared memory:
-// three stages of 48 KB, 64 KB through which results leave, 4.5 KB of scales.
+// A tile is 128 channels of the gradient by 256 of the rows, in four units of 64 x 128: a warpgroup has two, side by
+// side, so that its sums lie as those of the product in bf16 and leave in the same ways (gemm_weight_result.cuh). The
+// warpgroups multiply by turns (gemm_turns.cuh): both take two a stage, also where half of a tile lies outside of the
+// matrix and multiplies zeros. One thread copies.
+//
+// Registers of a multiplying thread: 128 sums and 64 products. Shared memory: three stages of 48 KB, 64 KB through
+// which results leave, 4.5 KB of scales.
 #include <type_traits>
 
 #include "gemm_ring.cuh"
@@ -32,7 +36,7 @@ struct GroupedWgradFp8Args {
   const void* grad;          // e4m3 [token_blocks][out_features][128]
   const float* grad_scales;  // [token_blocks][out_features]
   const void* rows;          // e4m3 [token_blocks][in_features][128]
-  const float* row_scales;   // [token_blocks][in_features]
+  const float* row_scales;   // [experts][in_features]
   void* out;                 // [experts][out_features][in_features]
   const int32_t* ends;       // [experts], where each one's segment of rows ends; the next one's starts there
   int32_t token_blocks;      // no less than the experts' segments have
@@ -48,16 +52,16 @@ namespace {
 constexpr int kRingStages = 3;
 using Ring = RingPosition<kRingStages>;
 using Barriers = RingBarriers<kRingStages>;
-constexpr int kUnit = 64;  // channels of the gradient
+constexpr int kUnit = 64;  // channels of the gradient, by 128 of the rows
 constexpr int kUnits = 2;  // of a warpgroup
 constexpr int kSteps = kTokenBlock / kFp8MmaK;
-constexpr int kPairs = kFp8Columns / 8;  // of neighbouring channels of the rows that a thread has products of
-constexpr int kEarlyPairs = 8;           // whose scales it reads before the multiply is done; all would spill
+constexpr int kPassAfter = kSteps / 2 - 1;  // the step with which the turn passes on
+constexpr int kPairs = kFp8Columns / 8;     // of neighbouring channels of the rows that a thread has products of
 constexpr int kUnitBytes = kUnit * kTokenBlock;
 constexpr int kGradBytes = kTileOut * kTokenBlock;
 constexpr int kStageBytes = kGradBytes + kTileIn * kTokenBlock;
 constexpr int kSharedBytes = kSwizzleGroupBytes + kRingStages * kStageBytes + kMultipliers * kStagingBytes;
-static_assert(kTileOut == kMultipliers * kUnits * kUnit && kTileIn == kFp8Columns);
+static_assert(kTileOut == kMultipliers * kUnit && kTileIn == kUnits * kFp8Columns);
 
 // As of the product in bf16, of which a tile takes twice as long; predicted from there, not measured.
 constexpr int kReducedTokens = 1536;
@@ -73,7 +77,7 @@ struct WeightGemm {
 // sums that are not stored.
 struct alignas(16) StageScales {
   float grad[kTileOut];
-  float rows[kTileIn];
+  float rows[kTileIn];  // in the stage of a tile's last block alone
 };
 
 // Tiles over padded segments: rows and tokens are slots, multiples of 128.
@@ -91,53 +95,66 @@ __device__ __forceinline__ void copy_operands(const WeightGemm& gemm, const int3
   Ring position;
   for (WeightTileSequence tiles = tiles_of(args, padded_ends); !tiles.done(); tiles.advance()) {
     const WeightTile tile = tiles.tile();
-    const uint32_t grad_scale_bytes = min(kTileOut, args.out_features - tile.out) * sizeof(float);
-    const uint32_t bytes = kStageBytes + grad_scale_bytes + sizeof(StageScales::rows);
+    const uint32_t row_scale_bytes = min(kTileIn, args.in_features - tile.in) * sizeof(float);
     for (int token = 0; token < tile.tokens; token += kTokenBlock) {
       const int block = (tile.row + token) / kTokenBlock;
+      const bool last = token + kTokenBlock == tile.tokens;
       position.wait_empty(barriers);
       uint64_t* full = &barriers.full[position.stage];
       const uint32_t stage = ring + position.stage * kStageBytes;
       StageScales& stage_scales = scales[position.stage];
-      mbarrier_arrive_expect_tx(full, bytes);
+      mbarrier_arrive_expect_tx(full, kStageBytes + sizeof(StageScales::grad) + (last ? row_scale_bytes : 0));
       cp_async_bulk_tensor_load(stage, &gemm.grad, 0, tile.out, block, full);
       cp_async_bulk_tensor_load(stage + kGradBytes, &gemm.rows, 0, tile.in, block, full);
       cp_async_bulk_load(stage_scales.grad,
                          args.grad_scales + static_cast<int64_t>(block) * args.out_features + tile.out,
-                         grad_scale_bytes, full);
-      cp_async_bulk_load(stage_scales.rows, args.row_scales + static_cast<int64_t>(block) * args.in_features + tile.in,
-                         sizeof(StageScales::rows), full);
+                         sizeof(StageScales::grad), full);
+      if (last) {
+        cp_async_bulk_load(stage_scales.rows,
+                           args.row_scales + static_cast<int64_t>(tile.expert) * args.in_features + tile.in,
+                           row_scale_bytes, full);
+      }
       position.advance();
     }
   }
 }
 
 // Adds a unit's products to their sums. `above` and `below` are the scales of the thread's two channels of the
-// gradient, `row_scales` those of its pairs of channels of the rows.
-__device__ __forceinline__ void promote(float (&sums)[kFp8Columns / 2], const float (&products)[kFp8Columns / 2],
-                                        float above, float below, const float2 (&row_scales)[kPairs]) {
+// gradient.
+__device__ __forceinline__ void promote(float* sums, const float (&products)[kFp8Columns / 2], float above,
+                                        float below) {
 #pragma unroll
-  for (int pair = 0; pair < kPairs; ++pair) {
-    const int i = pair * 4;
-    const float2 scales = row_scales[pair];
-    sums[i] += products[i] * (above * scales.x);
-    sums[i + 1] += products[i + 1] * (above * scales.y);
-    sums[i + 2] += products[i + 2] * (below * scales.x);
-    sums[i + 3] += products[i + 3] * (below * scales.y);
+  for (int i = 0; i < kFp8Columns / 2; i += 4) {
+    sums[i] += products[i] * above;
+    sums[i + 1] += products[i + 1] * above;
+    sums[i + 2] += products[i + 2] * below;
+    sums[i + 3] += products[i + 3] * below;
+  }
+}
+
+// Scales complete sums by the scales of the rows' channels.
+__device__ __forceinline__ void scale_sums(float (&sums)[kTileIn / 2], const StageScales& scales) {
+  const float2* pairs = reinterpret_cast<const float2*>(scales.rows) + threadIdx.x % 4;  // every fourth is its own
+#pragma unroll
+  for (int pair = 0; pair < kUnits * kPairs; ++pair) {
+    const float2 scale = pairs[pair * 4];
+    sums[pair * 4] *= scale.x;
+    sums[pair * 4 + 1] *= scale.y;
+    sums[pair * 4 + 2] *= scale.x;
+    sums[pair * 4 + 3] *= scale.y;
   }
 }
 
 // Adds a block's products to a warpgroup's sums: of 128 tokens, or, where zeros follow, of the first `steps` times 32.
 template <bool whole>
-__device__ __forceinline__ void multiply_block(float (&sums)[kUnits][kFp8Columns / 2], uint32_t stage,
-                                               const StageScales& scales, int steps, int warpgroup) {
+__device__ __forceinline__ void multiply_block(float (&sums)[kTileIn / 2], uint32_t stage, const StageScales& scales,
+                                               int steps, int warpgroup) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  const int grad_channel = warpgroup * kWarpgroupOut + warp * 16 + lane / 4;      // and the one eight further on
-  const float2* pairs = reinterpret_cast<const float2*>(scales.rows) + lane % 4;  // every fourth is its own
-  const uint64_t b = matrix_descriptor(stage + kGradBytes, 0);
+  const int grad_channel = warpgroup * kUnit + warp * 16 + lane / 4;  // and the one eight further on
+  const uint64_t a = matrix_descriptor(stage + warpgroup * kUnitBytes, 0);
 #pragma unroll
   for (int unit = 0; unit < kUnits; ++unit) {
-    const uint64_t a = matrix_descriptor(stage + (warpgroup * kUnits + unit) * kUnitBytes, 0);
+    const uint64_t b = matrix_descriptor(stage + kGradBytes + unit * kFp8Columns * kTokenBlock, 0);
     float products[kFp8Columns / 2];
     take_turn(warpgroup);
     if constexpr (whole) {
@@ -145,7 +162,7 @@ __device__ __forceinline__ void multiply_block(float (&sums)[kUnits][kFp8Columns
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         wgmma_e4m3(products, a + step * (kFp8MmaK >> 4), b + step * (kFp8MmaK >> 4), step > 0);
-        if (step % (kSteps / 2) == kSteps / 2 - 1) wgmma_commit_group();
+        if (step == kPassAfter || step == kSteps - 1) wgmma_commit_group();
       }
       wgmma_wait_group<1>();
     } else {
@@ -157,16 +174,10 @@ __device__ __forceinline__ void multiply_block(float (&sums)[kUnits][kFp8Columns
       }
     }
     pass_turn(warpgroup);
-    const float above = scales.grad[grad_channel + unit * kUnit];
-    const float below = scales.grad[grad_channel + unit * kUnit + 8];
-    float2 row_scales[kPairs];
-#pragma unroll
-    for (int pair = 0; pair < kEarlyPairs; ++pair) row_scales[pair] = pairs[pair * 4];
+    const float above = scales.grad[grad_channel], below = scales.grad[grad_channel + 8];
     wgmma_wait_group<0>();
     touch(products);
-#pragma unroll
-    for (int pair = kEarlyPairs; pair < kPairs; ++pair) row_scales[pair] = pairs[pair * 4];
-    promote(sums[unit], products, above, below, row_scales);
+    promote(&sums[unit * (kFp8Columns / 2)], products, above, below);
   }
 }
 
@@ -180,26 +191,26 @@ __device__ __forceinline__ void multiply(const WeightGemm& gemm, const int32_t* 
   for (WeightTileSequence tiles = tiles_of(gemm.args, padded_ends); !tiles.done(); tiles.advance()) {
     const WeightTile tile = tiles.tile();
     if (result != Result::kWrite && tile.tokens == 0) continue;
-    float sums[kUnits][kFp8Columns / 2];
+    float sums[kTileIn / 2];
 #pragma unroll
-    for (int unit = 0; unit < kUnits; ++unit) {
-#pragma unroll
-      for (int i = 0; i < kFp8Columns / 2; ++i) sums[unit][i] = 0.0f;
-    }
+    for (float& sum : sums) sum = 0.0f;
     // Of the last block, steps with tokens alone.
     const int last_steps = (tokens_of(gemm.args, tile.expert) - 1) % kTokenBlock / kFp8MmaK + 1;
     const int whole_tokens = last_steps == kSteps ? tile.tokens : max(tile.tokens - kTokenBlock, 0);
-    const auto multiply_stage = [&](auto whole) {
+    const auto multiply_stage = [&](auto whole, bool last) {
       position.wait_full(barriers);
       multiply_block<whole.value>(sums, ring + position.stage * kStageBytes, scales[position.stage], last_steps,
                                   warpgroup);
+      if (last) scale_sums(sums, scales[position.stage]);
       __syncwarp();  // all lanes have read the scales
       if (signals) mbarrier_arrive(&barriers.empty[position.stage]);
       position.advance();
     };
 #pragma unroll 1
-    for (int token = 0; token < whole_tokens; token += kTokenBlock) multiply_stage(std::true_type());
-    if (whole_tokens < tile.tokens) multiply_stage(std::false_type());
+    for (int token = 0; token < whole_tokens; token += kTokenBlock) {
+      multiply_stage(std::true_type(), token + kTokenBlock == tile.tokens);
+    }
+    if (whole_tokens < tile.tokens) multiply_stage(std::false_type(), true);
     if constexpr (result == Result::kTotal) {
       add_result(staging, totals, sums);
     } else {
@@ -249,8 +260,8 @@ EP_MOE_API const char* ep_moe_grouped_gemm_wgrad_fp8(const ep_moe::GroupedWgradF
   using namespace ep_moe;
   constexpr const char* kWhat = "FP8 grouped GEMM for the weights' gradient";
   if (args->experts == 0 || args->out_features == 0 || args->in_features == 0) return nullptr;
-  if (args->experts < 0 || args->experts > kMaxGemmExperts || args->out_features % kTileIn != 0 ||
-      args->in_features % kTileIn != 0 || args->token_blocks <= 0 || args->blocks <= 0 ||
+  if (args->experts < 0 || args->experts > kMaxGemmExperts || args->out_features % kFp8Columns != 0 ||
+      args->in_features % kFp8Columns != 0 || args->token_blocks <= 0 || args->blocks <= 0 ||
       static_cast<int64_t>(args->token_blocks) * kTokenBlock > INT32_MAX) {
     return error_text(cudaErrorInvalidValue, kWhat);
   }
@@ -262,7 +273,7 @@ EP_MOE_API const char* ep_moe_grouped_gemm_wgrad_fp8(const ep_moe::GroupedWgradF
   if (!encode_rows(&gemm.grad, kBytes, args->grad, args->token_blocks, args->out_features, kTokenBlock, kTileOut) ||
       !encode_rows(&gemm.rows, kBytes, args->rows, args->token_blocks, args->in_features, kTokenBlock, kTileIn) ||
       !encode_rows(&gemm.out, out_type, args->out, args->experts, args->out_features, args->in_features,
-                   args->accumulate ? 64 : 128)) {
+                   kWarpgroupOut)) {
     return error_text(cudaErrorInvalidValue, kWhat);
   }
   const bool few_tokens =

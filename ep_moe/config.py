@@ -127,8 +127,8 @@ class ExpertsConfig(Section):
     wgrad_precision: Literal["input", "fp8"] = key(
         "input",
         "Of the gradients of weights: that of the rows, or, with precision: fp8 alone, e4m3 with a scale for each 128 "
-        "tokens of a channel. Made for many rows an expert: rows and gradients are quantised anew for it, and every "
-        "expert's are filled up to a multiple of 128.",
+        "tokens of a channel of gradients, and for all tokens of an expert in a channel of rows. Made for many rows an "
+        "expert: rows and gradients are quantised anew for it, and every expert's are filled up to a multiple of 128.",
     )
     recompute_activation: bool = key(
         True,
@@ -295,7 +295,8 @@ class PhaseConfig(Section):
     overlap: tuple[Literal["shared_experts", "wgrad"], ...] = key(
         (),
         "Strategies that hide communication behind computation: 'shared_experts' run beside the routed ones; 'wgrad' "
-        "(training) computes the experts' weight gradients while the gradients of their rows travel.",
+        "(training) computes the weight gradient of the experts' first projection while the gradients of their rows "
+        "travel.",
     )
     expert_chunks: int = key(
         1,

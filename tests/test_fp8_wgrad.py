@@ -43,11 +43,12 @@ def blocks_of(counts: list[int]) -> int:
 
 def exact_columns(columns: Fp8Columns, counts: list[int]) -> list[Tensor]:
     """The values that columns stand for, fp64 ``[count, width]`` an expert; raise unless what lies behind is zero."""
-    values = columns.values.double() * columns.scales.double().unsqueeze(2)
     experts, first = [], 0
-    for count in counts:
+    for expert, count in enumerate(counts):
         blocks = blocks_of([count])
-        tokens = values[first : first + blocks].transpose(1, 2).flatten(0, 1)
+        scales = columns.scales[expert : expert + 1] if columns.by_expert else columns.scales[first : first + blocks]
+        values = columns.values[first : first + blocks].double() * scales.double().unsqueeze(2)
+        tokens = values.transpose(1, 2).flatten(0, 1)
         assert not tokens[count:].any()
         experts.append(tokens[:count])
         first += blocks
@@ -71,7 +72,9 @@ class Case:
             x[self.real :] = math.nan
 
     def columns(self, gemm: Fp8Gemm) -> tuple[Fp8Columns, Fp8Columns]:
-        return gemm.quantize_columns(self.grad, self.segments), gemm.quantize_columns(self.rows, self.segments)
+        return gemm.quantize_columns(self.grad, self.segments, False), gemm.quantize_columns(
+            self.rows, self.segments, True
+        )
 
     def wgrad(self, gemm: Fp8Gemm, **kwargs: Any) -> Tensor:
         return gemm.wgrad(*self.columns(gemm), self.segments, torch.bfloat16, **kwargs)
@@ -132,11 +135,12 @@ def test_into_memory_that_is_there(gemm: Fp8Gemm, device: str, counts: list[int]
 
 
 @pytest.mark.parametrize(("gemm", "device"), BACKENDS)
-def test_scales_fit_their_channels(gemm: Fp8Gemm, device: str) -> None:
+@pytest.mark.parametrize("by_expert", [False, True])
+def test_scales_fit_their_channels(gemm: Fp8Gemm, device: str, by_expert: bool) -> None:
     case = Case([200, 100], device)
     magnitudes = torch.logspace(-3, 3, 384, device=device)
     rows = (case.rows.float() * magnitudes).bfloat16()
-    first, second = exact_columns(gemm.quantize_columns(rows, case.segments), case.counts)
+    first, second = exact_columns(gemm.quantize_columns(rows, case.segments, by_expert), case.counts)
     for found, expected in ((first, rows[:200]), (second, rows[200:300])):
         # Half of the last of four bits of the channel's largest.
         bound = expected.double().abs().amax(0).clamp(min=1e-4) * 2**-4
@@ -150,7 +154,7 @@ def test_room_for_blocks() -> None:
     assert [most_blocks(0, 4), most_blocks(1, 4), most_blocks(3, 1024), most_blocks(256, 2)] == [0, 1, 3, 3]
 
 
-def check_columns(counts: list[int], width: int, extra: int, fp8: bool, odd: bool) -> None:
+def check_columns(counts: list[int], width: int, extra: int, fp8: bool, odd: bool, by_expert: bool) -> None:
     """The kernel's bits against the emulation's, with poison behind the last segment and in the result's memory."""
     segments, real = segments_of(counts, "cuda", extra), sum(counts)
     x = torch.randn(segments.num_rows, width, device="cuda").bfloat16()
@@ -166,32 +170,36 @@ def check_columns(counts: list[int], width: int, extra: int, fp8: bool, odd: boo
         rows.scales[:, real:] = math.nan
     else:
         x[real:] = math.nan
-    expected = EMULATED.quantize_columns(rows, segments)
+    expected = EMULATED.quantize_columns(rows, segments, by_expert)
     poison_allocator()
-    found = NATIVE.quantize_columns(rows, segments)
+    found = NATIVE.quantize_columns(rows, segments, by_expert)
     blocks = blocks_of(counts)
+    scaled = torch.tensor(counts, device="cuda") > 0 if by_expert else slice(blocks)
     assert len(found.values) == most_blocks(segments.num_rows, len(counts)) >= blocks == len(expected.values)
-    for ours, theirs in ((found.values, expected.values), (found.scales, expected.scales)):
-        torch.testing.assert_close(ours[:blocks].float(), theirs.float(), rtol=0, atol=0, equal_nan=True)
+    theirs = expected.scales[scaled] if by_expert else expected.scales
+    for one, other in ((found.values[:blocks].float(), expected.values.float()), (found.scales[scaled], theirs)):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
     if isinstance(rows, Tensor):
         poison_allocator()
-        by_row, by_column = NATIVE.quantize_both(rows, segments)
+        by_row, by_column = NATIVE.quantize_both(rows, segments, by_expert)
         check(by_row, NATIVE.quantize_rows(rows, segments), real)
         assert torch.equal(by_column.values[:blocks].view(torch.uint8), found.values[:blocks].view(torch.uint8))
-        assert torch.equal(by_column.scales[:blocks].view(torch.int32), found.scales[:blocks].view(torch.int32))
+        assert torch.equal(by_column.scales[scaled].view(torch.int32), found.scales[scaled].view(torch.int32))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-def test_kernel_quantises_as_the_emulation(fp8: bool) -> None:
+@pytest.mark.parametrize("by_expert", [False, True], ids=["by block", "by expert"])
+def test_kernel_quantises_as_the_emulation(fp8: bool, by_expert: bool) -> None:
     for counts in COUNTS.values():
         for odd in (False, True):
-            check_columns(counts, 384, 9, fp8, odd)
-    check_columns([3, 200], 7168, 0, fp8, False)
-    check_columns([random.randrange(3) for _ in range(1024)], 128, 7, fp8, False)
+            check_columns(counts, 384, 9, fp8, odd, by_expert)
+    check_columns([3, 200], 7168, 0, fp8, False, by_expert)
+    check_columns([random.randrange(3) for _ in range(1024)], 128, 7, fp8, False, by_expert)
     for _ in range(100):
         counts = [random.choice([0, random.randint(0, 9), random.randint(0, 700)]) for _ in range(random.randint(1, 9))]
-        check_columns(counts, 128 * random.randint(1, 20), random.choice([0, 1, 100]), fp8, random.random() < 0.5)
+        width, extra = 128 * random.randint(1, 20), random.choice([0, 1, 100])
+        check_columns(counts, width, extra, fp8, random.random() < 0.5, by_expert)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ep_moe.comm import ExpertSegments
 from ep_moe.config import ConfigError, ExpertsConfig
-from ep_moe.experts import GroupedExperts, apply_activation
+from ep_moe.experts import GroupedExperts, apply_activation, native_gemm
 from ep_moe.experts.backends import GROUPED_MM, LOOP, select_backend
 from ep_moe.experts.native_gemm import NATIVE
 
@@ -309,3 +309,19 @@ def test_refused_on_a_cpu() -> None:
     with pytest.raises(ConfigError, match=r"moe.experts.backend = native: needs bf16 on a CUDA GPU, got .* on cpu"):
         select_backend("native", **on_cpu, **sizes)
     assert select_backend("auto", **on_cpu, **sizes) is GROUPED_MM
+
+
+@needs_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("turns", [1, 4])
+def test_bits_do_not_depend_on_how_many_blocks_there_are(turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case([90, 300, 0, 700, 41], 704, 448, 5)
+    real, wanted = case.ranges[-1].stop, products(case)
+    for blocks in (1, 2, 7, 131):
+        monkeypatch.setattr(native_gemm, "multiprocessors", lambda device, blocks=blocks: blocks)
+        found = (
+            native_gemm.forward(case.rows, case.weight, case.segments, turns=turns)[:real],
+            native_gemm.dgrad(case.grad, case.weight, case.segments, turns=turns)[:real],
+            native_gemm.wgrad(case.grad, case.rows, case.segments, turns=turns),
+        )
+        assert all(map(torch.equal, found, (wanted[0][:real], wanted[1][:real], wanted[2])))

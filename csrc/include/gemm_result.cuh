@@ -25,8 +25,7 @@ __device__ __forceinline__ uint32_t staged_chunk(uint32_t staging, int row, int 
   return staging + row * kStagedRowBytes + ((chunk ^ (row % 8)) * 16);
 }
 
-constexpr int kGradientBoxBytes = 128 * 128;     // 128 rows of 64 bf16
-constexpr int kGradientFp32BoxBytes = 64 * 128;  // 64 rows of 32 fp32
+constexpr int kGradientBoxBytes = 64 * 128;  // 64 rows of 64 bf16 or 32 fp32
 
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -130,50 +129,60 @@ __device__ __forceinline__ void st_shared(uint32_t address, float a, float b) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(a), "f"(b) : "memory");
 }
 
-// Stages 128 x 128 accumulators of a warpgroup as they are, in two boxes. A warp stages 16 rows of each half.
-__device__ __forceinline__ void stage_rows(uint32_t staging, const float (&sums)[2][64]) {
+// Stages 64 x 256 accumulators of a warpgroup as bf16, in four boxes. A warp stages 16 rows.
+__device__ __forceinline__ void stage_rows(uint32_t staging, const float (&sums)[128]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const int matrix = lane / 8;
+  const int row = warp * 16 + matrix % 2 * 8 + lane % 8;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float (&d)[64] = sums[half];
-    const int row = half * 64 + warp * 16 + matrix % 2 * 8 + lane % 8;
-#pragma unroll
-    for (int j = 0; j < 16; j += 2) {
-      const int chunk = j + matrix / 2;
-      const uint32_t address = staging + chunk / 8 * kGradientBoxBytes + row * 128 + ((chunk ^ row) % 8) * 16;
-      stmatrix<false>(address, pack_bf16(d[4 * j], d[4 * j + 1]), pack_bf16(d[4 * j + 2], d[4 * j + 3]),
-                      pack_bf16(d[4 * j + 4], d[4 * j + 5]), pack_bf16(d[4 * j + 6], d[4 * j + 7]));
-    }
+  for (int j = 0; j < 32; j += 2) {
+    const int chunk = j + matrix / 2;
+    const uint32_t address = staging + chunk / 8 * kGradientBoxBytes + row * 128 + ((chunk ^ row) % 8) * 16;
+    const float* d = &sums[4 * j];
+    stmatrix<false>(address, pack_bf16(d[0], d[1]), pack_bf16(d[2], d[3]), pack_bf16(d[4], d[5]),
+                    pack_bf16(d[6], d[7]));
   }
 }
 
-// Stages 64 x 128 accumulators of a warpgroup in fp32, in four boxes.
-__device__ __forceinline__ void stage_rows_fp32(uint32_t staging, const float (&sums)[64]) {
+// Stages half of 64 x 256 accumulators of a warpgroup in fp32, 128 columns in four boxes.
+template <int half>
+__device__ __forceinline__ void stage_rows_fp32(uint32_t staging, const float (&sums)[128]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const int row = warp * 16 + lane / 4, pair = lane % 4;
 #pragma unroll
   for (int j = 0; j < 16; ++j) {
     const int chunk = j * 2 + pair / 2;
     const uint32_t address =
-        staging + chunk / 8 * kGradientFp32BoxBytes + row * 128 + ((chunk ^ row) % 8) * 16 + pair % 2 * 8;
-    st_shared(address, sums[4 * j], sums[4 * j + 1]);
-    st_shared(address + 8 * 128, sums[4 * j + 2], sums[4 * j + 3]);
+        staging + chunk / 8 * kGradientBoxBytes + row * 128 + ((chunk ^ row) % 8) * 16 + pair % 2 * 8;
+    const float* d = &sums[half * 64 + 4 * j];
+    st_shared(address, d[0], d[1]);
+    st_shared(address + 8 * 128, d[2], d[3]);
   }
 }
 
-// Adds columns 32 * `column_box` and following of 64 x 128 accumulators of a warpgroup to a box of fp32.
-__device__ __forceinline__ void add_to_staged_rows(uint32_t box, const float (&sums)[64], int column_box) {
+// Adds columns 32 * `column_box` and following of 64 x 256 accumulators of a warpgroup to a box of fp32.
+//
+// Half a warp reads 8 bytes a lane of four rows. With the same columns of all rows, every second row would meet the
+// banks of the one before: so odd rows take two of the four groups of 8 columns in the other order.
+__device__ __forceinline__ void add_to_staged_rows(uint32_t box, const float (&sums)[128], int column_box) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const int row = warp * 16 + lane / 4, pair = lane % 4;
+  const bool odd = row % 2 != 0;
+  const uint32_t first = (box + row * 128 + ((pair / 2) ^ (row % 8)) * 16 + pair % 2 * 8) ^ (odd ? 64 : 0);
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const int first = 4 * (column_box * 4 + j);
-    const uint32_t address = box + row * 128 + ((j * 2 + pair / 2) ^ (row % 8)) * 16 + pair % 2 * 8;
+  for (int j = 0; j < 2; ++j) {
+    const float* near = &sums[4 * (column_box * 4 + j)];
+    const float* far = near + 8;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float2 old = ld_shared_f32x2(address + i * 8 * 128);
-      st_shared(address + i * 8 * 128, old.x + sums[first + 2 * i], old.y + sums[first + 2 * i + 1]);
+    for (int turn = 0; turn < 2; ++turn) {
+      const uint32_t address = first ^ (j * 32 + turn * 64);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {  // and the row 8 further down
+        const float x = (turn != 0) != odd ? far[2 * i] : near[2 * i];
+        const float y = (turn != 0) != odd ? far[2 * i + 1] : near[2 * i + 1];
+        const float2 old = ld_shared_f32x2(address + i * 8 * 128);
+        st_shared(address + i * 8 * 128, old.x + x, old.y + y);
+      }
     }
   }
 }

@@ -1,6 +1,6 @@
 // The way of a gradient of weights out of the accumulators: written as bf16, or added to fp32.
 //
-// A warpgroup has 128 x 128 sums of a tile of gemm_weight_tiles.cuh, which leave through shared memory of its own while
+// A warpgroup has 64 x 256 sums of a tile of gemm_weight_tiles.cuh, which leave through shared memory of its own while
 // the ring fills for the next tile. Sums are added to fp32 in one of two ways. Where tiles have few tokens and memory
 // is the limit, they meet the old values in shared memory: a thread for each warpgroup fetches those box by box while
 // the tile is multiplied, and sends the totals back. Elsewhere they go out by reducing copies, which wait for nothing
@@ -24,10 +24,10 @@ enum class Result { kWrite, kReduce, kTotal };
 
 constexpr int kResultBarrier = 3;  // one a warpgroup
 constexpr int kWarpgroupOut = kTileOut / kMultipliers;
-constexpr int kStagingBytes = 32768;                                // of a warpgroup
-constexpr int kTotalBoxes = 128 * 128 * 4 / kGradientFp32BoxBytes;  // of a warpgroup's part of a tile
-constexpr int kTotalSlots = kStagingBytes / kGradientFp32BoxBytes;  // of them in shared memory at a time
-static_assert(kStagingBytes == 2 * kGradientBoxBytes && kTotalBoxes == 2 * kTotalSlots);
+constexpr int kStagingBytes = 32768;                            // of a warpgroup
+constexpr int kTotalSlots = kStagingBytes / kGradientBoxBytes;  // boxes of fp32 in shared memory at a time
+constexpr int kTotalBoxes = kTileIn / 32;                       // of a warpgroup's part of a tile
+static_assert(kWarpgroupOut == 64 && kTileIn == kTotalSlots * 64 && kTotalBoxes == 2 * kTotalSlots);
 
 // Of a warpgroup's boxes of old values and totals. A tile has two for each slot, so the parities are known.
 struct TotalBarriers {
@@ -43,10 +43,10 @@ struct TotalBarriers {
   }
 };
 
-// Copies a warpgroup's 128 x 128 sums out, in one part of bf16 or two of fp32.
+// Copies a warpgroup's sums out, in one part of bf16 or two of fp32.
 template <Result result>
 __device__ __forceinline__ void store_result(const CUtensorMap* map, const WeightTile& tile, uint32_t staging,
-                                             const float (&sums)[2][64], int warpgroup) {
+                                             const float (&sums)[kTileIn / 2], int warpgroup) {
   constexpr bool kReduces = result == Result::kReduce;
   const bool copies = threadIdx.x % kWarpgroup == 0;
   const int out = tile.out + warpgroup * kWarpgroupOut;
@@ -54,24 +54,23 @@ __device__ __forceinline__ void store_result(const CUtensorMap* map, const Weigh
   for (int part = 0; part < (kReduces ? 2 : 1); ++part) {
     if (copies) cp_async_bulk_wait_group_read<0>();  // the part before is out of the staging memory
     bar_sync(kResultBarrier + warpgroup, kWarpgroup);
-    if constexpr (kReduces) {
-      stage_rows_fp32(staging, sums[part]);
-    } else {
+    if constexpr (!kReduces) {
       stage_rows(staging, sums);
+    } else if (part == 0) {
+      stage_rows_fp32<0>(staging, sums);
+    } else {
+      stage_rows_fp32<1>(staging, sums);
     }
     fence_proxy_async_shared();
     bar_sync(kResultBarrier + warpgroup, kWarpgroup);
     if (!copies) continue;
-    if constexpr (kReduces) {
 #pragma unroll
-      for (int box = 0; box < 4; ++box) {
-        cp_reduce_async_bulk_tensor_add(map, tile.in + box * 32, out + part * 64, tile.expert,
-                                        staging + box * kGradientFp32BoxBytes);
-      }
-    } else {
-#pragma unroll
-      for (int box = 0; box < 2; ++box) {
-        cp_async_bulk_tensor_store(map, tile.in + box * 64, out, tile.expert, staging + box * kGradientBoxBytes);
+    for (int box = 0; box < kTotalSlots; ++box) {
+      const uint32_t staged = staging + box * kGradientBoxBytes;
+      if constexpr (kReduces) {
+        cp_reduce_async_bulk_tensor_add(map, tile.in + (part * kTotalSlots + box) * 32, out, tile.expert, staged);
+      } else {
+        cp_async_bulk_tensor_store(map, tile.in + box * 64, out, tile.expert, staged);
       }
     }
     cp_async_bulk_commit_group();
@@ -79,12 +78,13 @@ __device__ __forceinline__ void store_result(const CUtensorMap* map, const Weigh
 }
 
 // Adds a warpgroup's sums to the old values, box by box as they arrive.
-__device__ __forceinline__ void add_result(uint32_t staging, TotalBarriers& barriers, const float (&sums)[2][64]) {
+__device__ __forceinline__ void add_result(uint32_t staging, TotalBarriers& barriers,
+                                           const float (&sums)[kTileIn / 2]) {
 #pragma unroll
   for (int box = 0; box < kTotalBoxes; ++box) {
     const int slot = box % kTotalSlots;
     mbarrier_wait_parity(&barriers.old[slot], box / kTotalSlots);
-    add_to_staged_rows(staging + slot * kGradientFp32BoxBytes, sums[box / 4], box % 4);
+    add_to_staged_rows(staging + slot * kGradientBoxBytes, sums, box);
     fence_proxy_async_shared();
     __syncwarp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(&barriers.total[slot]);
@@ -101,10 +101,8 @@ struct TotalSequence {
 
   __device__ __forceinline__ bool done() const { return tiles.done(); }
   __device__ __forceinline__ int slot() const { return box % kTotalSlots; }
-  __device__ __forceinline__ int in() const { return tile.in + box % 4 * 32; }
-  __device__ __forceinline__ int out(int warpgroup) const {
-    return tile.out + warpgroup * kWarpgroupOut + box / 4 * 64;
-  }
+  __device__ __forceinline__ int in() const { return tile.in + box * 32; }
+  __device__ __forceinline__ int out(int warpgroup) const { return tile.out + warpgroup * kWarpgroupOut; }
 
   __device__ __forceinline__ void advance() {
     if (++box < kTotalBoxes) return;
@@ -128,8 +126,8 @@ __device__ __forceinline__ void move_totals(const CUtensorMap* map, const Weight
   TotalSequence next(tiles);  // to fetch
   const auto fetch = [&] {
     uint64_t* old = &barriers.old[next.slot()];
-    mbarrier_arrive_expect_tx(old, kGradientFp32BoxBytes);
-    cp_async_bulk_tensor_load(staging + next.slot() * kGradientFp32BoxBytes, map, next.in(), next.out(warpgroup),
+    mbarrier_arrive_expect_tx(old, kGradientBoxBytes);
+    cp_async_bulk_tensor_load(staging + next.slot() * kGradientBoxBytes, map, next.in(), next.out(warpgroup),
                               next.tile.expert, old);
     next.advance();
   };
@@ -137,7 +135,7 @@ __device__ __forceinline__ void move_totals(const CUtensorMap* map, const Weight
   for (TotalSequence total(tiles); !total.done(); total.advance()) {
     mbarrier_wait_parity(&barriers.total[total.slot()], total.box / kTotalSlots);
     cp_async_bulk_tensor_store(map, total.in(), total.out(warpgroup), total.tile.expert,
-                               staging + total.slot() * kGradientFp32BoxBytes);
+                               staging + total.slot() * kGradientBoxBytes);
     cp_async_bulk_commit_group();
     cp_async_bulk_wait_group_read<0>();  // the slot is free
     if (!next.done()) fetch();

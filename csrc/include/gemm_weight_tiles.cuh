@@ -1,15 +1,16 @@
 // Which tiles the gradients of weights have, and which block computes which of them.
 //
-// All tiles have one size; an expert's go in bands of a few gradient columns, so that the tiles at work together share
-// both of their operands in the L2 cache.
+// All tiles have one size: in bf16 a multiply takes 64 gradient columns by all 256 columns of the rows, and reads 10 KB
+// of shared memory where two by 128 columns would read 12. An expert's tiles go in bands of a few gradient columns, so
+// that those at work together share both of their operands in the L2 cache.
 #pragma once
 
 #include <cstdint>
 
 namespace ep_moe {
 
-constexpr int kTileOut = 256, kTileIn = 128;
-constexpr int kBand = 8;  // tiles of gradient columns that go together
+constexpr int kTileOut = 128, kTileIn = 256;
+constexpr int kBand = 16;  // tiles of gradient columns that go together
 
 struct WeightTile {
   int expert;

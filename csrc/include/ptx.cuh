@@ -50,6 +50,13 @@ __device__ __forceinline__ float max_nan(float a, float b) {
   return value;
 }
 
+// The same of two pairs of bf16.
+__device__ __forceinline__ uint32_t max_nan_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t value;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(value) : "r"(a), "r"(b));
+  return value;
+}
+
 // 2 to the power of x, to 2 ulp; subnormal results are zero.
 __device__ __forceinline__ float ex2_approx_ftz(float x) {
   float value;

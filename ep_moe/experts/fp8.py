@@ -76,18 +76,21 @@ class Fp8ActivationGradients:
 
 @dataclass(frozen=True)
 class Fp8Columns:
-    """Rows quantised along their columns, a scale for 128 tokens of a channel: operands of the gradient of weights.
+    """Rows quantised along their columns: operands of the gradient of weights.
 
     Tokens lie in blocks of 128, which belong to one expert each: every expert's start a block, and what its last block
-    has room for beyond them is zero.
+    has room for beyond them is zero. Gradients have a scale for each block of a channel. Rows of a linear layer have
+    one for all tokens of an expert in a channel, so that sums over its blocks are scaled when they are complete.
 
     Attributes:
         values: e4m3 ``[blocks, width, 128]``, a channel's tokens side by side.
-        scales: fp32 ``[blocks, width]``.
+        scales: fp32 ``[blocks, width]``, or ``[local_experts, width]``, unspecified for experts without tokens.
+        by_expert: whether scales are the latter.
     """
 
     values: Tensor
     scales: Tensor
+    by_expert: bool
 
 
 class Fp8Multiply(Protocol):
@@ -154,8 +157,8 @@ class Fp8WeightGradient(Protocol):
         """Each expert's ``grad`` transposed times its rows.
 
         Args:
-            grad: of ``[segments.num_rows, out_features]``, gradient of the result.
-            rows: of ``[segments.num_rows, in_features]``, as in ``multiply``.
+            grad: of ``[segments.num_rows, out_features]``, gradient of the result, with scales by block.
+            rows: of ``[segments.num_rows, in_features]``, as in ``multiply``, with scales by expert.
             segments: which rows belong to which expert.
             dtype: of the result, if ``out`` is ``None``.
             out: as of :class:`~ep_moe.experts.gemm.WeightGradient`, which says the same of ``accumulate`` and the
@@ -180,10 +183,10 @@ class Fp8Gemm:
         multiply: see :class:`Fp8Multiply`.
         activate: see :class:`Fp8Activate`.
         activation_gradients: see :class:`Fp8BackwardOfActivation`.
-        quantize_columns: ``(rows [num_rows, width], segments)``; of rows in FP8, whose scales may have any strides, the
-            values that they stand for, in fp32. There may be more blocks than the segments have: those behind are
-            unspecified.
-        quantize_both: ``quantize_rows`` and ``quantize_columns`` of the same rows.
+        quantize_columns: ``(rows [num_rows, width], segments, by_expert)``; of rows in FP8, whose scales may have any
+            strides, the values that they stand for, in fp32. There may be more blocks than the segments have: those
+            behind are unspecified.
+        quantize_both: ``quantize_rows`` and ``quantize_columns`` of the same rows, with the arguments of the latter.
         wgrad: see :class:`Fp8WeightGradient`.
     """
 
@@ -192,8 +195,8 @@ class Fp8Gemm:
     multiply: Fp8Multiply
     activate: Fp8Activate
     activation_gradients: Fp8BackwardOfActivation
-    quantize_columns: Callable[[Tensor | Fp8Rows, ExpertSegments], Fp8Columns]
-    quantize_both: Callable[[Tensor, ExpertSegments], tuple[Fp8Rows, Fp8Columns]]
+    quantize_columns: Callable[[Tensor | Fp8Rows, ExpertSegments, bool], Fp8Columns]
+    quantize_both: Callable[[Tensor, ExpertSegments, bool], tuple[Fp8Rows, Fp8Columns]]
     wgrad: Fp8WeightGradient
 
 

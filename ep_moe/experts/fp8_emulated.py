@@ -92,20 +92,28 @@ def activation_gradients(
         return Fp8ActivationGradients(grad_x, quantize_rows(grad_x, segments), activated, grad_weights)
 
 
-def quantize_columns(rows: Tensor | Fp8Rows, segments: ExpertSegments) -> Fp8Columns:
+def quantize_columns(rows: Tensor | Fp8Rows, segments: ExpertSegments, by_expert: bool) -> Fp8Columns:
     """See :class:`Fp8Gemm`."""
     x = rows if isinstance(rows, Tensor) else dequantize_e4m3(rows.values, rows.scales.t(), torch.float32)
-    # Rows of zeros up to the next block behind every expert's.
-    padded = [F.pad(x[start:end], (0, 0, 0, (start - end) % BLOCK)) for start, end in _places(segments)]
-    slots = torch.cat(padded)
-    blocks = slots.view(len(slots) // BLOCK, BLOCK, slots.shape[1]).transpose(1, 2)
-    columns, scales = quantize_e4m3(blocks.flatten(0, 1))
-    return Fp8Columns(columns.view(blocks.shape), scales.view(blocks.shape[:2]))
+    width, full = x.shape[1], torch.full((1,), E4M3_MAX, device=x.device)  # a tensor, as in quantize_e4m3
+    values, scales = [], []
+    for start, end in _places(segments):
+        # Rows of zeros up to the next block.
+        slots = F.pad(x[start:end].float(), (0, 0, 0, (start - end) % BLOCK))
+        blocks = slots.view(len(slots) // BLOCK, BLOCK, width)
+        amax = blocks.abs().amax(dim=1)
+        if by_expert:
+            amax = amax.amax(dim=0, keepdim=True) if len(amax) else amax.new_zeros(1, width)
+        amax = amax.clamp(min=MIN_AMAX)
+        scaled = (blocks * (full / amax).unsqueeze(1)).clamp(-E4M3_MAX, E4M3_MAX)
+        values.append(_transpose(scaled.to(torch.float8_e4m3fn)))
+        scales.append(amax / full)
+    return Fp8Columns(torch.cat(values), torch.cat(scales), by_expert)
 
 
-def quantize_both(rows: Tensor, segments: ExpertSegments) -> tuple[Fp8Rows, Fp8Columns]:
+def quantize_both(rows: Tensor, segments: ExpertSegments, by_expert: bool) -> tuple[Fp8Rows, Fp8Columns]:
     """See :class:`Fp8Gemm`."""
-    return quantize_rows(rows, segments), quantize_columns(rows, segments)
+    return quantize_rows(rows, segments), quantize_columns(rows, segments, by_expert)
 
 
 def wgrad(
@@ -125,11 +133,13 @@ def wgrad(
     shape = (len(segments.ends), grad.values.shape[1], rows.values.shape[1])
     totals = torch.zeros(shape, device=grad.values.device)
     block = 0
-    for total, (start, end) in zip(totals, _places(segments), strict=True):
+    for total, row_scales, (start, end) in zip(totals, rows.scales, _places(segments), strict=True):
         for _ in range(start, end, BLOCK):
             product = grad.values[block].float() @ rows.values[block].float().t()
-            total += product * (grad.scales[block].unsqueeze(1) * rows.scales[block])
+            total += product * grad.scales[block].unsqueeze(1)
             block += 1
+        if end > start:
+            total *= row_scales
     return store_result(totals.to(dtype if out is None else out.dtype), out, accumulate)
 
 

@@ -8,6 +8,7 @@ same tensor, so that forward keeps the rows in FP8 alone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -115,8 +116,8 @@ def weight_product_of(
     fp8 = products.fp8
 
     def multiply(*, out: Tensor | None = None, accumulate: bool = False, in_turns: bool = False) -> Tensor:
-        grad_columns = grad if isinstance(grad, Fp8Columns) else fp8.quantize_columns(grad, segments)
-        row_columns = rows if isinstance(rows, Fp8Columns) else fp8.quantize_columns(rows, segments)
+        grad_columns = grad if isinstance(grad, Fp8Columns) else fp8.quantize_columns(grad, segments, False)
+        row_columns = rows if isinstance(rows, Fp8Columns) else fp8.quantize_columns(rows, segments, True)
         return fp8.wgrad(grad_columns, row_columns, segments, dtype, out=out, accumulate=accumulate, in_turns=in_turns)
 
     return multiply
@@ -127,7 +128,7 @@ def quantize_gradient(
 ) -> tuple[Fp8Rows, Tensor | Fp8Columns]:
     """The gradient of the result as the gradient of the rows reads it, and as that of the weights does, if needed."""
     if need_weight and products.wgrad is None:
-        return products.fp8.quantize_both(grad, segments)
+        return products.fp8.quantize_both(grad, segments, False)
     return products.fp8.quantize_rows(grad, segments), grad
 
 
@@ -154,9 +155,9 @@ class _Fp8GroupedLinear(torch.autograd.Function):
             ctx.save_for_backward(arrived.values, arrived.scales.t())
             ctx.make_rows = Fp8Rows
         elif keeps_columns:
-            fp8_rows, columns = products.fp8.quantize_both(row_major(rows), segments)
+            fp8_rows, columns = products.fp8.quantize_both(row_major(rows), segments, True)
             ctx.save_for_backward(columns.values, columns.scales)
-            ctx.make_rows = Fp8Columns
+            ctx.make_rows = functools.partial(Fp8Columns, by_expert=True)
         else:
             rows = row_major(rows)
             fp8_rows = products.fp8.quantize_rows(rows, segments)

@@ -27,6 +27,7 @@ class QuantizeColumnsArgs(ctypes.Structure):
         ("row_scales", c_void_p),
         ("values", c_void_p),
         ("scales", c_void_p),
+        ("largest", c_void_p),
         ("ends", c_void_p),
         ("row_values", c_void_p),
         ("row_value_scales", c_void_p),
@@ -59,24 +60,24 @@ class GroupedWgradFp8Args(ctypes.Structure):
     )
 
 
-def quantize_columns(rows: Tensor | Fp8Rows, segments: ExpertSegments) -> Fp8Columns:
+def quantize_columns(rows: Tensor | Fp8Rows, segments: ExpertSegments, by_expert: bool) -> Fp8Columns:
     """See ``Fp8Gemm``; of bf16 or FP8 rows, of which those that are not real are not read."""
     if isinstance(rows, Fp8Rows):
         values = native_gemm.plain(rows.values)
-        out, arguments = _columns(values, segments)
+        out, arguments = _columns(values, segments, by_expert)
         arguments.row_scales = rows.scales.data_ptr()
         arguments.block_stride, arguments.row_stride = rows.scales.stride()
     else:
         values = native_gemm.plain(rows)
-        out, arguments = _columns(values, segments)
+        out, arguments = _columns(values, segments, by_expert)
     launch(load_kernels(), "quantize_columns", arguments, values.device)
     return out
 
 
-def quantize_both(rows: Tensor, segments: ExpertSegments) -> tuple[Fp8Rows, Fp8Columns]:
+def quantize_both(rows: Tensor, segments: ExpertSegments, by_expert: bool) -> tuple[Fp8Rows, Fp8Columns]:
     """See ``Fp8Gemm``; in one kernel, of bf16 rows, of which those that are not real are not read."""
     rows = native_gemm.plain(rows)
-    out, arguments = _columns(rows, segments)
+    out, arguments = _columns(rows, segments, by_expert)
     values = torch.empty_like(rows, dtype=torch.float8_e4m3fn)
     by_row = Fp8Rows(values, empty_scales(rows.shape[0], rows.shape[1], rows.device))
     arguments.row_values, arguments.row_value_scales = by_row.values.data_ptr(), by_row.scales.data_ptr()
@@ -121,25 +122,29 @@ def load_kernels() -> ctypes.CDLL:
     return load_entry_points({"quantize_columns": QuantizeColumnsArgs, "grouped_gemm_wgrad_fp8": GroupedWgradFp8Args})
 
 
-def _columns(rows: Tensor, segments: ExpertSegments) -> tuple[Fp8Columns, QuantizeColumnsArgs]:
+def _columns(rows: Tensor, segments: ExpertSegments, by_expert: bool) -> tuple[Fp8Columns, QuantizeColumnsArgs]:
     """Room for columns of rows, and the arguments that quantise them, of bf16."""
     (num_rows, width), experts = rows.shape, segments.ends.shape[0]
     token_blocks = most_blocks(num_rows, experts)
     values = rows.new_empty(token_blocks, width, BLOCK, dtype=torch.float8_e4m3fn)
-    out = Fp8Columns(values, rows.new_empty(token_blocks, width, dtype=torch.float32))
+    # With scales by expert, room for what the kernel works them out from is in one piece with them.
+    shape = (2, experts, width) if by_expert else (1, token_blocks, width)
+    scales, *largest = rows.new_empty(shape, dtype=torch.float32)
     arguments = QuantizeColumnsArgs(
         rows=rows.data_ptr(),
-        values=out.values.data_ptr(),
-        scales=out.scales.data_ptr(),
+        values=values.data_ptr(),
+        scales=scales.data_ptr(),
+        largest=largest[0].data_ptr() if by_expert else None,
         ends=segments.ends.data_ptr(),
         token_blocks=token_blocks,
         experts=experts,
         width=width,
     )
-    return out, arguments
+    return Fp8Columns(values, scales, by_expert), arguments
 
 
 def _multiply(grad: Fp8Columns, rows: Fp8Columns, segments: ExpertSegments, out: Tensor, turns: int) -> Tensor:
+    assert rows.by_expert and not grad.by_expert
     accumulate, token_blocks = out.dtype == torch.float32, len(rows.values)
     if token_blocks == 0:
         return out if accumulate else out.zero_()
