@@ -50,7 +50,7 @@ constexpr int kPairs = kChunks / 2;  // of chunks, 16 bytes: what a thread write
 constexpr int kPasses = kScaleBlock * kPairs / kThreads;
 constexpr int kResidentBlocks = 3;       // of an SM, for the compiler: 85 registers a thread
 constexpr int kMaxBlocks = 792;          // 6 on each of 132 SMs
-constexpr int kLargestMaxBlocks = 1980;  // more are resident, and all are not a whole number of times 792
+constexpr int kLargestMaxBlocks = 1980;  // 15 on each, where up to five are resident: 6 would leave the last one alone
 static_assert(kThreads / kLanes == kChunks && kTokenBlock == kScaleBlock);
 
 // Eight channels of a row: loaded by load(), of which many are in flight, and read behind decode(). Zeros before. Its

@@ -132,8 +132,8 @@ class ExpertsConfig(Section):
     )
     recompute_activation: bool = key(
         True,
-        "Training keeps the outputs of the first projection only; backward computes the activations again, for a pass "
-        "over them and a third less memory between the projections (half, if the activation is not gated).",
+        "Training keeps the outputs of the first projection only; backward computes the activations again, with their "
+        "gradient, for a third less memory between the projections (half, if the activation is not gated).",
     )
 
     def _check_rules(self) -> None:

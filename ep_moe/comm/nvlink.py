@@ -245,7 +245,7 @@ class NvlinkCommunicator:
 
     def combine_in_groups(self, rows: Tensor, handle: NvlinkHandle, groups: int) -> tuple[Tensor, Iterator[None]]:
         """See :meth:`ep_moe.comm.communicator.Communicator.combine_in_groups`; a launch a group."""
-        return self._combine(rows, handle, "expert_major", groups, False)
+        return self._combine(rows, handle, "expert_major", groups)
 
     def combine_to_nodes(
         self,
@@ -265,7 +265,7 @@ class NvlinkCommunicator:
             send: to launch beside this, as the next work of the stream.
             leave_sms: SMs for that; a block of combine takes the whole of one.
         """
-        out, arguments = self._combine_arguments(rows, handle, layout, False)
+        out, arguments = self._combine_arguments(rows, handle, layout)
         assert handle.nodes is not None
         core = self._core
         with core:
@@ -278,14 +278,14 @@ class NvlinkCommunicator:
         return out
 
     def _combine(
-        self, rows: Tensor, handle: NvlinkHandle, layout: RowLayout, groups: int, behind_gemms: bool
+        self, rows: Tensor, handle: NvlinkHandle, layout: RowLayout, groups: int, behind_gemms: bool = False
     ) -> tuple[Tensor, Iterator[None]]:
         rows = rows.contiguous()
         out, arguments = self._combine_arguments(rows, handle, layout, behind_gemms)
         return out, self._core.steps("combine", arguments, handle.places.ranges(layout, groups), (rows, out, handle))
 
     def _combine_arguments(
-        self, rows: Tensor, handle: NvlinkHandle, layout: RowLayout, behind_gemms: bool
+        self, rows: Tensor, handle: NvlinkHandle, layout: RowLayout, behind_gemms: bool = False
     ) -> tuple[Tensor, native.CombineArgs]:
         """The result, and the arguments that fill it; of contiguous ``rows``."""
         expected = handle.num_rows(layout)

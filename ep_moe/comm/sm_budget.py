@@ -17,7 +17,7 @@ SM_STEP, MOST_SMS = 8, 128
 HEADROOM = 1.5
 """How much more than limits the exchange the SMs could move: stages that take equally long hinder each other."""
 BEHIND_GEMMS = 0.5
-"""The same behind GEMMs, where time does not count: an SM that stores or adds all the time takes least from them."""
+"""The same behind GEMMs, where an exchange may take longer: SMs that never wait for a link cost GEMMs the least."""
 
 
 @dataclass(frozen=True)

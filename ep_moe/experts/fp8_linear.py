@@ -162,7 +162,7 @@ class _Fp8GroupedLinear(torch.autograd.Function):
             rows = row_major(rows)
             fp8_rows = products.fp8.quantize_rows(rows, segments)
             ctx.save_for_backward(rows)
-            ctx.make_rows = None
+            ctx.make_rows = _unchanged
         return products.fp8.multiply(fp8_rows, quantized.weight, segments, rows.dtype)
 
     @staticmethod
@@ -179,7 +179,10 @@ class _Fp8GroupedLinear(torch.autograd.Function):
                 quantized, operand = quantize_gradient(products, grad, segments, need_weight)
             grad_rows = products.fp8.multiply(quantized, ctx.transposed, segments, ctx.dtype)
         if need_weight:
-            rows = ctx.saved_tensors[0] if ctx.make_rows is None else ctx.make_rows(*ctx.saved_tensors)
-            product = weight_product_of(products, operand, rows, segments, ctx.dtype)
+            product = weight_product_of(products, operand, ctx.make_rows(*ctx.saved_tensors), segments, ctx.dtype)
             grad_weight = gradient_or_task(ctx.defer, ctx.parameter, product)
         return grad_rows, None, grad_weight, None, None, None, None, None, None
+
+
+def _unchanged(rows: Tensor) -> Tensor:
+    return rows
