@@ -4,6 +4,7 @@
 
 #include <cuda_fp8.h>
 
+#include <cmath>
 #include <cstdint>
 
 #include "ptx.cuh"
@@ -18,9 +19,20 @@ struct BlockScale {
   float scale;   // times an e4m3 value is the value
   float factor;  // times a value is the e4m3 value
 
+  // Both are rounded once, as a division rounds, but without a branch, which would keep the compiler from working on
+  // several blocks at once: what is left over of the dividend corrects a product with the reciprocal. That of a number
+  // near the largest would be subnormal; it is taken of one 2^-64 times as large.
   static __device__ __forceinline__ BlockScale of(float amax) {
+    constexpr float kInverse = 1.0f / kE4m3Max, kHuge = 0x1p64f;
     const float largest = max_nan(amax, kMinAmax);
-    return {__fdiv_rn(largest, kE4m3Max), __fdiv_rn(kE4m3Max, largest)};
+    const float product = largest * kInverse;
+    const float scale = __fmaf_rn(__fmaf_rn(-kE4m3Max, product, largest), kInverse, product);
+    const float shrink = largest > kHuge ? 1.0f / kHuge : 1.0f, divisor = largest * shrink;
+    const float estimate = rcp_approx_ftz(divisor);
+    const float inverse = __fmaf_rn(__fmaf_rn(-divisor, estimate, 1.0f), estimate, estimate);
+    const float quotient = kE4m3Max * inverse;
+    const float factor = __fmaf_rn(__fmaf_rn(-divisor, quotient, kE4m3Max), inverse, quotient) * shrink;
+    return largest == INFINITY ? BlockScale{INFINITY, 0.0f} : BlockScale{scale, factor};
   }
 };
 
