@@ -97,8 +97,8 @@ def measure(
             )
 
         written = problem.slots if layout == "expert_major" else problem.rows
-        # Read by the quantisation or the copy, written, read by the pull, written to its places.
-        local = x.numel() * 2 + len(x) * bytes_per_row + (problem.rows + written) * bytes_per_row
+        # Read to be pushed, written by peers, read again (own rows where they are), written to their places.
+        local = x.numel() * 2 + (problem.remote_rows + problem.rows + written) * bytes_per_row
         floor = rates.floor(problem.remote_rows * bytes_per_row, local)
         kind = f"{'fp8' if fp8 else 'bf16'} {layout}"
         yield line(name, kind, sms, "dispatch", dispatch, floor, machine)

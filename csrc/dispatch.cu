@@ -1,33 +1,36 @@
-// Dispatch: rows from the ranks that staged them to their places here: all slots of an expert-major tensor, or the one
-// place each has in a tensor that holds every row once.
+// Dispatch: rows that ranks pushed here to their places: all slots of an expert-major tensor, or the one place each has
+// in a tensor that holds every row once.
 //
-// What moves: each wanted row once, by a bulk copy from its rank's symmetric buffer to shared memory, then by one bulk
-// copy into each of its slots. A warp owns a ring of stages and takes every W-th row of its block's share; blocks share
-// tokens out in turn, so that all of them pull in the order in which peers stage.
+// What moves: each wanted row once, by a bulk copy from this rank's buffer to shared memory (this rank's own rows from
+// where they are, if they travel as they are), then by one bulk copy into each of its slots. A warp owns a ring of
+// stages and takes every W-th row of its block's share; blocks share tokens out in turn, so that all of them take rows
+// in the order in which they are pushed.
 //
-// It may start while staging, and the layout ahead of that, still run: it waits for the layout to have ended and, chunk
-// by chunk, for tokens to be staged. Nothing it writes is read by either.
+// It may start while the push, and the layout ahead of that, still run: it waits for the layout to have ended and, row
+// by row, for rows to land. Nothing it writes is read by either.
 //
 //   writer                        reader                      ordered by
-//   rows[d % 2] (staging, peer)   this kernel                 flag of the chunk: st.release of staging / ld.acquire
-//                                                             here, then fence.proxy.async, as the copy engine reads
+//   rows[source] (push of peer)   this kernel                 flag of the row: fence, st.volatile of push / ld.acquire,
+//                                                             then fence.proxy.async, as the copy engine reads
 //   rows[d % 2] (exchange         this kernel                 `arrivals` of the chunk, likewise
 //   between nodes, peer)
 //   stage (copy engine, load)     the warp                    mbarrier of the stage
 //   stage (reused by a load)      bulk stores of the row      wait_group.read, then __syncwarp
 //   slots, counts (layout)        this kernel                 `placed`: st.release of the layout / ld.acquire here
 //   all of those two kernels      the kernel behind           griddepcontrol_wait of one block here
-//   rows (earlier kernels)        (reuse by this one)         the kernel ahead of staging has ended: staging, or the
+//   rows (earlier kernels)        (reuse by this one)         the kernel ahead of the push has ended: the push, or the
 //                                                             layout ahead of it, is launched without overlap
-//   (reuse of rows[d % 2])        staging of d + 2            rule (1) of communicator.cuh, by the last launch of d + 1
+//   (reuse of rows[source])       push d + 1 of the peer      `ready`: the push of this rank, behind this kernel
+//   (reuse of rows[d % 2])        exchange d + 2              rule (1) of communicator.cuh, by the last launch of d + 1
 //
 // A dispatch may be several launches, each of which brings the tokens that arrive with a range of experts. Each is a
-// round of its own, and all read the same staged rows: these are given up with the last one, which counts the dispatch.
-// What the ranges of a peer are is no matter here, for this rank pulls, but all ranks make as many launches, or rounds
-// would not match. No other dispatch may come between them.
+// round of its own, and all read the same rows: these are given up with the last one, which counts the dispatch. What
+// the ranges of a peer are is no matter here, but all ranks make as many launches, or rounds would not match. No other
+// dispatch may come between them.
 //
-// Over several nodes the exchange between them (node_exchange.cuh) takes the place of staging: what it stores are the
-// tokens of this dispatch. Their chunks arrive from all nodes at once, each with a flag of its own.
+// Over several nodes the exchange between them (node_exchange.cuh) takes the place of the push: what it stores are the
+// tokens of this dispatch, which ranks pull from each other. Their chunks arrive from all nodes at once, each with a
+// flag of its own.
 #include "communicator.cuh"
 #include "expert_range.cuh"
 #include "launch.cuh"
@@ -41,27 +44,28 @@ struct DispatchArgs {
   const int64_t* counts;  // [local_experts]: real rows
   const int32_t* ends;    // [local_experts]: ends of the segments, padding included
   uint8_t* rows;          // out [num_rows][row_bytes]; padding rows become zero
-  float* scales;          // out [num_rows][row_scales]; nullptr unless the rows are e4m3
-  int32_t wire_bytes;     // of a row as it travels, and from row to row in the symmetric buffers; a multiple of 128
-  int32_t row_bytes;      // without scales; a multiple of 16
-  int32_t row_scales;     // scales behind the row
+  const uint8_t* own_rows;  // [tokens][row_bytes] of this rank; nullptr if these are pushed too
+  float* scales;            // out [num_rows][row_scales]; nullptr unless the rows are e4m3
+  int32_t wire_bytes;       // of a row as it travels, and from row to row in the symmetric buffers; a multiple of 128
+  int32_t row_bytes;        // without scales; a multiple of 16
+  int32_t row_scales;       // scales behind the row
   int32_t slot_tokens;
   int32_t width;
-  ExpertRange range;       // whose tokens arrive and whose segments have padding
-  int32_t num_rows;        // rows there is room for
-  int32_t warps;           // of a block
-  int32_t stages;          // of a warp, at least 2
-  int32_t behind_staging;  // the kernel ahead is staging, which need not have ended; 0 for later launches of a dispatch
-  int32_t early;           // nor need the layout ahead of that
-  NodeChunks nodes;        // whose tokens they are, if they arrive from nodes
+  ExpertRange range;    // whose tokens arrive and whose segments have padding
+  int32_t num_rows;     // rows there is room for
+  int32_t warps;        // of a block
+  int32_t stages;       // of a warp, at least 2
+  int32_t behind_push;  // the kernel ahead is the push, which need not have ended; 0 for later launches of a dispatch
+  int32_t early;        // nor need the layout ahead of that
+  NodeChunks nodes;     // whose tokens they are, if they arrive from nodes
 };
 
 namespace {
 
-constexpr int kMaxWarps = 16;
-constexpr int kMaxStages = 8;
+constexpr int kMaxWarps = 8;
+constexpr int kMaxStages = 3;
 
-// A row that a rank staged and that this rank wants, as one warp sees it.
+// A row that this rank wants, as one warp sees it.
 struct Item {
   int source;
   int token;
@@ -89,120 +93,39 @@ __device__ __forceinline__ void wait_placed(const Communicator& comm) {
   __syncthreads();
 }
 
-// A whole warp: the chunks that `source` has staged, a bit each; `chunk` among them unless the wait for it fails.
-__device__ __forceinline__ uint32_t wait_staged(const Communicator& comm, int source, int chunk, uint32_t dispatch,
-                                                uint32_t round, int lane) {
-  const uint32_t* flags = part<uint32_t>(comm, comm.rank, comm.layout.staged) + source * kStagedChunks;
-  // Pairs with the release in finish_unit of stage.cu. A peer that has staged for the next dispatch has for this one.
-  auto staged = [=](int i) { return static_cast<int32_t>(ld_acquire_sys(flags + i) - dispatch) >= 0; };
-  if (lane == 0) wait_bounded(comm, Step::kRows, source, round, [=] { return staged(chunk); });
-  __syncwarp();
-  static_assert(kStagedChunks == 32, "a lane looks at each");
-  const uint32_t chunks = __ballot_sync(~0u, staged(lane));
-  __syncwarp();  // what the lanes acquired, lane 0 has
-  if (lane == 0) fence_proxy_async();
-  return chunks;
-}
-
-// The rows of a warp, in turn: ranks alternate, so that all links are in use; rows that nobody here wants, or that
-// arrive with other experts, are skipped.
-struct Rows {
+// The rows that ranks of this node pushed.
+struct FromRanks {
   const DispatchArgs& args;
-  RowRange arriving;  // where the first slot of a row must be
-  int lane;
-  int next;
-  int count;
-  uint32_t round;
   uint32_t dispatch;
-  uint32_t staged;  // chunks of the rank that is this lane's number
 
-  static __device__ Rows begin(const DispatchArgs& args, int warp, int lane, uint32_t round) {
-    const int tokens = (args.slot_tokens - blockIdx.x + gridDim.x - 1) / gridDim.x;
-    return {args,  rows_of(args.range, args.ends), lane, warp, tokens * args.comm.shape.ranks,
-            round, staging_dispatch(args.comm),    0};
+  __device__ int places() const { return args.slot_tokens; }
+  __device__ int token(int, int place) const { return place; }
+
+  __device__ bool is_own(int source) const { return args.own_rows != nullptr && source == args.comm.rank; }
+
+  // Pairs with the fence in flag_rows of push.cu. A row that was pushed for the next dispatch was for this one.
+  __device__ bool arrived(int source, int token) const {
+    const Communicator& comm = args.comm;
+    if (is_own(source)) return true;
+    return static_cast<int32_t>(ld_acquire_sys(landed_flags(comm, comm.rank, source) + token) - dispatch) >= 0;
   }
 
-  __device__ bool take(Item& item) {
+  __device__ bool limits_wait(int) const { return true; }
+
+  __device__ const uint8_t* row(int source, int token) const {
     const Communicator& comm = args.comm;
-    const int ranks = comm.shape.ranks, chunk_tokens = comm.shape.max_tokens / kStagedChunks;
-    for (; next < count; next += args.warps) {
-      item.source = (comm.rank + 1 + next % ranks) % ranks;
-      item.token = blockIdx.x + next / ranks * gridDim.x;
-      const int64_t entry = static_cast<int64_t>(item.source) * args.slot_tokens + item.token;
-      item.slot = lane < args.width ? args.slots[entry * args.width + lane] : -1;
-      const uint32_t first_slot = __reduce_min_sync(~0u, static_cast<uint32_t>(item.slot));  // -1 is the largest
-      if (!arriving.holds(static_cast<int>(first_slot))) continue;
-      const int chunk = item.token / chunk_tokens;
-      uint32_t chunks = __shfl_sync(~0u, staged, item.source);
-      if ((chunks >> chunk & 1) == 0) {
-        chunks = wait_staged(comm, item.source, chunk, dispatch, round, lane);
-        if (lane == item.source) staged = chunks;
-        if ((chunks >> chunk & 1) == 0) continue;
-      }
-      next += args.warps;
-      return true;
-    }
-    return false;
+    if (is_own(source)) return args.own_rows + static_cast<int64_t>(token) * args.row_bytes;
+    return part<uint8_t>(comm, comm.rank, pushed_rows(comm, source)) + static_cast<int64_t>(token) * args.wire_bytes;
   }
 };
 
-// The same where rows arrive from other nodes. A warp looks at the chunks of its next 32 rows at once, a lane at each.
-struct ArrivingRows {
+// The rows that other nodes sent to ranks of this one.
+struct FromNodes {
   const DispatchArgs& args;
-  int lane;
-  int count;
-  uint32_t round;
   uint32_t dispatch;
-  int window;  // the first of the 32 rows
-  int next;    // of them
-  int source;  // of this lane's row
-  int token;   // likewise; -1 if there is none
-  uint32_t here;
 
-  static __device__ ArrivingRows begin(const DispatchArgs& args, int warp, int lane, uint32_t round) {
-    const int places = (args.nodes.places() - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x;
-    ArrivingRows rows = {args, lane, places * args.comm.shape.ranks, round, staging_dispatch(args.comm), warp};
-    rows.look();
-    return rows;
-  }
-
-  __device__ bool take(Item& item) {
-#pragma unroll 1
-    while (window < count) {
-#pragma unroll 1
-      for (; next < 32; ++next) {
-        item.source = __shfl_sync(~0u, source, next);
-        item.token = __shfl_sync(~0u, token, next);
-        if (item.token < 0) continue;
-        const int64_t entry = static_cast<int64_t>(item.source) * args.slot_tokens + item.token;
-        item.slot = lane < args.width ? args.slots[entry * args.width + lane] : -1;
-        if (!__any_sync(~0u, item.slot >= 0)) continue;
-        if ((here >> next & 1) == 0) wait_arrived(item);
-        if ((here >> next & 1) == 0) continue;
-        next += 1;
-        return true;
-      }
-      window += 32 * args.warps;
-      look();
-    }
-    return false;
-  }
-
-  // The 32 rows of the window.
-  __device__ void look() {
-    const Communicator& comm = args.comm;
-    const int ranks = comm.shape.ranks, row = window + lane * args.warps;
-    source = (comm.rank + 1 + row % ranks) % ranks;
-    token = row < count ? args.nodes.token(source, blockIdx.x + row / ranks * gridDim.x) : -1;
-    next = 0;
-    look_again();
-  }
-
-  __device__ void look_again() {
-    here = __ballot_sync(~0u, token >= 0 && arrived(source, token));
-    __syncwarp();  // what the lanes acquired, lane 0 has
-    if (lane == 0) fence_proxy_async();
-  }
+  __device__ int places() const { return args.nodes.places(); }
+  __device__ int token(int source, int place) const { return args.nodes.token(source, place); }
 
   // Pairs with the release in Received::finish of node_exchange.cuh. A chunk that arrived for the next dispatch has
   // for this one.
@@ -213,21 +136,101 @@ struct ArrivingRows {
     return static_cast<int32_t>(ld_acquire_sys(flag) - dispatch) >= 0;
   }
 
-  // For this rank's own exchange, which ends its waits itself and then says `failed`, there is no limit: its report
-  // names the rank on the other node that it waited for.
-  __device__ void wait_arrived(const Item& item) {
+  // This rank's own exchange ends its waits itself and then says `failed`: its report names the rank on the other node
+  // that it waited for.
+  __device__ bool limits_wait(int source) const { return source != args.comm.rank; }
+
+  __device__ const uint8_t* row(int source, int token) const {
     const Communicator& comm = args.comm;
-    if (lane == 0 && item.source != comm.rank)
-      wait_bounded(comm, Step::kRows, item.source, round, [&] { return arrived(item.source, item.token); });
-    if (lane == 0 && item.source == comm.rank)
-      while (!arrived(item.source, item.token))
-        if (*reinterpret_cast<volatile uint32_t*>(&comm.workspace->failed) != 0) break;
-    __syncwarp();
-    look_again();
+    return part<uint8_t>(comm, source, arrived_rows(comm)) + static_cast<int64_t>(token) * args.wire_bytes;
   }
 };
 
-template <typename RowsOfWarp>
+// The rows of a warp, in turn: ranks alternate, so that all links are in use; rows that nobody here wants, or that
+// arrive with other experts, are skipped. It looks at the flags of its next 32 rows at once, a lane at each.
+template <typename Origin>
+struct Rows {
+  const DispatchArgs& args;
+  Origin origin;
+  RowRange arriving;  // where the first slot of a row must be
+  int lane;
+  int count;
+  uint32_t round;
+  int window;  // the first of the 32 rows
+  int next;    // of them
+  int source;  // of this lane's row
+  int token;   // likewise; -1 if there is none
+  uint32_t here;
+  int upcoming;  // the slot of this lane for row `next`, or -1
+
+  static __device__ Rows begin(const DispatchArgs& args, int warp, int lane, uint32_t round) {
+    const Origin origin = {args, this_dispatch(args.comm)};
+    const int places = (origin.places() - static_cast<int>(blockIdx.x) + gridDim.x - 1) / gridDim.x;
+    Rows rows = {args, origin, rows_of(args.range, args.ends), lane, places * args.comm.shape.ranks, round, warp};
+    rows.look();
+    return rows;
+  }
+
+  __device__ bool take(Item& item) {
+#pragma unroll 1
+    while (window < count) {
+#pragma unroll 1
+      while (next < 32) {
+        item.source = __shfl_sync(~0u, source, next);
+        item.token = __shfl_sync(~0u, token, next);
+        item.slot = upcoming;
+        const int row = next++;
+        upcoming = slot_of_row(next);
+        const uint32_t first_slot = __reduce_min_sync(~0u, static_cast<uint32_t>(item.slot));  // -1 is the largest
+        if (!arriving.holds(static_cast<int>(first_slot))) continue;
+        if ((here >> row & 1) != 0 || wait_for(row, item.source)) return true;
+      }
+      window += 32 * args.warps;
+      look();
+    }
+    return false;
+  }
+
+  // The slot of this lane for a row of the window, or -1.
+  __device__ int slot_of_row(int row) const {
+    const int64_t of_token = __shfl_sync(~0u, token, row % 32);
+    const int64_t entry = static_cast<int64_t>(__shfl_sync(~0u, source, row % 32)) * args.slot_tokens + of_token;
+    return row < 32 && of_token >= 0 && lane < args.width ? args.slots[entry * args.width + lane] : -1;
+  }
+
+  // Whether the row has arrived, which it may do until the time is up.
+  __device__ bool wait_for(int row, int from) {
+    uint64_t start = 0;
+    while (true) {
+      look_again();
+      if ((here >> row & 1) != 0) return true;
+      bool over = false;
+      if (lane == 0)
+        over = origin.limits_wait(from) ? wait_is_over(args.comm, Step::kRows, from, round, &start)
+                                        : has_failed(args.comm);
+      if (__shfl_sync(~0u, over, 0)) return false;
+    }
+  }
+
+  // The 32 rows of the window.
+  __device__ void look() {
+    const Communicator& comm = args.comm;
+    const int ranks = comm.shape.ranks, row = window + lane * args.warps;
+    source = (comm.rank + 1 + row % ranks) % ranks;
+    token = row < count ? origin.token(source, blockIdx.x + row / ranks * gridDim.x) : -1;
+    next = 0;
+    upcoming = slot_of_row(0);
+    look_again();
+  }
+
+  __device__ void look_again() {
+    here = __ballot_sync(~0u, token >= 0 && origin.arrived(source, token));
+    __syncwarp();  // what the lanes acquired, lane 0 has
+    if (lane == 0) fence_proxy_async();
+  }
+};
+
+template <typename Origin>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __grid_constant__ DispatchArgs args) {
   const Communicator& comm = args.comm;
   extern __shared__ __align__(128) uint8_t shared[];
@@ -241,8 +244,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
   fence_proxy_async();  // the copy engine completes on the barriers initialised above
   __syncwarp();
 
-  const int64_t staged = staged_rows(comm);
-  RowsOfWarp rows = RowsOfWarp::begin(args, warp, lane, round);
+  auto rows = Rows<Origin>::begin(args, warp, lane, round);
+  const uint32_t loaded_bytes = args.row_bytes + (args.row_scales * 4 + 15) / 16 * 16;
   uint8_t* ring = shared + static_cast<int64_t>(warp) * args.stages * args.wire_bytes;
 
   // Starts the load of the warp's next row into stage `place`.
@@ -251,15 +254,15 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
     if (!rows.take(item)) return false;
     slots[warp][place][lane] = item.slot;
     if (lane == 0) {
-      const uint8_t* source =
-          part<uint8_t>(comm, item.source, staged) + static_cast<int64_t>(item.token) * args.wire_bytes;
-      mbarrier_arrive_expect_tx(&arrived[warp][place], args.wire_bytes);
-      cp_async_bulk_load(ring + place * args.wire_bytes, source, args.wire_bytes, &arrived[warp][place]);
+      mbarrier_arrive_expect_tx(&arrived[warp][place], loaded_bytes);
+      cp_async_bulk_load(ring + place * args.wire_bytes, rows.origin.row(item.source, item.token), loaded_bytes,
+                         &arrived[warp][place]);
     }
     __syncwarp();
     return true;
   };
 
+  const uint64_t policy = createpolicy_evict_first();  // so that rows that have landed stay in the cache until read
   int loaded = 0, stored = 0;
   while (loaded < args.stages - 1 && load(loaded)) ++loaded;
   fill_padding(args, warp, lane);
@@ -268,7 +271,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
     const uint8_t* row = ring + place * args.wire_bytes;
     const int slot = slots[warp][place][lane];
     mbarrier_wait_parity(&arrived[warp][place], stored / args.stages % 2);
-    if (slot >= 0) cp_async_bulk_store(args.rows + static_cast<int64_t>(slot) * args.row_bytes, row, args.row_bytes);
+    if (slot >= 0)
+      cp_async_bulk_store(args.rows + static_cast<int64_t>(slot) * args.row_bytes, row, args.row_bytes, policy);
     cp_async_bulk_commit_group();
     if (args.row_scales > 0) {
       const float* scales = reinterpret_cast<const float*>(row + args.row_bytes);
@@ -285,7 +289,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
   cp_async_bulk_wait_group();
   if (blockIdx.x == 0 && threadIdx.x < comm.shape.ranks)
     wait_entered(comm, Step::kRows, threadIdx.x, round);   // rule (1)
-  if (blockIdx.x == gridDim.x - 1) griddepcontrol_wait();  // before `dispatches` counts on, which staging reads
+  if (blockIdx.x == gridDim.x - 1) griddepcontrol_wait();  // before `dispatches` counts on, which the push reads
   if (end_round(comm, round) && args.range.is_last()) comm.workspace->dispatches += 1;
 }
 
@@ -296,10 +300,10 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
 // nodes are moved by one launch, for all experts.
 EP_MOE_API const char* ep_moe_dispatch(const ep_moe::DispatchArgs* args, cudaStream_t stream) {
   using namespace ep_moe;
-  const auto kernel = args->nodes.nodes > 0 ? dispatch_kernel<ArrivingRows> : dispatch_kernel<Rows>;
+  const auto kernel = args->nodes.nodes > 0 ? dispatch_kernel<FromNodes> : dispatch_kernel<FromRanks>;
   return launch("dispatch kernel", kernel, *args, args->comm.blocks, args->warps * 32,
                 args->warps * args->stages * args->wire_bytes,
-                args->behind_staging ? LaunchMode::kProgrammatic : LaunchMode::kPlain, stream);
+                args->behind_push ? LaunchMode::kProgrammatic : LaunchMode::kPlain, stream);
 }
 
 EP_MOE_API size_t ep_moe_dispatch_args_bytes() { return sizeof(ep_moe::DispatchArgs); }

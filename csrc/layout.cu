@@ -230,7 +230,7 @@ __device__ void place_batch(const LayoutArgs& args, const Tables& tables, Batch 
   __syncthreads();
 }
 
-// Two could be resident, that is, it takes half of the registers: the rest is for staging.
+// Two could be resident, that is, it takes half of the registers: the rest is for the push.
 template <bool kFromNodes>
 __global__ void __launch_bounds__(kThreads, 2) layout_kernel(const __grid_constant__ LayoutArgs args) {
   const Communicator& comm = args.comm;
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, 2) layout_kernel(const __grid_consta
       comm.workspace->placed = 0;
       __threadfence();  // dispatch, which starts once all blocks have passed here, does not see the last layout's 1
     }
-    griddepcontrol_launch_dependents();  // staging
+    griddepcontrol_launch_dependents();  // the push, or the exchange between nodes
   }
   const int share_chunks = share.end_chunk - share.first_chunk;
   const int batch_chunks = Tables::batch_chunks(ranks, local_experts, args.top_k, max(share_chunks, 1));

@@ -291,7 +291,9 @@ class PhaseConfig(Section):
     dispatch_dtype: Literal["input", "fp8"] = key(
         "input", "Rows travel as they are, or as e4m3 with one fp32 scale per 128 channels."
     )
-    num_sms: int | None = key(None, "SMs on which rows are moved; null: as many as keep links or memory busy.", low=1)
+    num_sms: int | None = key(
+        None, "SMs on which rows are moved, besides up to 44 that push them; null: as many as pay.", low=1
+    )
     overlap: tuple[Literal["shared_experts", "wgrad"], ...] = key(
         (),
         "Strategies that hide communication behind computation: 'shared_experts' run beside the routed ones; 'wgrad' "

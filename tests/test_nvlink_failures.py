@@ -119,14 +119,14 @@ def overflowed(*arguments: Any) -> None:
     raise CapacityError("of an earlier dispatch")
 
 
-SOURCE: Any = SimpleNamespace(wire=SimpleNamespace(bytes=128), stage=lambda core, early: None)
+SOURCE: Any = SimpleNamespace(wire=SimpleNamespace(bytes=128), send=lambda core, early: None)
 
 
 def dispatching(monkeypatch: pytest.MonkeyPatch, sizes: Any, start: Any) -> tuple[NvlinkCommunicator, Core]:
     """A communicator whose dispatches learn what ``sizes`` returns, and then call ``start``."""
     places = SimpleNamespace(tokens=None, counts=None, ends=None)
     monkeypatch.setattr(nvlink, "lay_out", lambda *arguments, **options: places)
-    monkeypatch.setattr(nvlink, "Pull", lambda *arguments, **options: SimpleNamespace(start=start))
+    monkeypatch.setattr(nvlink, "RowDispatch", lambda *arguments, **options: SimpleNamespace(start=start))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     communicator, core = object.__new__(NvlinkCommunicator), Core()
     communicator._core, communicator.size = core, 1  # type: ignore[assignment]
@@ -145,7 +145,7 @@ def dispatching(monkeypatch: pytest.MonkeyPatch, sizes: Any, start: Any) -> tupl
 def test_a_dispatch_that_cannot_go_on_is_given_up(
     sizes: Any, start: Any, error: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Tokens have been staged by then: the next dispatch must not take them for its own.
+    # Tokens have been sent by then: the next dispatch must not take them for its own.
     communicator, core = dispatching(monkeypatch, sizes, start)
     topk_idx = torch.zeros(64, 1, dtype=torch.int64)
     with pytest.raises(RuntimeError, match=error):

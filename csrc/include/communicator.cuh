@@ -6,9 +6,9 @@
 // entered it. Hence, in round e:
 //   (1) every peer has entered round e - 1, so it has finished rounds up to e - 2: what rounds e - 2 and earlier read
 //       may be overwritten. Parts of the buffer that come in two copies use copy e % 2.
-//       Staged rows are the exception: dispatch d takes copy d % 2, so that they can be staged while the layout, whose
-//       round comes between, still runs. What dispatch d - 2 read may be overwritten once d - 1 has ended here, for all
-//       peers have entered that round.
+//       Rows that arrive from other nodes are the exception: dispatch d takes copy d % 2, so that they can be stored
+//       while the layout, whose round comes between, still runs. What dispatch d - 2 read may be overwritten once d - 1
+//       has ended here, for all peers have entered that round.
 //   (2) once a peer is seen (acquire) to have entered round e, it has finished round e - 1: what only it reads, in one
 //       copy, may be overwritten.
 #pragma once
@@ -21,16 +21,14 @@ namespace ep_moe {
 
 // In local device memory, zero at first.
 struct Workspace {
-  uint32_t round;                        // rounds finished
-  uint32_t exited_blocks;                // of the running kernel
-  uint32_t arrived_blocks;               // at the grid barrier; the highest bit turns over when it opens
-  uint32_t reserved;                     // keeps the words that the host knows in their places
-  uint32_t failed;                       // set once a wait ended in vain: later waits end at once
-  uint32_t reported;                     // set once there is a fault report
-  uint32_t dispatches;                   // finished, or given up by the host between staging and dispatch
-  uint32_t placed;                       // 1 once the last layout has ended, 0 from its start on
-  uint32_t staging_units;                // that warps of the running staging kernel have drawn
-  uint32_t staged_units[kStagedChunks];  // of each chunk of tokens, that this kernel has staged
+  uint32_t round;           // rounds finished
+  uint32_t exited_blocks;   // of the running kernel
+  uint32_t arrived_blocks;  // at the grid barrier; the highest bit turns over when it opens
+  uint32_t reserved;        // keeps the words that the host knows in their places
+  uint32_t failed;          // set once a wait ended in vain: later waits end at once
+  uint32_t reported;        // set once there is a fault report
+  uint32_t dispatches;      // finished, or given up by the host behind the kernel that sends their rows
+  uint32_t placed;          // 1 once the last layout has ended, 0 from its start on
 };
 
 // First fields of the arguments of every kernel.
@@ -56,19 +54,27 @@ __device__ __forceinline__ void report_fault(const Communicator& comm, Fault fau
   report_fault(comm.report, &comm.workspace->reported, fault, step, rank, round, value, allowed);
 }
 
+__device__ __forceinline__ bool has_failed(const Communicator& comm) {
+  return *reinterpret_cast<volatile uint32_t*>(&comm.workspace->failed) != 0;
+}
+
+// Whether a wait has failed, which this thread asks again and again: because the time is up, which it reports, or as
+// one did before. `start` is 0 at first.
+__device__ inline bool wait_is_over(const Communicator& comm, Step step, int rank, uint32_t round, uint64_t* start) {
+  if (has_failed(comm)) return true;
+  if (*start == 0) *start = global_timer_ns();
+  if (global_timer_ns() - *start <= comm.timeout_ns) return false;
+  report_fault(comm, Fault::kTimeout, step, rank, round);
+  comm.workspace->failed = 1;
+  return true;
+}
+
 // Spins until `ready()` or until the time is up; false then. One thread.
 template <typename Ready>
 __device__ inline bool wait_bounded(const Communicator& comm, Step step, int rank, uint32_t round, Ready ready) {
-  if (ready()) return true;
-  const uint64_t start = global_timer_ns();
-  while (!ready()) {
-    if (*reinterpret_cast<volatile uint32_t*>(&comm.workspace->failed) != 0) return false;
-    if (global_timer_ns() - start > comm.timeout_ns) {
-      report_fault(comm, Fault::kTimeout, step, rank, round);
-      comm.workspace->failed = 1;
-      return false;
-    }
-  }
+  uint64_t start = 0;
+  while (!ready())
+    if (wait_is_over(comm, step, rank, round, &start)) return false;
   return true;
 }
 
@@ -100,14 +106,24 @@ __device__ inline bool end_round(const Communicator& comm, uint32_t round) {
   return true;
 }
 
-// The dispatch that is running or, while none is, the next one, counted from 1: that which tokens are staged for.
-__device__ __forceinline__ uint32_t staging_dispatch(const Communicator& comm) {
+// The dispatch that is running or, while none is, the next one, counted from 1.
+__device__ __forceinline__ uint32_t this_dispatch(const Communicator& comm) {
   return *reinterpret_cast<volatile uint32_t*>(&comm.workspace->dispatches) + 1;
 }
 
-// Where in every rank's buffer the staged rows of this dispatch, or of the next one if none is running, begin.
-__device__ __forceinline__ int64_t staged_rows(const Communicator& comm) {
-  const int64_t copy = staging_dispatch(comm) % 2;
+// Where in every rank's buffer the rows begin that `source` pushes there.
+__device__ __forceinline__ int64_t pushed_rows(const Communicator& comm, int source) {
+  return comm.layout.rows + source * comm.shape.max_tokens * comm.shape.max_row_bytes;
+}
+
+// The flags of the rows that `source` pushed to `rank`: the last dispatch that each was pushed for.
+__device__ __forceinline__ uint32_t* landed_flags(const Communicator& comm, int rank, int source) {
+  return part<uint32_t>(comm, rank, comm.layout.landed) + static_cast<int64_t>(source) * comm.shape.max_tokens;
+}
+
+// Where in every rank's buffer the rows of this dispatch begin that other nodes sent to that rank.
+__device__ __forceinline__ int64_t arrived_rows(const Communicator& comm) {
+  const int64_t copy = this_dispatch(comm) % 2;
   return comm.layout.rows + copy * comm.shape.max_tokens * comm.shape.max_row_bytes;
 }
 

@@ -18,7 +18,7 @@ inline const char* error_text(cudaError_t error, const char* what) {
   return text;
 }
 
-constexpr int kSharedBytesUnasked = 32 * 1024;  // of 48 KB a block with what a kernel declares itself
+constexpr int kSharedBytesUnasked = 32 * 1024;  // of 48 KB a block with what a kernel declares itself and 1 KB more
 
 enum class LaunchMode {
   kPlain,

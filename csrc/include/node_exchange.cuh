@@ -7,7 +7,7 @@
 // times the slot was filled, and only grow. How many chunks travel is known to both sides before the launch. Rows to
 // this rank's own node are copied by blocks of their own.
 //
-// Beside the kernels of the node. In a dispatch it takes the place of staging (stage.cu): it stores rows, from all
+// Beside the kernels of the node. In a dispatch it takes the place of the push (push.cu): it stores rows, from all
 // nodes, where peers of the node pull them, and raises a flag for every chunk that is there. In a combine it sends a
 // chunk as soon as the node's combine has summed it.
 //
@@ -216,8 +216,8 @@ struct Received {
 
   __device__ explicit Received(const NodeExchangeArgs& args) : args(args) {
     if (args.staged_bytes == 0) return;
-    staged = part<uint8_t>(args.comm, args.comm.rank, staged_rows(args.comm));
-    dispatch = staging_dispatch(args.comm);
+    staged = part<uint8_t>(args.comm, args.comm.rank, arrived_rows(args.comm));
+    dispatch = this_dispatch(args.comm);
   }
 
   __device__ uint8_t* row(const NodePart& part, int64_t row) const {
@@ -225,7 +225,7 @@ struct Received {
   }
 
   // All threads of the block, which have stored a chunk of rows from `begin` on: if they are staged, tells the ranks of
-  // the node. Pairs with ArrivingRows of dispatch.cu.
+  // the node. Pairs with FromNodes of dispatch.cu.
   __device__ void finish(int64_t begin) const {
     __syncthreads();
     const Communicator& comm = args.comm;
@@ -305,7 +305,7 @@ __device__ inline void copy_own(const NodeExchangeArgs& args, const Received& re
 // for the kernels beside this one.
 template <typename Transport>
 __global__ void __launch_bounds__(kNodeThreads, 2) node_exchange_kernel(const __grid_constant__ NodeExchangeArgs args) {
-  griddepcontrol_launch_dependents();  // dispatch, if this is staging for it
+  griddepcontrol_launch_dependents();  // dispatch, if these rows are for it
   const Received received(args);
   const int own = static_cast<int>(blockIdx.x) - (args.nodes - 1) * args.channels * 2;
   if (own >= 0) {

@@ -163,7 +163,7 @@ class Communicator(Protocol):
                 host then need not learn the sizes, and waits for nothing; ``None`` makes exactly the room that is
                 needed.
             num_sms: SMs on which rows of this exchange, and of later ones along its handle, are moved; ``None`` for
-                the library's choice. Routing takes up to 64 and staging all, for the first tens of microseconds.
+                the library's choice. Besides, routing takes up to 64 for the first 20 us, and sending rows 8 to 44.
 
         Raises:
             ValueError: before anything is sent, naming the argument, what was given and what is allowed.

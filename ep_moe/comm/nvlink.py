@@ -18,9 +18,9 @@ from ep_moe.comm.communicator import Dispatched, ExpertSegments, RowLayout, chec
 from ep_moe.comm.expert_groups import expert_groups
 from ep_moe.comm.node_chunks import NodeChunks
 from ep_moe.comm.nvlink_core import NvlinkCore
+from ep_moe.comm.nvlink_dispatch import RowDispatch
 from ep_moe.comm.nvlink_handle import NvlinkHandle
 from ep_moe.comm.nvlink_layout import HostCounts, KnownSizes, RowPlaces, lay_out
-from ep_moe.comm.nvlink_pull import Pull
 from ep_moe.comm.nvlink_rows import LocalRows, RowSource
 from ep_moe.comm.nvlink_sums import SumFlags, Summed
 from ep_moe.comm.nvlink_wire import ELEMENTS, wire_format
@@ -97,7 +97,7 @@ class NvlinkCommunicator:
     ) -> tuple[Dispatched, Iterator[None]]:
         """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_in_groups`; a launch a group."""
         check_dispatch_shapes(x, topk_idx, topk_weights, num_experts, self.size, scales=scales, fp8=fp8)
-        rows = LocalRows(x, scales, fp8=fp8)
+        rows = LocalRows(x, topk_idx, num_experts, scales, fp8=fp8)
         return self._dispatch(rows, topk_idx, topk_weights, groups=groups, num_experts=num_experts, **options)
 
     def dispatch_from_nodes(
@@ -122,7 +122,7 @@ class NvlinkCommunicator:
             **options: as of :meth:`dispatch`, without ``scales`` and ``fp8``.
         """
         core = self._core
-        core.reserve(nodes.most_tokens, topk_idx.shape[1], rows.wire.bytes)
+        core.reserve(nodes.most_tokens, topk_idx.shape[1], rows.wire.bytes, self._row_places(nodes))
         if nodes.most_tokens > core.max_tokens:
             core.grow(nodes.most_tokens)
         return self._dispatch(rows, topk_idx, topk_weights, groups=1, nodes=nodes, sizes=sizes, **options)[0]
@@ -147,7 +147,7 @@ class NvlinkCommunicator:
         tokens, top_k = topk_idx.shape
         core, local_experts = self._core, num_experts // self.size
         expert_groups(local_experts, groups)
-        core.reserve(tokens, top_k, source.wire.bytes)
+        core.reserve(tokens, top_k, source.wire.bytes, self._row_places(nodes))
         topk_idx = topk_idx.contiguous()
         with core:
             while True:
@@ -163,14 +163,14 @@ class NvlinkCommunicator:
                     nodes=nodes,
                     sizes=sizes,
                 )
-                # Staging needs no sizes: it runs beside the layout and while the host waits for them.
-                source.stage(core, early=True)
+                # Sending needs no sizes: it runs beside the layout and while the host waits for them.
+                source.send(core, early=True)
                 try:
-                    pull = Pull(core, source, places.tokens, layout, groups, num_sms, nodes, early=True)
+                    kernel = RowDispatch(core, source, places.tokens, layout, groups, num_sms, nodes, early=True)
                     most_tokens, received, segments = self._arriving(places, max_rows, sizes, local_experts, alignment)
                     if most_tokens <= core.max_tokens:
                         slots = segments.num_rows
-                        rows, row_scales, steps = pull.start(received if layout == "rows" else slots)
+                        rows, row_scales, steps = kernel.start(received if layout == "rows" else slots)
                         break
                     core.grow(most_tokens)  # all ranks have learnt the same number
                 except Exception:
@@ -180,6 +180,10 @@ class NvlinkCommunicator:
         weights, routing = places.weights(slots, dtype), places.routing(received, dtype)
         routes = NvlinkHandle(num_sms, topk_idx, places.tokens, segments, received, nodes)
         return Dispatched(rows, row_scales, weights, segments, places.row_of_slot(slots), routes, routing), steps
+
+    def _row_places(self, nodes: NodeChunks | None) -> int:
+        """For the rows of a dispatch: of every rank that pushes, or two copies of those from ``nodes``."""
+        return self.size if nodes is None else 2
 
     def _arriving(
         self, places: RowPlaces, max_rows: int | None, sizes: KnownSizes | None, local_experts: int, alignment: int
@@ -210,18 +214,20 @@ class NvlinkCommunicator:
     def _rows_of(self, x: Tensor, handle: NvlinkHandle) -> LocalRows:
         if x.dim() != 2 or x.shape[0] != handle.tokens:
             raise ValueError(f"x: expected [{handle.tokens}, hidden] as in the dispatch, got {list(x.shape)}")
-        return LocalRows(x)
+        return LocalRows(x, handle.topk_idx, handle.places.experts * self.size)
 
     def _dispatch_cached(
         self, source: RowSource, handle: NvlinkHandle, layout: RowLayout, groups: int
     ) -> tuple[Tensor, Iterator[None]]:
         core = self._core
-        core.reserve(handle.tokens, handle.top_k, source.wire.bytes)
+        core.reserve(handle.tokens, handle.top_k, source.wire.bytes, self._row_places(handle.nodes))
         with core:
-            source.stage(core, early=False)
+            source.send(core, early=False)
             try:
-                pull = Pull(core, source, handle.places, layout, groups, handle.num_sms, handle.nodes, early=False)
-                rows, _, steps = pull.start(handle.num_rows(layout))
+                kernel = RowDispatch(
+                    core, source, handle.places, layout, groups, handle.num_sms, handle.nodes, early=False
+                )
+                rows, _, steps = kernel.start(handle.num_rows(layout))
             except Exception:
                 core.skip_dispatch()
                 raise

@@ -16,7 +16,7 @@ MAX_TOP_K = 32
 MAX_EXPERTS = 1024
 CHUNK_TOKENS = 32
 COMBINE_GROUP = 8
-WORKSPACE_WORDS = 9 + 32
+WORKSPACE_WORDS = 8
 REPORTED, DISPATCHES = 5, 6  # of these
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # Element
@@ -40,7 +40,7 @@ class BufferShape(ctypes.Structure):
         ("ranks", c_int32),
         ("max_tokens", c_int32),
         ("max_top_k", c_int32),
-        ("reserved", c_int32),
+        ("row_places", c_int32),
         ("max_row_bytes", c_int64),
     )
 
@@ -53,7 +53,8 @@ class BufferLayout(ctypes.Structure):
         for name in (
             "entered",
             "chunk_flags",
-            "staged",
+            "ready",
+            "landed",
             "arrivals",
             "landing_flags",
             "weight_flags",
@@ -130,20 +131,27 @@ class LayoutArgs(ctypes.Structure):
     )
 
 
-class StageArgs(ctypes.Structure):
-    """``StageArgs`` of ``stage.cu``."""
+class PushArgs(ctypes.Structure):
+    """``PushArgs`` of ``push.cu``."""
 
     _fields_ = (
         ("comm", CommunicatorArgs),
         ("x", c_void_p),
         ("scales", c_void_p),
-        ("wire_bytes", c_int64),
+        ("topk_idx", c_void_p),
+        ("x_row_bytes", c_int32),
+        ("wire_bytes", c_int32),
         ("row_bytes", c_int32),
         ("row_scales", c_int32),
         ("tokens", c_int32),
-        ("hidden", c_int32),
+        ("top_k", c_int32),
+        ("num_experts", c_int32),
         ("element", c_int32),
         ("quantize", c_int32),
+        ("own", c_int32),
+        ("warps", c_int32),
+        ("stages", c_int32),
+        ("stage_bytes", c_int32),
         ("early", c_int32),
     )
 
@@ -163,6 +171,7 @@ class DispatchArgs(ctypes.Structure):
         ("counts", c_void_p),
         ("ends", c_void_p),
         ("rows", c_void_p),
+        ("own_rows", c_void_p),
         ("scales", c_void_p),
         ("wire_bytes", c_int32),
         ("row_bytes", c_int32),
@@ -173,7 +182,7 @@ class DispatchArgs(ctypes.Structure):
         ("num_rows", c_int32),
         ("warps", c_int32),
         ("stages", c_int32),
-        ("behind_staging", c_int32),
+        ("behind_push", c_int32),
         ("early", c_int32),
         ("nodes", NodeChunks),
     )
@@ -223,7 +232,7 @@ class WeightsArgs(ctypes.Structure):
 
 ENTRY_POINTS: dict[str, type[ctypes.Structure]] = {
     "layout": LayoutArgs,
-    "stage": StageArgs,
+    "push": PushArgs,
     "dispatch": DispatchArgs,
     "combine": CombineArgs,
     "weights": WeightsArgs,
@@ -273,7 +282,7 @@ __all__ = [
     "FaultReport",
     "LayoutArgs",
     "NodeChunks",
-    "StageArgs",
+    "PushArgs",
     "WeightsArgs",
     "load_entry_points",
 ]

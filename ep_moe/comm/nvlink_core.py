@@ -64,14 +64,17 @@ class NvlinkCore:
         """Size of this rank's symmetric buffer; 0 before there is one."""
         return 0 if self._buffer is None else self._buffer.local.numel()
 
-    def reserve(self, tokens: int, top_k: int, row_bytes: int) -> None:
+    def reserve(self, tokens: int, top_k: int, row_bytes: int, row_places: int = 0) -> None:
         """Grow the buffer where a dimension that all ranks share asks for it; collective then.
+
+        ``row_places`` is that of ``buffer.cuh``, for those who send rows.
 
         The number of tokens may differ between ranks, so more than before does not make it grow here: ranks would not
         agree that it does. The first buffer takes the largest number of all ranks.
         """
         shape = self._comm.shape
-        if self._buffer is not None and top_k <= shape.max_top_k and row_bytes <= shape.max_row_bytes:
+        wanted = (max(top_k, shape.max_top_k), max(row_bytes, shape.max_row_bytes), max(row_places, shape.row_places))
+        if self._buffer is not None and wanted == (shape.max_top_k, shape.max_row_bytes, shape.row_places):
             return
         most = max(self._wanted_tokens or 0, tokens, shape.max_tokens)
         if self.size > 1:
@@ -80,12 +83,12 @@ class NvlinkCore:
             agreed = torch.tensor(most, device=on)
             dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.group)
             most = int(agreed)
-        self._allocate(most, max(top_k, shape.max_top_k), max(row_bytes, shape.max_row_bytes))
+        self._allocate(most, *wanted)
 
     def grow(self, tokens: int) -> None:
         """Make room for ``tokens`` a rank; collective, with the same number on all ranks."""
         shape = self._comm.shape
-        self._allocate(tokens, shape.max_top_k, shape.max_row_bytes)
+        self._allocate(tokens, shape.max_top_k, shape.max_row_bytes, shape.row_places)
 
     def arguments(self, num_sms: int) -> native.CommunicatorArgs:
         """The arguments common to all kernels."""
@@ -112,14 +115,14 @@ class NvlinkCore:
             yield
 
     def skip_dispatch(self) -> None:
-        """Count a dispatch that is staged but will not run: the next must not take its tokens for their own."""
+        """Count a dispatch that will not run though its rows are sent: the next must not take them for its own."""
         self._workspace[native.DISPATCHES] += 1
 
     def check(self) -> None:
         """Raise what a kernel has reported so far; see :meth:`FaultMonitor.check`."""
         self._faults.check()
 
-    def _allocate(self, tokens: int, top_k: int, row_bytes: int) -> None:
+    def _allocate(self, tokens: int, top_k: int, row_bytes: int, row_places: int) -> None:
         if self._captured or torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "the symmetric buffer cannot grow while CUDA graphs hold its address; run the largest shapes once "
@@ -130,6 +133,7 @@ class NvlinkCore:
             ranks=self.size,
             max_tokens=chunks * native.CHUNK_TOKENS,
             max_top_k=top_k,
+            row_places=row_places,
             max_row_bytes=row_bytes,
         )
         layout = native.BufferLayout()

@@ -1,7 +1,8 @@
-"""Rows that a dispatch moves, and how they get to where peers pull them."""
+"""Rows that a dispatch moves, and how they get to the ranks that want them."""
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 
 import torch
@@ -9,8 +10,19 @@ from torch import Tensor
 
 from ep_moe.comm import nvlink_args as native
 from ep_moe.comm.nvlink_core import NvlinkCore
-from ep_moe.comm.nvlink_wire import ELEMENTS, MOVED, WireFormat, wire_format
+from ep_moe.comm.nvlink_wire import ELEMENTS, MOVED, SHARED_BYTES, Ring, WireFormat, wire_format
+from ep_moe.comm.sm_budget import push_sms
 from ep_moe.native import pointer
+
+_MAX_WARPS, _MAX_STAGES = 7, 2
+
+
+@functools.cache
+def push_ring(stage_bytes: int) -> Ring:
+    """The ring of a block that pushes, for rows that take ``stage_bytes`` of shared memory."""
+    room = SHARED_BYTES // stage_bytes
+    warps = max(min(room // 2, _MAX_WARPS), 1)
+    return Ring(warps, min(room // warps, _MAX_STAGES))
 
 
 class RowSource(Protocol):
@@ -31,8 +43,13 @@ class RowSource(Protocol):
         """How they travel."""
         ...
 
-    def stage(self, core: NvlinkCore, *, early: bool) -> None:
-        """Launch the kernel that puts rows where peers pull them in the next dispatch.
+    @property
+    def in_place(self) -> Tensor | None:
+        """This rank's own rows, ``[tokens, hidden]``, if they do not travel: dispatch takes them from there."""
+        ...
+
+    def send(self, core: NvlinkCore, *, early: bool) -> None:
+        """Launch the kernel that puts rows where the next dispatch of their ranks takes them.
 
         Args:
             core: of the communicator that dispatches.
@@ -42,9 +59,11 @@ class RowSource(Protocol):
 
 
 class LocalRows:
-    """A :class:`RowSource` of this rank's own tokens."""
+    """A :class:`RowSource` of this rank's own tokens, which go to the ranks of their experts."""
 
-    def __init__(self, x: Tensor, scales: Tensor | None = None, *, fp8: bool = False) -> None:
+    def __init__(
+        self, x: Tensor, topk_idx: Tensor, num_experts: int, scales: Tensor | None = None, *, fp8: bool = False
+    ) -> None:
         """Check and hold the rows; arguments as of a dispatch.
 
         Raises:
@@ -53,23 +72,41 @@ class LocalRows:
         self.wire = wire_format(x, MOVED, scaled=fp8 or scales is not None)
         self.dtype = torch.float8_e4m3fn if self.wire.scales else x.dtype
         self.hidden = x.shape[1]
-        self._x = x.contiguous()
+        self._x, self._topk_idx, self._num_experts = x.contiguous(), topk_idx.contiguous(), num_experts
         self._scales = None if scales is None else scales.contiguous()
 
-    def stage(self, core: NvlinkCore, *, early: bool) -> None:
-        """See :meth:`RowSource.stage`."""
+    @property
+    def in_place(self) -> Tensor | None:
+        """See :attr:`RowSource.in_place`."""
+        return None if self.wire.scales else self._x
+
+    def send(self, core: NvlinkCore, *, early: bool) -> None:
+        """See :meth:`RowSource.send`."""
         x, scales, wire = self._x, self._scales, self.wire
-        arguments = native.StageArgs(
-            comm=core.arguments(1),
+        x_row_bytes, top_k = x.shape[1] * x.element_size(), self._topk_idx.shape[1]
+        own, quantize = self.in_place is None, wire.scales > 0 and scales is None
+        stage_bytes = wire.stage_bytes(x_row_bytes)
+        ring = push_ring(stage_bytes)
+        tokens = min(x.shape[0], core.max_tokens)  # more are found out by the layout kernel
+        sms = push_sms(core.size, self._num_experts // core.size, top_k, own=own, quantize=quantize)
+        arguments = native.PushArgs(
+            comm=core.arguments(sms),
             x=x.data_ptr(),
             scales=pointer(scales),
+            topk_idx=self._topk_idx.data_ptr(),
+            x_row_bytes=x_row_bytes,
             wire_bytes=wire.bytes,
             row_bytes=wire.row_bytes,
-            row_scales=0 if scales is None else wire.scales,
-            tokens=min(x.shape[0], core.max_tokens),  # more are found out by the layout kernel
-            hidden=x.shape[1],
+            row_scales=wire.scales,
+            tokens=tokens if own or core.size > 1 else 0,
+            top_k=top_k,
+            num_experts=self._num_experts,
             element=ELEMENTS.get(x.dtype, 0),
-            quantize=int(wire.scales > 0 and scales is None),
+            quantize=int(quantize),
+            own=int(own),
+            warps=ring.warps,
+            stages=ring.stages,
+            stage_bytes=stage_bytes,
             early=int(early),
         )
-        core.launch("stage", arguments)
+        core.launch("push", arguments)

@@ -29,7 +29,24 @@ class WireFormat:
     @property
     def bytes(self) -> int:
         """From row to row: whole lines of the caches, for copies that begin within one take longer."""
-        return -(-(self.row_bytes + 4 * self.scales) // 128) * 128
+        return self.stage_bytes(self.row_bytes)
+
+    def stage_bytes(self, x_row_bytes: int) -> int:
+        """Shared memory for a row of ``x_row_bytes`` and its scales behind it, in whole lines."""
+        return -(-(x_row_bytes + 4 * self.scales) // 128) * 128
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Where a block of a kernel keeps rows in shared memory.
+
+    Attributes:
+        warps: of the block, each of which moves other rows.
+        stages: rows that a warp has room for.
+    """
+
+    warps: int
+    stages: int
 
 
 def wire_format(x: Tensor, dtypes: Collection[torch.dtype], *, scaled: bool) -> WireFormat:
@@ -45,12 +62,18 @@ def wire_format(x: Tensor, dtypes: Collection[torch.dtype], *, scaled: bool) -> 
     hidden = x.shape[1]
     if scaled:
         check_blocks(hidden)
-        return WireFormat(hidden, hidden // BLOCK)
-    row_bytes = hidden * x.element_size()
-    if row_bytes % 16 or not row_bytes:
+        format = WireFormat(hidden, hidden // BLOCK)
+    else:
+        format = WireFormat(hidden * x.element_size(), 0)
+    if format.row_bytes % 16 or not format.row_bytes:
         raise ValueError(
-            f"x: expected rows of a multiple of 16 bytes, got {row_bytes} (hidden {hidden}, {x.dtype}); {_OTHERWISE}"
+            f"x: expected rows of a multiple of 16 bytes, got {format.row_bytes} (hidden {hidden}, {x.dtype}); "
+            f"{_OTHERWISE}"
         )
-    if 2 * row_bytes > SHARED_BYTES:
-        raise ValueError(f"x: expected rows of at most {SHARED_BYTES // 2} bytes, got {row_bytes}; {_OTHERWISE}")
-    return WireFormat(row_bytes, 0)
+    needed = max(2 * format.bytes, format.stage_bytes(hidden * x.element_size()))
+    if needed > SHARED_BYTES:
+        raise ValueError(
+            f"x: expected rows of which {SHARED_BYTES} bytes hold two as they travel and one as it is, got hidden "
+            f"{hidden} of {x.dtype}, for which that takes {needed}; {_OTHERWISE}"
+        )
+    return format

@@ -1,6 +1,6 @@
 """Both hops at the same time, by our own kernels between nodes and on each node.
 
-Routing travels first, then rows. In a dispatch the exchange between nodes takes the place of staging: rows that arrive
+Routing travels first, then rows. In a dispatch the exchange between nodes takes the place of the push: rows that arrive
 go to where peers of the node pull them, chunk by chunk, while others are on their way. In a combine it sends a node's
 sums while others are being made. Why these kernels do not wait for each other for ever:
 ``csrc/include/node_exchange.cuh``.
@@ -65,8 +65,12 @@ class _ArrivingRows:
         self.dtype = tensors[0].dtype
         self.hidden = tensors[0].shape[1]
 
-    def stage(self, core: NvlinkCore, *, early: bool) -> None:
-        """See :meth:`ep_moe.comm.nvlink_rows.RowSource.stage`."""
+    @property
+    def in_place(self) -> None:
+        """See :attr:`ep_moe.comm.nvlink_rows.RowSource.in_place`."""
+
+    def send(self, core: NvlinkCore, *, early: bool) -> None:
+        """See :meth:`ep_moe.comm.nvlink_rows.RowSource.send`."""
         self._transport.stage(
             self._tensors,
             (0, self.wire.row_bytes)[: len(self._tensors)],

@@ -16,6 +16,8 @@ from ep_moe.comm.communicator import RowLayout
 SM_STEP, MOST_SMS = 8, 128
 HEADROOM = 1.5
 """How much more than limits the exchange the SMs could move: stages that take equally long hinder each other."""
+PUSH_STEP, MOST_PUSH_SMS = 4, 44
+"""SMs that push have no such headroom: rows under way beyond what links take are in the way of what others move."""
 BEHIND_GEMMS = 0.5
 """The same behind GEMMs, where an exchange may take longer: SMs that never wait for a link cost GEMMs the least."""
 
@@ -27,10 +29,11 @@ class KernelRates:
     Those of combine on H100, the others on H200.
 
     Attributes:
-        pull: read from peers, with both directions busy.
+        pull: read from peers, with both directions busy, as between nodes, where ranks read what others received.
         push: written to peers, likewise.
         memory: a large copy in HBM, reads and writes.
         store_per_sm: stored by the bulk copies of one SM in dispatch.
+        quantize_per_sm: rows of e4m3 that one SM makes while it pushes, out of bf16.
         combine_per_crew: read and written in combine by half of an SM's warps: those that push sums to peers, or those
             that finish this rank's tokens.
         combine_interference: how much of the shorter of wire and memory time adds to the longer in combine; fitted to
@@ -41,6 +44,7 @@ class KernelRates:
     push: float = 349.0
     memory: float = 4150.0
     store_per_sm: float = 57.0
+    quantize_per_sm: float = 14.6
     combine_per_crew: float = 36.5
     combine_interference: float = 0.2
 
@@ -48,16 +52,17 @@ class KernelRates:
 MEASURED = KernelRates()
 
 
-def sms_to_keep_up(work_of_one_sm: float, longest_other: float, headroom: float = HEADROOM) -> int:
+def sms_to_keep_up(work_of_one_sm: float, longest_other: float, headroom: float = HEADROOM, step: int = SM_STEP) -> int:
     """SMs with which their part of an exchange takes less time than its slowest other part, by ``headroom``.
 
     Args:
         work_of_one_sm: time of the SMs' part on one of them.
         longest_other: time of that other part, in the same unit.
         headroom: how many times as much they could move.
+        step: of which a multiple is returned, at least one.
     """
     needed = headroom * work_of_one_sm / longest_other
-    return min(math.ceil(needed / SM_STEP) * SM_STEP, MOST_SMS)
+    return min(max(math.ceil(needed / step), 1) * step, MOST_SMS)
 
 
 def ranks_of_token(ranks: int, experts_per_rank: int, top_k: int) -> float:
@@ -69,12 +74,24 @@ def ranks_of_token(ranks: int, experts_per_rank: int, top_k: int) -> float:
 
 @functools.cache
 def dispatch_sms(ranks: int, experts_per_rank: int, top_k: int, layout: RowLayout) -> int:
-    """SMs for a dispatch between ``ranks`` of one node; more experts a token store more, more ranks pull more."""
+    """SMs for a dispatch between ``ranks`` of one node; more experts a token store more, more ranks send more."""
     arriving = ranks_of_token(ranks, experts_per_rank, top_k)
     stored = top_k if layout == "expert_major" else arriving
-    pulled = arriving * (1 - 1 / ranks)
-    others = (pulled / MEASURED.pull, (arriving + stored) / MEASURED.memory)
+    pushed = arriving * (1 - 1 / ranks)
+    moved = 1 + pushed + arriving + stored  # rows read to be pushed, written by peers, read again, stored
+    others = (pushed / MEASURED.push, moved / MEASURED.memory)
     return sms_to_keep_up(stored / MEASURED.store_per_sm, max(others))
+
+
+@functools.cache
+def push_sms(ranks: int, experts_per_rank: int, top_k: int, *, own: bool, quantize: bool) -> int:
+    """SMs that push rows for a dispatch, besides its own; to the ranks of a node, and to the rank itself if ``own``."""
+    arriving = ranks_of_token(ranks, experts_per_rank, top_k)
+    pushed = arriving * (1 - 1 / ranks)
+    stored = arriving if own else pushed
+    others = (pushed / MEASURED.push, (1 + stored) / MEASURED.memory)
+    work = max(stored / MEASURED.store_per_sm, 1 / MEASURED.quantize_per_sm if quantize else 0.0)
+    return min(sms_to_keep_up(work, max(others), 1.0, PUSH_STEP), MOST_PUSH_SMS)
 
 
 @functools.cache

@@ -221,7 +221,7 @@ class SymmetricTransport:
         row_bytes: int,
         early: bool,
     ) -> None:
-        """Launch the exchange that takes the place of staging for the next dispatch of a node's communicator.
+        """Launch the exchange that takes the place of the push for the next dispatch of a node's communicator.
 
         Args:
             tensors: as of :meth:`move`, as for the others.

@@ -12,11 +12,12 @@ CHUNK_TOKENS, CHUNKS_IN_FLIGHT = 128, 2  # of each other node, in normal mode be
 def normal_buffer(topology: Topology, max_tokens: int, hidden: int) -> int:
     """Bytes for normal mode with rows of bf16 at most.
 
-    Own rows twice and a landing place for the sums of each other rank of the node; between nodes, chunks of rows and
-    of sums from each other node. Routing and flags, under 1%, are left out.
+    A place for the rows of every rank, or two copies of those that come from other nodes, and a place for the sums of
+    each other rank of the node; between nodes, chunks of rows and of sums from each other node. Routing and flags,
+    under 1%, are left out.
     """
-    size = row_bytes(hidden, fp8=False)
-    here = (2 + topology.ranks_per_node - 1) * max_tokens
+    size, ranks = row_bytes(hidden, fp8=False), topology.ranks_per_node
+    here = ((2 if topology.nodes > 1 else ranks) + ranks - 1) * max_tokens
     forwarded = 2 * CHUNKS_IN_FLIGHT * CHUNK_TOKENS * (topology.nodes - 1)
     return (here + forwarded) * size
 

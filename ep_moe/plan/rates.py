@@ -28,7 +28,7 @@ class Rates:
         combine_per_crew: what one of the two crews of an SM reads and writes in combine.
         combine_interference: how much of the shorter of wire and memory time adds to the longer in combine; fitted to
             the one time measured with 128 SMs.
-        layout: exchange of routing and computation of every row's place.
+        layout: until the first rows are at their places: launch, exchange of routing, every row's place.
         low_latency_dispatch: of one token, in a CUDA graph: launch and two latencies.
         low_latency_combine: likewise.
         place: each further (rank, token) place that a block of a low-latency kernel serves.
@@ -44,7 +44,7 @@ class Rates:
     store_per_sm: float = MEASURED.store_per_sm
     combine_per_crew: float = MEASURED.combine_per_crew
     combine_interference: float = MEASURED.combine_interference
-    layout: float = 12.0
+    layout: float = 18.0
     low_latency_dispatch: float = 7.9
     low_latency_combine: float = 7.4
     place: float = 3.5

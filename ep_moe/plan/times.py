@@ -1,8 +1,8 @@
 """How long exchanges take by the model: what moves, over the rate of what is busiest.
 
 Normal mode is a pipeline whose stages run at the same time, so its slowest stage counts: network card, links of the
-node, SMs that store, memory. Before it come the layout and, for FP8, quantisation. Low-latency mode is a fixed time and
-the bytes behind it.
+node, SMs that store, memory. Before it come the layout and, for FP8 between nodes, quantisation. Low-latency mode is a
+fixed time and the bytes behind it.
 """
 
 from __future__ import annotations
@@ -60,14 +60,19 @@ def normal_dispatch(
     """
     size = row_bytes(traffic.hidden, fp8)
     stored = size * (traffic.slots if layout == "expert_major" else traffic.rows)
-    # Rows that a GPU passes on to ranks of its node were stored there by the network card.
-    memory = size * (traffic.rows + traffic.rdma_rows) + stored
+    # Ranks of a node push rows to each other; what a GPU has for them from other nodes, where the network card stored
+    # it, they pull. Either is written once before it is read.
+    between_nodes = traffic.topology.nodes > 1
+    written = traffic.rdma_rows if between_nodes else traffic.nvlink_rows
+    tokens = traffic.tokens * (traffic.hidden * _BF16_BYTES)
+    memory = size * (traffic.rows + written) + stored + (0 if between_nodes else tokens)
+    link = rates.nvlink_pull if between_nodes else rates.nvlink_push
     stages: dict[Limit, float] = {
         "RDMA": microseconds(size * traffic.rdma_rows, rates.rdma),
-        "NVLink": microseconds(size * traffic.nvlink_rows, rates.nvlink_pull),
+        "NVLink": microseconds(size * traffic.nvlink_rows, link),
         "memory": microseconds(memory, rates.memory),
     }
-    quantised = traffic.tokens * (traffic.hidden * _BF16_BYTES + size) if fp8 else 0
+    quantised = tokens + traffic.tokens * size if fp8 and between_nodes else 0
     before = rates.layout + microseconds(quantised, rates.memory)
     return _pipeline(traffic, rates, size, stages, before, stored, rates.store_per_sm, sms)
 

@@ -1,0 +1,312 @@
+// Push: a rank's tokens to the ranks of their experts, into the buffers from which dispatch takes them there; as they
+// are, with their scales behind the values if they have any, or quantised to e4m3 with one fp32 scale per 128 channels
+// behind the values.
+//
+// What moves: each token that a rank wants once from memory to shared memory, by a bulk copy, and from there by one
+// more to each of these ranks. A warp owns a ring of stages and takes every W-th token; it quantises a row where it
+// lies. A flag a row tells a rank that it has landed.
+//
+// Flags are one warp's, not that of the warp whose row it is: the fence ahead of a flag waits for all that the SM has
+// under way, some 3 us, in which the others go on. It is needed: a copy that is complete is visible to who made it, but
+// a flag stored right behind it was seen to overtake it on its way to a peer.
+//
+// It runs beside the layout, which needs the same routing and moves little, and beside the dispatch that its own rows
+// and those of peers are for. Few SMs suffice, and more rows under way than the links take only stand in the way of
+// what dispatch loads and stores.
+//
+//   writer                         reader                      ordered by
+//   stage (copy engine, load)      the warp                    mbarrier of the stage
+//   stage (the warp)               copies to ranks             fence.proxy.async, __syncwarp
+//   stage (reused by a load)       copies to ranks             wait_group, then __syncwarp
+//   rows[this rank] of a rank      the flagging warp           wait_group, then `done` of the warp: atom.acq_rel
+//   the same                       its dispatch d              fence.acq_rel of the flagging warp, then the row's flag:
+//                                                              st.volatile / ld.acquire, then fence.proxy.async
+//   (reuse of these)               its dispatch d - 1          `ready` of that rank: st.release here / ld.acquire; its
+//                                                              kernel d runs behind its dispatch d - 1
+//   results of the layout          the kernels behind          griddepcontrol_wait of one block here, one of dispatch
+//
+// A rank waits for its peers to be ready, which they say first thing in this kernel, before any wait of theirs.
+#include <type_traits>
+
+#include "communicator.cuh"
+#include "element.cuh"
+#include "fp8.cuh"
+#include "launch.cuh"
+
+namespace ep_moe {
+
+struct PushArgs {
+  Communicator comm;
+  const void* x;            // [tokens][hidden], or [tokens][row_bytes] where rows travel as they are
+  const float* scales;      // [tokens][row_scales], of rows that are quantised already; or nullptr
+  const int64_t* topk_idx;  // [tokens][top_k], global expert or -1
+  int32_t x_row_bytes;      // of x; a multiple of 16
+  int32_t wire_bytes;       // from row to row in the symmetric buffers; a multiple of 128
+  int32_t row_bytes;        // of a row as it travels, without scales; a multiple of 16
+  int32_t row_scales;       // behind it
+  int32_t tokens;
+  int32_t top_k;
+  int32_t num_experts;
+  int32_t element;  // Element of x, if it is to be quantised
+  int32_t quantize;
+  int32_t own;          // rows for this rank land in its own buffer too
+  int32_t warps;        // of a block
+  int32_t stages;       // of a warp
+  int32_t stage_bytes;  // for a row of x and its scales; a multiple of 128
+  int32_t early;        // the kernel ahead is the layout, which need not have ended
+};
+
+namespace {
+
+constexpr int kMaxWarps = 7;  // that move rows; one more flags them
+constexpr int kMaxStages = 2;
+
+struct Unchanged {};  // instead of an element type: rows travel as they are
+
+constexpr int kPerThread = 16;          // channels that a thread quantises together: 8 threads a block of 128
+constexpr int kStep = 32 * kPerThread;  // from one piece of a lane to the next
+
+template <typename T>
+struct Piece {
+  static constexpr int kVectors = kPerThread / Vector<T>::kCount;
+  Vector<T> vectors[kVectors];
+
+  __device__ __forceinline__ void to_float(float (&values)[kPerThread]) const {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v)
+      vectors[v].to_float(reinterpret_cast<float (&)[Vector<T>::kCount]>(values[v * Vector<T>::kCount]));
+  }
+
+  // The largest magnitude; NaN if one is.
+  __device__ __forceinline__ float amax() const {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      uint32_t largest = 0;  // a pair
+#pragma unroll
+      for (const Vector<T>& vector : vectors) {
+        const uint4 bits = vector.bits;
+        const uint32_t left = max_nan_bf16x2(bits.x & 0x7fff7fff, bits.y & 0x7fff7fff);
+        const uint32_t right = max_nan_bf16x2(bits.z & 0x7fff7fff, bits.w & 0x7fff7fff);
+        largest = max_nan_bf16x2(largest, max_nan_bf16x2(left, right));
+      }
+      return max_nan(__uint_as_float(largest << 16), __uint_as_float(largest & 0xffff0000));
+    }
+    float values[kPerThread];
+    to_float(values);
+    return max_nan(amax_of(reinterpret_cast<const float (&)[8]>(values[0])),
+                   amax_of(reinterpret_cast<const float (&)[8]>(values[8])));
+  }
+
+  __device__ __forceinline__ uint4 quantized(float factor) const {
+    float values[kPerThread];
+    to_float(values);
+    const uint2 low = pack_e4m3(reinterpret_cast<const float (&)[8]>(values[0]), factor);
+    const uint2 high = pack_e4m3(reinterpret_cast<const float (&)[8]>(values[8]), factor);
+    return make_uint4(low.x, low.y, high.x, high.y);
+  }
+};
+
+// A whole warp: a row of `T` to e4m3 over its own beginning, and its scales behind that. What a step writes lies in
+// front of what later ones read; scales would not, and wait in `scales`. A lane has kAtOnce pieces at a time: the
+// latency of a step is most of its time.
+template <typename T, int kAtOnce>
+__device__ __forceinline__ void quantize_row(uint8_t* row, float* scales, int channels, int lane) {
+#pragma unroll 1
+  for (int first = lane * kPerThread; first < channels + lane * kPerThread; first += kAtOnce * kStep) {
+    Piece<T> pieces[kAtOnce] = {};
+    float amax[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i * kStep < channels)
+        pieces[i] = reinterpret_cast<const Piece<T>*>(row)[(first + i * kStep) / kPerThread];
+      amax[i] = pieces[i].amax();
+    }
+#pragma unroll
+    for (int distance = 1; distance < 8; distance *= 2)
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) amax[i] = max_nan(amax[i], __shfl_xor_sync(~0u, amax[i], distance));
+    __syncwarp();  // all lanes have read
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const BlockScale scale = BlockScale::of(amax[i]);
+      const uint4 quantized = pieces[i].quantized(scale.factor);
+      const int channel = first + i * kStep;
+      if (channel < channels) *reinterpret_cast<uint4*>(row + channel) = quantized;
+      if (channel < channels && lane % 8 == 0) scales[channel / kScaleBlock] = scale.scale;
+    }
+  }
+  __syncwarp();
+  for (int i = lane; i < channels / kScaleBlock; i += 32) reinterpret_cast<float*>(row + channels)[i] = scales[i];
+}
+
+// The ranks that a token is pushed to, a bit each: those that have an expert of it. Lane k looks at its k-th.
+__device__ __forceinline__ uint32_t ranks_of_token(const PushArgs& args, int64_t token, int lane) {
+  uint32_t rank = 0;
+  if (lane < args.top_k) {
+    const int64_t expert = args.topk_idx[token * args.top_k + lane];
+    if (expert >= 0 && expert < args.num_experts)
+      rank = 1u << static_cast<uint32_t>(expert) / static_cast<uint32_t>(args.num_experts / args.comm.shape.ranks);
+  }
+  const uint32_t ranks = __reduce_or_sync(~0u, rank);
+  return args.own ? ranks : ranks & ~(1u << args.comm.rank);
+}
+
+// The rows of a warp, in turn.
+struct Share {
+  int first;
+  int step;
+
+  __device__ Share(const PushArgs& args, int warp)
+      : first(blockIdx.x + gridDim.x * warp), step(gridDim.x * args.warps) {}
+
+  __device__ int64_t token(int row) const { return first + static_cast<int64_t>(row) * step; }
+
+  __device__ int rows(const PushArgs& args) const { return max(args.tokens - first + step - 1, 0) / step; }
+};
+
+// The flagging warp; lane w looks after warp w, and says of all its rows that they are there: a rank that has none of
+// the experts of one does not look at its flag.
+__device__ void flag_rows(const PushArgs& args, uint32_t* done, uint32_t dispatch, int lane) {
+  const Communicator& comm = args.comm;
+  const Share share(args, lane);
+  const int rows = lane < args.warps ? share.rows(args) : 0;
+  int flagged = 0;
+#pragma unroll 1
+  while (__any_sync(~0u, flagged < rows)) {
+    // Pairs with the addition of the warp.
+    const int complete = flagged < rows ? atom_add_acq_rel_shared(done + lane, 0) : rows;
+    if (!__any_sync(~0u, flagged < complete)) continue;
+    if (has_failed(comm)) return;  // a rank was not ready: nothing was pushed to it
+    fence_acq_rel_sys();           // pairs with the acquire in FromRanks of dispatch.cu: what the flags say is there
+#pragma unroll 1
+    for (; flagged < complete; ++flagged)
+#pragma unroll 1
+      for (int rank = 0; rank < comm.shape.ranks; ++rank)
+        st_volatile(landed_flags(comm, rank, comm.rank) + share.token(flagged), dispatch);
+    __syncwarp();
+  }
+}
+
+// A warp that moves rows.
+template <typename T, int kAtOnce>
+__device__ __forceinline__ void push_rows(const PushArgs& args, uint8_t* ring, uint64_t* loaded, uint32_t* wanted,
+                                          uint32_t* done, int warp, int lane) {
+  const Communicator& comm = args.comm;
+  const Share share(args, warp);
+  if (lane < args.stages) mbarrier_init(&loaded[lane], 1);
+  fence_proxy_async();  // the copy engine completes on the barriers initialised above
+  __syncwarp();
+  auto load = [&](int row) {
+    const int64_t token = share.token(row);
+    if (token >= args.tokens) return;
+    const int place = row % args.stages;
+    uint8_t* stage = ring + place * args.stage_bytes;
+    const uint32_t ranks = ranks_of_token(args, token, lane);
+    if (lane == 0) wanted[place] = ranks;
+    if (ranks == 0) return;
+    if (lane == 0) {
+      mbarrier_arrive_expect_tx(&loaded[place], args.x_row_bytes);
+      cp_async_bulk_load(stage, static_cast<const uint8_t*>(args.x) + token * args.x_row_bytes, args.x_row_bytes,
+                         &loaded[place]);
+    }
+    if (args.scales != nullptr)
+      for (int i = lane; i < args.row_scales; i += 32)
+        reinterpret_cast<float*>(stage + args.row_bytes)[i] = args.scales[token * args.row_scales + i];
+  };
+  for (int row = 0; row < args.stages - 1; ++row) load(row);
+
+  // Lane r sends to rank r, which has read what it was sent before once it is ready.
+  bool ready = lane < comm.shape.ranks;
+  if (ready) {
+    const uint32_t* flag = part<uint32_t>(comm, comm.rank, comm.layout.ready) + lane;
+    const uint32_t dispatch = this_dispatch(comm);
+    // Beside the layout a rank that is late has not sent its routing either.
+    ready = wait_bounded(comm, args.early ? Step::kRouting : Step::kRows, lane, begin_round(comm),
+                         [=] { return static_cast<int32_t>(ld_acquire_sys(flag) - dispatch) >= 0; });
+  }
+  __syncwarp();
+  uint8_t* rows = ready ? part<uint8_t>(comm, lane, pushed_rows(comm, comm.rank)) : nullptr;
+  const uint32_t bytes = args.row_bytes + (args.row_scales * 4 + 15) / 16 * 16;
+  const int count = share.rows(args);
+  uint32_t parities = 0;  // of the stages, a bit each
+#pragma unroll 1
+  for (int row = 0; row < count; ++row) {
+    load(row + args.stages - 1);
+    __syncwarp();  // what lane 0 noted
+    const int place = row % args.stages;
+    const uint32_t ranks = wanted[place];
+    if (ranks != 0) {
+      uint8_t* stage = ring + place * args.stage_bytes;
+      mbarrier_wait_parity(&loaded[place], parities >> place & 1);
+      parities ^= 1u << place;
+      if constexpr (!std::is_same_v<T, Unchanged>)
+        quantize_row<T, kAtOnce>(stage, reinterpret_cast<float*>(stage + args.x_row_bytes), args.row_bytes, lane);
+      if (args.row_scales > 0) fence_proxy_async_shared();  // for the copies below
+      __syncwarp();
+      if (ready && (ranks >> lane & 1) != 0) {
+        cp_async_bulk_store(rows + share.token(row) * args.wire_bytes, stage, bytes);
+        cp_async_bulk_commit_group();
+        cp_async_bulk_wait_group();
+      }
+    }
+    __syncwarp();                                     // the copies of all lanes are complete, and have left the stage
+    if (lane == 0) atom_add_acq_rel_shared(done, 1);  // pairs with the look in flag_rows
+  }
+}
+
+template <typename T, int kAtOnce = 1>
+__global__ void __launch_bounds__((kMaxWarps + 1) * 32, 1) push_kernel(const __grid_constant__ PushArgs args) {
+  griddepcontrol_launch_dependents();  // dispatch
+  const Communicator& comm = args.comm;
+  extern __shared__ __align__(128) uint8_t shared[];
+  __shared__ __align__(8) uint64_t loaded[kMaxWarps][kMaxStages];
+  __shared__ uint32_t wanted[kMaxWarps][kMaxStages];  // by which ranks, a bit each
+  __shared__ uint32_t done[kMaxWarps];                // rows of each warp whose copies are complete
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const uint32_t dispatch = this_dispatch(comm);
+  if (blockIdx.x == 0 && threadIdx.x < comm.shape.ranks)  // pairs with the wait below, of peers
+    st_release_sys(part<uint32_t>(comm, threadIdx.x, comm.layout.ready) + comm.rank, dispatch);
+  if (threadIdx.x < kMaxWarps) done[threadIdx.x] = 0;
+  __syncthreads();
+  if (warp < args.warps)
+    push_rows<T, kAtOnce>(args, shared + warp * args.stages * args.stage_bytes, loaded[warp], wanted[warp], &done[warp],
+                          warp, lane);
+  else
+    flag_rows(args, done, dispatch, lane);
+  // Keeps the kernel from ending before the one ahead has. One block does it, so that those that are done make room.
+  if (blockIdx.x == gridDim.x - 1) griddepcontrol_wait();
+}
+
+template <int kAtOnce>
+void (*quantizing_kernel(Element element))(PushArgs) {
+  switch (element) {
+    case Element::kFloat32:
+      return push_kernel<float, kAtOnce>;
+    case Element::kFloat16:
+      return push_kernel<__half, kAtOnce>;
+    default:
+      return push_kernel<__nv_bfloat16, kAtOnce>;
+  }
+}
+
+void (*kernel_of(const PushArgs& args))(PushArgs) {
+  if (!args.quantize) return push_kernel<Unchanged>;
+  // The last pieces of a lane may lie behind the end of the row: 7,168 channels are 14 steps, 4,096 are 8.
+  const auto pieces = [&](int at_once) { return (args.row_bytes + at_once * kStep - 1) / (at_once * kStep) * at_once; };
+  const auto element = static_cast<Element>(args.element);
+  return pieces(7) <= pieces(4) ? quantizing_kernel<7>(element) : quantizing_kernel<4>(element);
+}
+
+}  // namespace
+}  // namespace ep_moe
+
+// Runs the kernel above; ring (warps * stages * stage_bytes) must fit the shared memory of a block. To quantise, a row
+// is a multiple of 128 channels. A rank without tokens launches too: dispatch counts on this kernel to stand between it
+// and earlier ones, and peers wait for it to be ready.
+EP_MOE_API const char* ep_moe_push(const ep_moe::PushArgs* args, cudaStream_t stream) {
+  using namespace ep_moe;
+  return launch("push kernel", kernel_of(*args), *args, args->comm.blocks, (args->warps + 1) * 32,
+                args->warps * args->stages * args->stage_bytes,
+                args->early ? LaunchMode::kProgrammatic : LaunchMode::kLeavesShared, stream);
+}
+
+EP_MOE_API size_t ep_moe_push_args_bytes() { return sizeof(ep_moe::PushArgs); }
