@@ -18,7 +18,7 @@ from ep_moe.comm.nvlink_wire import SHARED_BYTES, Ring
 from ep_moe.comm.sm_budget import dispatch_sms
 from ep_moe.native import pointer
 
-_MAX_WARPS, _MAX_STAGES = 8, 3
+_MAX_WARPS, _MAX_STAGES = 8, 3  # of dispatch.cu
 _SMS_THAT_STORE_IN_TIME = 48  # an expert-major result between two ranks as fast as the link brings it
 
 

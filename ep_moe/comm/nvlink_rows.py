@@ -14,7 +14,7 @@ from ep_moe.comm.nvlink_wire import ELEMENTS, MOVED, SHARED_BYTES, Ring, WireFor
 from ep_moe.comm.sm_budget import push_sms
 from ep_moe.native import pointer
 
-_MAX_WARPS, _MAX_STAGES = 7, 2
+_MAX_WARPS, _MAX_STAGES = 7, 2  # of push.cu
 
 
 @functools.cache
