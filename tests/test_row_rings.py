@@ -1,12 +1,13 @@
-"""Rings of rows in the shared memory of the kernels of a dispatch."""
+"""How rows lie where kernels of a dispatch read them: in rings of shared memory, and before that."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from ep_moe.comm.nvlink_dispatch import dispatch_ring
 from ep_moe.comm.nvlink_rows import push_ring
-from ep_moe.comm.nvlink_wire import SHARED_BYTES
+from ep_moe.comm.nvlink_wire import SHARED_BYTES, aligned
 
 DEEPSEEK_V3_FP8, DEEPSEEK_V3_BF16 = 7424, 14336
 
@@ -25,3 +26,12 @@ def test_rings_of_the_push_hold_a_row(stage_bytes: int) -> None:
     assert ring.warps >= 1 and ring.stages >= 1
     assert ring.warps * ring.stages * stage_bytes <= SHARED_BYTES
     assert ring.stages == 2 or 2 * stage_bytes > SHARED_BYTES  # the next row is loaded where there is room
+
+
+def test_rows_that_bulk_copies_cannot_read_are_copied() -> None:
+    memory = torch.arange(4 * 16 + 1, dtype=torch.bfloat16)
+    in_order, shifted, across = memory[:64].view(4, 16), memory[1:].view(4, 16), memory[:64].view(16, 4).t()
+    assert aligned(in_order).data_ptr() == in_order.data_ptr()
+    for rows in (shifted, across):
+        copy = aligned(rows)
+        assert copy.is_contiguous() and copy.data_ptr() % 16 == 0 and torch.equal(copy, rows)

@@ -23,7 +23,7 @@ from ep_moe.comm.nvlink_handle import NvlinkHandle
 from ep_moe.comm.nvlink_layout import HostCounts, KnownSizes, RowPlaces, lay_out
 from ep_moe.comm.nvlink_rows import LocalRows, RowSource
 from ep_moe.comm.nvlink_sums import SumFlags, Summed
-from ep_moe.comm.nvlink_wire import ELEMENTS, wire_format
+from ep_moe.comm.nvlink_wire import ELEMENTS, aligned, wire_format
 from ep_moe.comm.sm_budget import combine_sms
 
 _WEIGHTS_SMS = 64  # one value a thread at usual sizes: they wait more than they move
@@ -286,7 +286,7 @@ class NvlinkCommunicator:
     def _combine(
         self, rows: Tensor, handle: NvlinkHandle, layout: RowLayout, groups: int, behind_gemms: bool = False
     ) -> tuple[Tensor, Iterator[None]]:
-        rows = rows.contiguous()
+        rows = aligned(rows)
         out, arguments = self._combine_arguments(rows, handle, layout, behind_gemms)
         return out, self._core.steps("combine", arguments, handle.places.ranges(layout, groups), (rows, out, handle))
 

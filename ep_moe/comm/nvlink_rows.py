@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ep_moe.comm import nvlink_args as native
 from ep_moe.comm.nvlink_core import NvlinkCore
-from ep_moe.comm.nvlink_wire import ELEMENTS, MOVED, SHARED_BYTES, Ring, WireFormat, wire_format
+from ep_moe.comm.nvlink_wire import ELEMENTS, MOVED, SHARED_BYTES, Ring, WireFormat, aligned, wire_format
 from ep_moe.comm.sm_budget import push_sms
 from ep_moe.native import pointer
 
@@ -72,7 +72,7 @@ class LocalRows:
         self.wire = wire_format(x, MOVED, scaled=fp8 or scales is not None)
         self.dtype = torch.float8_e4m3fn if self.wire.scales else x.dtype
         self.hidden = x.shape[1]
-        self._x, self._topk_idx, self._num_experts = x.contiguous(), topk_idx.contiguous(), num_experts
+        self._x, self._topk_idx, self._num_experts = aligned(x), topk_idx.contiguous(), num_experts
         self._scales = None if scales is None else scales.contiguous()
 
     @property

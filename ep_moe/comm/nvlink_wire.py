@@ -36,6 +36,12 @@ class WireFormat:
         return -(-(x_row_bytes + 4 * self.scales) // 128) * 128
 
 
+def aligned(x: Tensor) -> Tensor:
+    """``x`` as bulk copies read it, its rows behind each other from a multiple of 16 bytes on; else a copy of it."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 @dataclass(frozen=True)
 class Ring:
     """Where a block of a kernel keeps rows in shared memory.

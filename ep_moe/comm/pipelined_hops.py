@@ -21,7 +21,7 @@ from ep_moe.comm.nvlink_core import NvlinkCore
 from ep_moe.comm.nvlink_handle import NvlinkHandle
 from ep_moe.comm.nvlink_layout import KnownSizes
 from ep_moe.comm.nvlink_sums import Summed
-from ep_moe.comm.nvlink_wire import MOVED, WireFormat, wire_format
+from ep_moe.comm.nvlink_wire import MOVED, WireFormat, aligned, wire_format
 from ep_moe.comm.symmetric_transport import Spans, SymmetricTransport
 from ep_moe.comm.transport import NodeRoutes
 
@@ -181,7 +181,7 @@ class PipelinedHops:
             self._transport.reserve([returned])
             with self._place.ranks_named():
                 sums = self._node.combine_to_nodes(
-                    rows.contiguous(), handle.node, layout, send, leave_sms=self._transport.blocks
+                    aligned(rows), handle.node, layout, send, leave_sms=self._transport.blocks
                 )
         return [
             handle.arrived.of(sums, node) if node == own else back.of(returned, node)

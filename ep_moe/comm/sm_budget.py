@@ -16,10 +16,10 @@ from ep_moe.comm.communicator import RowLayout
 SM_STEP, MOST_SMS = 8, 128
 HEADROOM = 1.5
 """How much more than limits the exchange the SMs could move: stages that take equally long hinder each other."""
-PUSH_STEP, MOST_PUSH_SMS = 4, 44
-"""SMs that push have no such headroom: rows under way beyond what links take are in the way of what others move."""
 BEHIND_GEMMS = 0.5
 """The same behind GEMMs, where an exchange may take longer: SMs that never wait for a link cost GEMMs the least."""
+PUSH_STEP, MOST_PUSH_SMS = 4, 44
+"""SMs that push have no headroom: rows under way beyond what links take are in the way of what others move."""
 
 
 @dataclass(frozen=True)
