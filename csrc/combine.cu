@@ -238,8 +238,7 @@ __device__ void wait_landed(const Communicator& comm, int group, uint32_t round)
     if (peer == comm.rank) continue;
     const uint32_t* flag = landing_flag(comm, comm.rank, peer, group);
     // Pairs with the release in push_sums.
-    wait_bounded(comm, Step::kCombine, peer, round,
-                 [=] { return static_cast<int32_t>(ld_acquire_sys(flag) - round) >= 0; });
+    wait_bounded(comm, Step::kCombine, peer, round, [=] { return has_reached(flag, round); });
   }
 }
 

@@ -107,7 +107,7 @@ struct FromRanks {
   __device__ bool arrived(int source, int token) const {
     const Communicator& comm = args.comm;
     if (is_own(source)) return true;
-    return static_cast<int32_t>(ld_acquire_sys(landed_flags(comm, comm.rank, source) + token) - dispatch) >= 0;
+    return has_reached(landed_flags(comm, comm.rank, source) + token, dispatch);
   }
 
   __device__ bool limits_wait(int) const { return true; }
@@ -133,7 +133,7 @@ struct FromNodes {
     const Communicator& comm = args.comm;
     const uint32_t* flag = part<uint32_t>(comm, comm.rank, comm.layout.arrivals) +
                            source * (comm.shape.max_tokens / kChunkTokens) + token / kChunkTokens;
-    return static_cast<int32_t>(ld_acquire_sys(flag) - dispatch) >= 0;
+    return has_reached(flag, dispatch);
   }
 
   // This rank's own exchange ends its waits itself and then says `failed`: its report names the rank on the other node
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
   __syncwarp();
 
   auto rows = Rows<Origin>::begin(args, warp, lane, round);
-  const uint32_t loaded_bytes = args.row_bytes + (args.row_scales * 4 + 15) / 16 * 16;
+  const uint32_t loaded_bytes = travelling_bytes(args.row_bytes, args.row_scales);
   uint8_t* ring = shared + static_cast<int64_t>(warp) * args.stages * args.wire_bytes;
 
   // Starts the load of the warp's next row into stage `place`.

@@ -146,11 +146,11 @@ __device__ __forceinline__ void push_rows(const PushArgs& args, uint8_t* ring, u
     const uint32_t dispatch = this_dispatch(comm);
     // Beside the layout a rank that is late has not sent its routing either.
     ready = wait_bounded(comm, args.early ? Step::kRouting : Step::kRows, lane, begin_round(comm),
-                         [=] { return static_cast<int32_t>(ld_acquire_sys(flag) - dispatch) >= 0; });
+                         [=] { return has_reached(flag, dispatch); });
   }
   __syncwarp();
   uint8_t* rows = ready ? part<uint8_t>(comm, lane, pushed_rows(comm, comm.rank)) : nullptr;
-  const uint32_t bytes = args.row_bytes + (args.row_scales * 4 + 15) / 16 * 16;
+  const uint32_t bytes = travelling_bytes(args.row_bytes, args.row_scales);
   const int count = share.rows(args);
   uint32_t parities = 0;  // of the stages, a bit each
 #pragma unroll 1

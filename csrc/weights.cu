@@ -74,8 +74,7 @@ __global__ void __launch_bounds__(kThreads, 1) weights_kernel(const __grid_const
   if (threadIdx.x < ranks) {
     const uint32_t* flag = part<uint32_t>(comm, comm.rank, comm.layout.weight_flags) + threadIdx.x;
     // Pairs with the release above; a rank that has set its flag has entered the round, which rule (1) asks for.
-    wait_bounded(comm, Step::kWeights, threadIdx.x, round,
-                 [=] { return static_cast<int32_t>(ld_acquire_sys(flag) - round) >= 0; });
+    wait_bounded(comm, Step::kWeights, threadIdx.x, round, [=] { return has_reached(flag, round); });
   }
   __syncthreads();
 

@@ -54,6 +54,12 @@ __device__ __forceinline__ void report_fault(const Communicator& comm, Fault fau
   report_fault(comm.report, &comm.workspace->reported, fault, step, rank, round, value, allowed);
 }
 
+// Whether a flag, acquired here, says `number` of a round or dispatch, or a later one. Numbers wrap around: compare by
+// difference.
+__device__ __forceinline__ bool has_reached(const uint32_t* flag, uint32_t number) {
+  return static_cast<int32_t>(ld_acquire_sys(flag) - number) >= 0;
+}
+
 __device__ __forceinline__ bool has_failed(const Communicator& comm) {
   return *reinterpret_cast<volatile uint32_t*>(&comm.workspace->failed) != 0;
 }
@@ -92,8 +98,7 @@ __device__ __forceinline__ void announce_round(const Communicator& comm, uint32_
 // One thread; acquires what `peer` did before it entered `round`. Pairs with announce_round.
 __device__ __forceinline__ bool wait_entered(const Communicator& comm, Step step, int peer, uint32_t round) {
   const uint32_t* flag = part<uint32_t>(comm, comm.rank, comm.layout.entered) + peer;
-  // Rounds wrap around: compare by difference.
-  return wait_bounded(comm, step, peer, round, [=] { return static_cast<int32_t>(ld_acquire_sys(flag) - round) >= 0; });
+  return wait_bounded(comm, step, peer, round, [=] { return has_reached(flag, round); });
 }
 
 // All threads of all blocks, last thing in the kernel: the last block closes the round. True for one thread of it.
@@ -109,6 +114,11 @@ __device__ inline bool end_round(const Communicator& comm, uint32_t round) {
 // The dispatch that is running or, while none is, the next one, counted from 1.
 __device__ __forceinline__ uint32_t this_dispatch(const Communicator& comm) {
   return *reinterpret_cast<volatile uint32_t*>(&comm.workspace->dispatches) + 1;
+}
+
+// Of a row and the fp32 scales behind it, in whole words of a bulk copy.
+__device__ __forceinline__ uint32_t travelling_bytes(int row_bytes, int row_scales) {
+  return row_bytes + (row_scales * 4 + 15) / 16 * 16;
 }
 
 // Where in every rank's buffer the rows begin that `source` pushes there.

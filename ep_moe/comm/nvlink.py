@@ -97,6 +97,7 @@ class NvlinkCommunicator:
     ) -> tuple[Dispatched, Iterator[None]]:
         """See :meth:`ep_moe.comm.communicator.Communicator.dispatch_in_groups`; a launch a group."""
         check_dispatch_shapes(x, topk_idx, topk_weights, num_experts, self.size, scales=scales, fp8=fp8)
+        topk_idx = topk_idx.contiguous()
         rows = LocalRows(x, topk_idx, num_experts, scales, fp8=fp8)
         return self._dispatch(rows, topk_idx, topk_weights, groups=groups, num_experts=num_experts, **options)
 
@@ -121,7 +122,7 @@ class NvlinkCommunicator:
             sizes: of what arrives here.
             **options: as of :meth:`dispatch`, without ``scales`` and ``fp8``.
         """
-        core = self._core
+        core, topk_idx = self._core, topk_idx.contiguous()
         core.reserve(nodes.most_tokens, topk_idx.shape[1], rows.wire.bytes, self._row_places(nodes))
         if nodes.most_tokens > core.max_tokens:
             core.grow(nodes.most_tokens)
@@ -148,7 +149,6 @@ class NvlinkCommunicator:
         core, local_experts = self._core, num_experts // self.size
         expert_groups(local_experts, groups)
         core.reserve(tokens, top_k, source.wire.bytes, self._row_places(nodes))
-        topk_idx = topk_idx.contiguous()
         with core:
             while True:
                 places = lay_out(

@@ -64,7 +64,7 @@ class LocalRows:
     def __init__(
         self, x: Tensor, topk_idx: Tensor, num_experts: int, scales: Tensor | None = None, *, fp8: bool = False
     ) -> None:
-        """Check and hold the rows; arguments as of a dispatch.
+        """Check and hold the rows; arguments as of a dispatch, ``topk_idx`` contiguous.
 
         Raises:
             ValueError: if kernels cannot move such rows.
@@ -72,7 +72,7 @@ class LocalRows:
         self.wire = wire_format(x, MOVED, scaled=fp8 or scales is not None)
         self.dtype = torch.float8_e4m3fn if self.wire.scales else x.dtype
         self.hidden = x.shape[1]
-        self._x, self._topk_idx, self._num_experts = aligned(x), topk_idx.contiguous(), num_experts
+        self._x, self._topk_idx, self._num_experts = aligned(x), topk_idx, num_experts
         self._scales = None if scales is None else scales.contiguous()
 
     @property

@@ -29,8 +29,8 @@ class KernelRates:
     Those of combine on H100, the others on H200.
 
     Attributes:
-        pull: read from peers, with both directions busy, as between nodes, where ranks read what others received.
-        push: written to peers, likewise.
+        pull: read from peers with both directions busy, as ranks of a node do what others got from another node.
+        push: written to peers, likewise with both directions busy.
         memory: a large copy in HBM, reads and writes.
         store_per_sm: stored by the bulk copies of one SM in dispatch.
         quantize_per_sm: rows of e4m3 that one SM makes while it pushes, out of bf16.
