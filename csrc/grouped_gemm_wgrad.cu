@@ -59,6 +59,7 @@ __device__ __forceinline__ WeightTileSequence tiles_of(const GroupedWgradArgs& a
 
 __device__ __forceinline__ void copy_operands(const WeightGemm& gemm, const int32_t* ends, Barriers& barriers,
                                               uint32_t ring) {
+  const uint64_t policy = createpolicy_evict_last();  // results pass through the cache, operands are read again
   Ring position;
   for (WeightTileSequence tiles = tiles_of(gemm.args, ends); !tiles.done(); tiles.advance()) {
     const WeightTile tile = tiles.tile();
@@ -67,8 +68,8 @@ __device__ __forceinline__ void copy_operands(const WeightGemm& gemm, const int3
       uint64_t* full = &barriers.full[position.stage];
       const uint32_t stage = ring + position.stage * kStageBytes;
       mbarrier_arrive_expect_tx(full, kStageBytes);
-      cp_async_bulk_tensor_load(stage, &gemm.grad, 0, tile.row + token, tile.out / 64, full);
-      cp_async_bulk_tensor_load(stage + kGradBytes, &gemm.rows, 0, tile.row + token, tile.in / 64, full);
+      cp_async_bulk_tensor_load(stage, &gemm.grad, 0, tile.row + token, tile.out / 64, full, policy);
+      cp_async_bulk_tensor_load(stage + kGradBytes, &gemm.rows, 0, tile.row + token, tile.in / 64, full, policy);
       position.advance();
     }
   }

@@ -206,6 +206,13 @@ __device__ __forceinline__ uint64_t createpolicy_evict_first() {
   return policy;
 }
 
+// A policy: lines are the last to leave it.
+__device__ __forceinline__ uint64_t createpolicy_evict_last() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 __device__ __forceinline__ void cp_async_bulk_commit_group() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }

@@ -23,6 +23,16 @@ __device__ __forceinline__ void cp_async_bulk_tensor_load(uint32_t shared, const
       : "memory");
 }
 
+// The same with a policy for the L2 cache.
+__device__ __forceinline__ void cp_async_bulk_tensor_load(uint32_t shared, const CUtensorMap* map, int32_t x, int32_t y,
+                                                          int32_t z, uint64_t* barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, "
+      "%5}], [%2], %6;" ::"r"(shared),
+      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z), "l"(policy)
+      : "memory");
+}
+
 // Shared memory to the box of `map` at these coordinates; elements outside the tensor are left out. Belongs to the
 // thread's open bulk group.
 __device__ __forceinline__ void cp_async_bulk_tensor_store(const CUtensorMap* map, int32_t x, int32_t y, int32_t z,
