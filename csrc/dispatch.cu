@@ -2,7 +2,7 @@
 // in a tensor that holds every row once.
 //
 // What moves: each wanted row once, by a bulk copy from this rank's buffer to shared memory (this rank's own rows from
-// where they are, if they travel as they are), then by one bulk copy into each of its slots. A warp owns a ring of
+// where they are, and quantised there if rows are), then by one bulk copy into each of its slots. A warp owns a ring of
 // stages and takes every W-th row of its block's share; blocks share tokens out in turn, so that all of them take rows
 // in the order in which they are pushed.
 //
@@ -15,6 +15,7 @@
 //   rows[d % 2] (exchange         this kernel                 `arrivals` of the chunk, likewise
 //   between nodes, peer)
 //   stage (copy engine, load)     the warp                    mbarrier of the stage
+//   stage (the warp, quantised)   bulk stores of the row      fence.proxy.async, __syncwarp
 //   stage (reused by a load)      bulk stores of the row      wait_group.read, then __syncwarp
 //   slots, counts (layout)        this kernel                 `placed`: st.release of the layout / ld.acquire here
 //   all of those two kernels      the kernel behind           griddepcontrol_wait of one block here
@@ -35,6 +36,7 @@
 #include "expert_range.cuh"
 #include "launch.cuh"
 #include "node_chunks.cuh"
+#include "quantize_row.cuh"
 
 namespace ep_moe {
 
@@ -44,17 +46,21 @@ struct DispatchArgs {
   const int64_t* counts;  // [local_experts]: real rows
   const int32_t* ends;    // [local_experts]: ends of the segments, padding included
   uint8_t* rows;          // out [num_rows][row_bytes]; padding rows become zero
-  const uint8_t* own_rows;  // [tokens][row_bytes] of this rank; nullptr if these are pushed too
+  const uint8_t* own_rows;  // [tokens][own_row_bytes] of this rank; nullptr if these are pushed too
   float* scales;            // out [num_rows][row_scales]; nullptr unless the rows are e4m3
   int32_t wire_bytes;       // of a row as it travels, and from row to row in the symmetric buffers; a multiple of 128
   int32_t row_bytes;        // without scales; a multiple of 16
   int32_t row_scales;       // scales behind the row
+  int32_t own_row_bytes;    // row_bytes, or those of a row that is quantised here
+  int32_t quantize;         // own rows, which are of `element`
+  int32_t element;          // Element
   int32_t slot_tokens;
   int32_t width;
   ExpertRange range;    // whose tokens arrive and whose segments have padding
   int32_t num_rows;     // rows there is room for
   int32_t warps;        // of a block
   int32_t stages;       // of a warp, at least 2
+  int32_t stage_bytes;  // of a row in shared memory, before and after it is quantised; a multiple of 128
   int32_t behind_push;  // the kernel ahead is the push, which need not have ended; 0 for later launches of a dispatch
   int32_t early;        // nor need the layout ahead of that
   NodeChunks nodes;     // whose tokens they are, if they arrive from nodes
@@ -95,6 +101,7 @@ __device__ __forceinline__ void wait_placed(const Communicator& comm) {
 
 // The rows that ranks of this node pushed.
 struct FromRanks {
+  static constexpr bool kReadOnce = true;
   const DispatchArgs& args;
   uint32_t dispatch;
 
@@ -112,15 +119,20 @@ struct FromRanks {
 
   __device__ bool limits_wait(int) const { return true; }
 
+  __device__ uint32_t bytes(int source) const {
+    return is_own(source) ? args.own_row_bytes : travelling_bytes(args.row_bytes, args.row_scales);
+  }
+
   __device__ const uint8_t* row(int source, int token) const {
     const Communicator& comm = args.comm;
-    if (is_own(source)) return args.own_rows + static_cast<int64_t>(token) * args.row_bytes;
+    if (is_own(source)) return args.own_rows + static_cast<int64_t>(token) * args.own_row_bytes;
     return part<uint8_t>(comm, comm.rank, pushed_rows(comm, source)) + static_cast<int64_t>(token) * args.wire_bytes;
   }
 };
 
 // The rows that other nodes sent to ranks of this one.
 struct FromNodes {
+  static constexpr bool kReadOnce = false;  // but by every rank of the node that wants them
   const DispatchArgs& args;
   uint32_t dispatch;
 
@@ -139,6 +151,8 @@ struct FromNodes {
   // This rank's own exchange ends its waits itself and then says `failed`: its report names the rank on the other node
   // that it waited for.
   __device__ bool limits_wait(int source) const { return source != args.comm.rank; }
+
+  __device__ uint32_t bytes(int) const { return travelling_bytes(args.row_bytes, args.row_scales); }
 
   __device__ const uint8_t* row(int source, int token) const {
     const Communicator& comm = args.comm;
@@ -230,12 +244,14 @@ struct Rows {
   }
 };
 
-template <typename Origin>
+// `T` is the type of own rows that are quantised here.
+template <typename Origin, typename T = Unchanged, int kAtOnce = 1>
 __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __grid_constant__ DispatchArgs args) {
   const Communicator& comm = args.comm;
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ __align__(8) uint64_t arrived[kMaxWarps][kMaxStages];
   __shared__ int slots[kMaxWarps][kMaxStages][kMaxTopK];
+  __shared__ int sources[kMaxWarps][kMaxStages];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (args.early) wait_placed(comm);
   const uint32_t round = begin_round(comm);
@@ -245,8 +261,10 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
   __syncwarp();
 
   auto rows = Rows<Origin>::begin(args, warp, lane, round);
-  const uint32_t loaded_bytes = travelling_bytes(args.row_bytes, args.row_scales);
-  uint8_t* ring = shared + static_cast<int64_t>(warp) * args.stages * args.wire_bytes;
+  uint8_t* ring = shared + static_cast<int64_t>(warp) * args.stages * args.stage_bytes;
+
+  // Of rows that nobody reads again and of results, so that rows stay in the cache until they are read.
+  const uint64_t policy = createpolicy_evict_first();
 
   // Starts the load of the warp's next row into stage `place`.
   auto load = [&](int place) {
@@ -254,23 +272,35 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
     if (!rows.take(item)) return false;
     slots[warp][place][lane] = item.slot;
     if (lane == 0) {
-      mbarrier_arrive_expect_tx(&arrived[warp][place], loaded_bytes);
-      cp_async_bulk_load(ring + place * args.wire_bytes, rows.origin.row(item.source, item.token), loaded_bytes,
-                         &arrived[warp][place]);
+      const uint8_t* row = rows.origin.row(item.source, item.token);
+      const uint32_t bytes = rows.origin.bytes(item.source);
+      uint64_t* barrier = &arrived[warp][place];
+      sources[warp][place] = item.source;
+      mbarrier_arrive_expect_tx(barrier, bytes);
+      if constexpr (Origin::kReadOnce)
+        cp_async_bulk_load(ring + place * args.stage_bytes, row, bytes, barrier, policy);
+      else
+        cp_async_bulk_load(ring + place * args.stage_bytes, row, bytes, barrier);
     }
     __syncwarp();
     return true;
   };
 
-  const uint64_t policy = createpolicy_evict_first();  // so that rows that have landed stay in the cache until read
   int loaded = 0, stored = 0;
   while (loaded < args.stages - 1 && load(loaded)) ++loaded;
   fill_padding(args, warp, lane);
   for (; stored < loaded; ++stored) {
     const int place = stored % args.stages;
-    const uint8_t* row = ring + place * args.wire_bytes;
+    uint8_t* row = ring + place * args.stage_bytes;
     const int slot = slots[warp][place][lane];
     mbarrier_wait_parity(&arrived[warp][place], stored / args.stages % 2);
+    if constexpr (!std::is_same_v<T, Unchanged>) {
+      if (sources[warp][place] == comm.rank) {
+        quantize_row<T, kAtOnce>(row, reinterpret_cast<float*>(row + args.own_row_bytes), args.row_bytes, lane);
+        fence_proxy_async_shared();  // for the copies below
+        __syncwarp();
+      }
+    }
     if (slot >= 0)
       cp_async_bulk_store(args.rows + static_cast<int64_t>(slot) * args.row_bytes, row, args.row_bytes, policy);
     cp_async_bulk_commit_group();
@@ -293,16 +323,34 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
   if (end_round(comm, round) && args.range.is_last()) comm.workspace->dispatches += 1;
 }
 
+template <int kAtOnce>
+void (*quantizing_kernel(Element element))(DispatchArgs) {
+  switch (element) {
+    case Element::kFloat32:
+      return dispatch_kernel<FromRanks, float, kAtOnce>;
+    case Element::kFloat16:
+      return dispatch_kernel<FromRanks, __half, kAtOnce>;
+    default:
+      return dispatch_kernel<FromRanks, __nv_bfloat16, kAtOnce>;
+  }
+}
+
+void (*kernel_of(const DispatchArgs& args))(DispatchArgs) {
+  if (args.nodes.nodes > 0) return dispatch_kernel<FromNodes>;
+  if (!args.quantize) return dispatch_kernel<FromRanks>;
+  const auto element = static_cast<Element>(args.element);
+  return quantize_pieces(args.row_bytes) == 7 ? quantizing_kernel<7>(element) : quantizing_kernel<4>(element);
+}
+
 }  // namespace
 }  // namespace ep_moe
 
-// Runs the kernel above; ring (warps * stages * wire_bytes) must fit the shared memory of a block. Rows from several
+// Runs the kernel above; ring (warps * stages * stage_bytes) must fit the shared memory of a block. Rows from several
 // nodes are moved by one launch, for all experts.
 EP_MOE_API const char* ep_moe_dispatch(const ep_moe::DispatchArgs* args, cudaStream_t stream) {
   using namespace ep_moe;
-  const auto kernel = args->nodes.nodes > 0 ? dispatch_kernel<FromNodes> : dispatch_kernel<FromRanks>;
-  return launch("dispatch kernel", kernel, *args, args->comm.blocks, args->warps * 32,
-                args->warps * args->stages * args->wire_bytes,
+  return launch("dispatch kernel", kernel_of(*args), *args, args->comm.blocks, args->warps * 32,
+                args->warps * args->stages * args->stage_bytes,
                 args->behind_push ? LaunchMode::kProgrammatic : LaunchMode::kPlain, stream);
 }
 

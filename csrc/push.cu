@@ -61,8 +61,6 @@ namespace {
 constexpr int kMaxWarps = 7;  // that move rows; one more flags them
 constexpr int kMaxStages = 2;
 
-struct Unchanged {};  // instead of an element type: rows travel as they are
-
 // The ranks that a token is pushed to, a bit each: those that have an expert of it. Lane k looks at its k-th.
 __device__ __forceinline__ uint32_t ranks_of_token(const PushArgs& args, int64_t token, int lane) {
   uint32_t rank = 0;
@@ -120,6 +118,8 @@ __device__ __forceinline__ void push_rows(const PushArgs& args, uint8_t* ring, u
   if (lane < args.stages) mbarrier_init(&loaded[lane], 1);
   fence_proxy_async();  // the copy engine completes on the barriers initialised above
   __syncwarp();
+  // Where this rank's own rows are not pushed, its dispatch reads them soon.
+  const uint64_t policy = args.own ? createpolicy_evict_normal() : createpolicy_evict_last();
   auto load = [&](int row) {
     const int64_t token = share.token(row);
     if (token >= args.tokens) return;
@@ -131,7 +131,7 @@ __device__ __forceinline__ void push_rows(const PushArgs& args, uint8_t* ring, u
     if (lane == 0) {
       mbarrier_arrive_expect_tx(&loaded[place], args.x_row_bytes);
       cp_async_bulk_load(stage, static_cast<const uint8_t*>(args.x) + token * args.x_row_bytes, args.x_row_bytes,
-                         &loaded[place]);
+                         &loaded[place], policy);
     }
     if (args.scales != nullptr)
       for (int i = lane; i < args.row_scales; i += 32)
@@ -215,12 +215,8 @@ void (*quantizing_kernel(Element element))(PushArgs) {
 
 void (*kernel_of(const PushArgs& args))(PushArgs) {
   if (!args.quantize) return push_kernel<Unchanged>;
-  // The last pieces of a lane may lie behind the end of the row: 7,168 channels are 14 steps, 4,096 are 8.
-  const auto pieces = [&](int at_once) {
-    return (args.row_bytes + at_once * kQuantizeStep - 1) / (at_once * kQuantizeStep) * at_once;
-  };
   const auto element = static_cast<Element>(args.element);
-  return pieces(7) <= pieces(4) ? quantizing_kernel<7>(element) : quantizing_kernel<4>(element);
+  return quantize_pieces(args.row_bytes) == 7 ? quantizing_kernel<7>(element) : quantizing_kernel<4>(element);
 }
 
 }  // namespace

@@ -154,7 +154,7 @@ class NodeDouble:
 
     def _stage(self, rows: RowSource, tokens: int) -> list[Tensor]:
         self._tokens = tokens
-        rows.send(self, early=False)  # type: ignore[arg-type]
+        rows.send(self, early=False, quantizes=False)  # type: ignore[arg-type]
         return self._transport.staged
 
     def _places(self, here: Dispatched, nodes: NodeChunks, layout: RowLayout) -> Tensor:

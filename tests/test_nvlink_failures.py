@@ -119,7 +119,7 @@ def overflowed(*arguments: Any) -> None:
     raise CapacityError("of an earlier dispatch")
 
 
-SOURCE: Any = SimpleNamespace(wire=SimpleNamespace(bytes=128), send=lambda core, early: None)
+SOURCE: Any = SimpleNamespace(wire=SimpleNamespace(bytes=128), send=lambda core, early, quantizes: None)
 
 
 def dispatching(monkeypatch: pytest.MonkeyPatch, sizes: Any, start: Any) -> tuple[NvlinkCommunicator, Core]:
@@ -155,7 +155,8 @@ def test_a_dispatch_that_cannot_go_on_is_given_up(
 
 def test_a_dispatch_along_known_routes_without_room_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     communicator, core = dispatching(monkeypatch, None, no_room)
-    handle = SimpleNamespace(tokens=4, top_k=1, places=None, num_sms=None, nodes=None, num_rows=lambda layout: 4)
+    places = SimpleNamespace(experts=2)
+    handle = SimpleNamespace(tokens=4, top_k=1, places=places, num_sms=None, nodes=None, num_rows=lambda layout: 4)
     with pytest.raises(torch.OutOfMemoryError):
         communicator._dispatch_cached(SOURCE, handle, "rows", 1)  # type: ignore[arg-type]
     assert core.skipped == 1

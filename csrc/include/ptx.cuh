@@ -185,6 +185,16 @@ __device__ __forceinline__ void cp_async_bulk_load(void* shared, const void* glo
                : "memory");
 }
 
+// The same with a policy for the L2 cache.
+__device__ __forceinline__ void cp_async_bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier,
+                                                   uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+      "%4;" ::"r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
+}
+
 // Shared to global memory; belongs to the thread's open bulk group.
 __device__ __forceinline__ void cp_async_bulk_store(void* global, const void* shared, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared_address(shared)),
@@ -203,6 +213,13 @@ __device__ __forceinline__ void cp_async_bulk_store(void* global, const void* sh
 __device__ __forceinline__ uint64_t createpolicy_evict_first() {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// A policy: as without one.
+__device__ __forceinline__ uint64_t createpolicy_evict_normal() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 

@@ -13,6 +13,17 @@ namespace ep_moe {
 constexpr int kPieceChannels = 16;  // channels that a thread quantises together: 8 threads a block of 128
 constexpr int kQuantizeStep = 32 * kPieceChannels;  // from one piece of a lane to the next
 
+struct Unchanged {};  // instead of an element type, for rows that are not quantised
+
+// How many pieces a lane should have at a time, 4 or 7: the last ones may lie behind the end of the row. 7,168 channels
+// are 14 steps, 4,096 are 8.
+inline int quantize_pieces(int channels) {
+  const auto of_row = [=](int at_once) {
+    return (channels + at_once * kQuantizeStep - 1) / (at_once * kQuantizeStep) * at_once;
+  };
+  return of_row(7) <= of_row(4) ? 7 : 4;
+}
+
 // Neighbouring channels of one thread.
 template <typename T>
 struct Piece {

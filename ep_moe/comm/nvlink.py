@@ -18,13 +18,13 @@ from ep_moe.comm.communicator import Dispatched, ExpertSegments, RowLayout, chec
 from ep_moe.comm.expert_groups import expert_groups
 from ep_moe.comm.node_chunks import NodeChunks
 from ep_moe.comm.nvlink_core import NvlinkCore
-from ep_moe.comm.nvlink_dispatch import RowDispatch
+from ep_moe.comm.nvlink_dispatch import RowDispatch, dispatch_quantizes
 from ep_moe.comm.nvlink_handle import NvlinkHandle
 from ep_moe.comm.nvlink_layout import HostCounts, KnownSizes, RowPlaces, lay_out
 from ep_moe.comm.nvlink_rows import LocalRows, RowSource
 from ep_moe.comm.nvlink_sums import SumFlags, Summed
 from ep_moe.comm.nvlink_wire import ELEMENTS, aligned, wire_format
-from ep_moe.comm.sm_budget import combine_sms
+from ep_moe.comm.sm_budget import combine_sms, dispatch_sms
 
 _WEIGHTS_SMS = 64  # one value a thread at usual sizes: they wait more than they move
 
@@ -149,6 +149,7 @@ class NvlinkCommunicator:
         core, local_experts = self._core, num_experts // self.size
         expert_groups(local_experts, groups)
         core.reserve(tokens, top_k, source.wire.bytes, self._row_places(nodes))
+        sms = num_sms or dispatch_sms(self.size, local_experts, top_k, layout)
         with core:
             while True:
                 places = lay_out(
@@ -164,9 +165,9 @@ class NvlinkCommunicator:
                     sizes=sizes,
                 )
                 # Sending needs no sizes: it runs beside the layout and while the host waits for them.
-                source.send(core, early=True)
+                source.send(core, early=True, quantizes=dispatch_quantizes(sms, layout))
                 try:
-                    kernel = RowDispatch(core, source, places.tokens, layout, groups, num_sms, nodes, early=True)
+                    kernel = RowDispatch(core, source, places.tokens, layout, groups, sms, nodes, early=True)
                     most_tokens, received, segments = self._arriving(places, max_rows, sizes, local_experts, alignment)
                     if most_tokens <= core.max_tokens:
                         slots = segments.num_rows
@@ -221,12 +222,11 @@ class NvlinkCommunicator:
     ) -> tuple[Tensor, Iterator[None]]:
         core = self._core
         core.reserve(handle.tokens, handle.top_k, source.wire.bytes, self._row_places(handle.nodes))
+        sms = handle.num_sms or dispatch_sms(self.size, handle.places.experts, handle.top_k, layout)
         with core:
-            source.send(core, early=False)
+            source.send(core, early=False, quantizes=dispatch_quantizes(sms, layout))
             try:
-                kernel = RowDispatch(
-                    core, source, handle.places, layout, groups, handle.num_sms, handle.nodes, early=False
-                )
+                kernel = RowDispatch(core, source, handle.places, layout, groups, sms, handle.nodes, early=False)
                 rows, _, steps = kernel.start(handle.num_rows(layout))
             except Exception:
                 core.skip_dispatch()

@@ -15,16 +15,15 @@ from ep_moe.comm.nvlink_core import NvlinkCore
 from ep_moe.comm.nvlink_handle import Places
 from ep_moe.comm.nvlink_rows import RowSource
 from ep_moe.comm.nvlink_wire import SHARED_BYTES, Ring
-from ep_moe.comm.sm_budget import dispatch_sms
-from ep_moe.native import pointer
 
 _MAX_WARPS, _MAX_STAGES = 8, 3  # of dispatch.cu
 _SMS_THAT_STORE_IN_TIME = 48  # an expert-major result between two ranks as fast as the link brings it
+_SMS_THAT_QUANTIZE = 48  # own rows besides
 
 
 @functools.cache
 def dispatch_ring(sms: int, row_bytes: int) -> Ring:
-    """The ring of each of ``sms`` blocks, for rows of ``row_bytes`` as they travel.
+    """The ring of each of ``sms`` blocks, for rows of ``row_bytes`` in shared memory.
 
     Of the stages of a warp one is being stored, the others are loaded; on few SMs, which store for longer than the link
     brings rows, more of them wait in line.
@@ -32,6 +31,14 @@ def dispatch_ring(sms: int, row_bytes: int) -> Ring:
     room = SHARED_BYTES // row_bytes
     warps = max(min(room // 2, _MAX_WARPS), 1)
     return Ring(warps, min(room // warps, 2 if sms >= _SMS_THAT_STORE_IN_TIME else _MAX_STAGES))
+
+
+def dispatch_quantizes(sms: int, layout: RowLayout) -> bool:
+    """Whether a dispatch on ``sms`` quantises this rank's own rows, instead of having them sent.
+
+    That takes more work and less memory traffic, for which an expert-major result waits and one of rows does not.
+    """
+    return layout == "expert_major" and sms >= _SMS_THAT_QUANTIZE
 
 
 class RowDispatch:
@@ -44,7 +51,7 @@ class RowDispatch:
         places: Places,
         layout: RowLayout,
         groups: int,
-        num_sms: int | None,
+        sms: int,
         nodes: NodeChunks | None,
         *,
         early: bool,
@@ -57,28 +64,33 @@ class RowDispatch:
             places: where they go.
             layout: of the result.
             groups: of experts, one for each launch.
-            num_sms: SMs that it may occupy; ``None`` for as many as are best.
+            sms: that it occupies.
             nodes: that tokens come from; ``None`` if they are this rank's own.
             early: beside the layout kernel ahead of that.
         """
         wire, (slots, width) = source.wire, places.in_layout(layout)
         self._core, self._source, self._places = core, source, places
         self._ranges = places.ranges(layout, groups)
-        comm = core.arguments(num_sms or dispatch_sms(core.size, places.experts, places.top_k, layout))
-        ring = dispatch_ring(comm.blocks, wire.bytes)
+        comm, own = core.arguments(sms), source.own(dispatch_quantizes(sms, layout))
+        stage_bytes = wire.bytes if own is None else max(wire.bytes, own.stage_bytes)
+        ring = dispatch_ring(comm.blocks, stage_bytes)
         self._arguments = native.DispatchArgs(
             comm=comm,
             slots=slots,
             counts=places.counts,
             ends=places.ends,
-            own_rows=pointer(source.in_place),
+            own_rows=None if own is None else own.address,
             wire_bytes=wire.bytes,
             row_bytes=wire.row_bytes,
             row_scales=wire.scales,
+            own_row_bytes=0 if own is None else own.row_bytes,
+            quantize=int(own is not None and own.element is not None),
+            element=(own and own.element) or 0,
             slot_tokens=places.slot_tokens,
             width=width,
             warps=ring.warps,
             stages=ring.stages,
+            stage_bytes=stage_bytes,
             behind_push=1,
             early=int(early),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -25,6 +26,23 @@ def push_ring(stage_bytes: int) -> Ring:
     return Ring(warps, min(room // warps, _MAX_STAGES))
 
 
+@dataclass(frozen=True)
+class OwnRows:
+    """This rank's own rows, where a dispatch takes them from where they are.
+
+    Attributes:
+        address: of ``[tokens]`` rows.
+        row_bytes: of each.
+        stage_bytes: of shared memory that one needs.
+        element: of those that dispatch quantises; ``None`` if they are as they travel.
+    """
+
+    address: int
+    row_bytes: int
+    stage_bytes: int
+    element: int | None
+
+
 class RowSource(Protocol):
     """Rows for one dispatch; alive until that has been launched, for it reads them beside its other kernels."""
 
@@ -43,17 +61,17 @@ class RowSource(Protocol):
         """How they travel."""
         ...
 
-    @property
-    def in_place(self) -> Tensor | None:
-        """This rank's own rows, ``[tokens, hidden]``, if they do not travel: dispatch takes them from there."""
+    def own(self, quantizes: bool) -> OwnRows | None:
+        """This rank's own rows, unless they are sent too; for a dispatch that ``quantizes`` them, if that is to do."""
         ...
 
-    def send(self, core: NvlinkCore, *, early: bool) -> None:
+    def send(self, core: NvlinkCore, *, early: bool, quantizes: bool) -> None:
         """Launch the kernel that puts rows where the next dispatch of their ranks takes them.
 
         Args:
             core: of the communicator that dispatches.
             early: beside the layout kernel, which must be the last work of the stream.
+            quantizes: as of :meth:`own`.
         """
         ...
 
@@ -76,15 +94,28 @@ class LocalRows:
         self._scales = None if scales is None else scales.contiguous()
 
     @property
-    def in_place(self) -> Tensor | None:
-        """See :attr:`RowSource.in_place`."""
-        return None if self.wire.scales else self._x
+    def _x_row_bytes(self) -> int:
+        return self._x.shape[1] * self._x.element_size()
 
-    def send(self, core: NvlinkCore, *, early: bool) -> None:
+    @property
+    def _quantized(self) -> bool:
+        """On their way."""
+        return self.wire.scales > 0 and self._scales is None
+
+    def own(self, quantizes: bool) -> OwnRows | None:
+        """See :meth:`RowSource.own`."""
+        address, row_bytes = self._x.data_ptr(), self._x_row_bytes
+        if not self.wire.scales:
+            return OwnRows(address, row_bytes, self.wire.bytes, None)
+        stage_bytes = self.wire.stage_bytes(row_bytes)
+        if self._quantized and quantizes and 2 * stage_bytes <= SHARED_BYTES:
+            return OwnRows(address, row_bytes, stage_bytes, ELEMENTS[self._x.dtype])
+        return None
+
+    def send(self, core: NvlinkCore, *, early: bool, quantizes: bool) -> None:
         """See :meth:`RowSource.send`."""
-        x, scales, wire = self._x, self._scales, self.wire
-        x_row_bytes, top_k = x.shape[1] * x.element_size(), self._topk_idx.shape[1]
-        own, quantize = self.in_place is None, wire.scales > 0 and scales is None
+        x, scales, wire, x_row_bytes, quantize = self._x, self._scales, self.wire, self._x_row_bytes, self._quantized
+        top_k, own = self._topk_idx.shape[1], self.own(quantizes) is None
         stage_bytes = wire.stage_bytes(x_row_bytes)
         ring = push_ring(stage_bytes)
         tokens = min(x.shape[0], core.max_tokens)  # more are found out by the layout kernel

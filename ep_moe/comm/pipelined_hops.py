@@ -65,11 +65,10 @@ class _ArrivingRows:
         self.dtype = tensors[0].dtype
         self.hidden = tensors[0].shape[1]
 
-    @property
-    def in_place(self) -> None:
-        """See :attr:`ep_moe.comm.nvlink_rows.RowSource.in_place`."""
+    def own(self, quantizes: bool) -> None:
+        """See :meth:`ep_moe.comm.nvlink_rows.RowSource.own`."""
 
-    def send(self, core: NvlinkCore, *, early: bool) -> None:
+    def send(self, core: NvlinkCore, *, early: bool, quantizes: bool) -> None:
         """See :meth:`ep_moe.comm.nvlink_rows.RowSource.send`."""
         self._transport.stage(
             self._tensors,
