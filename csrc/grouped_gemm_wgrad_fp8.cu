@@ -63,7 +63,7 @@ constexpr int kStageBytes = kGradBytes + kTileIn * kTokenBlock;
 constexpr int kSharedBytes = kSwizzleGroupBytes + kRingStages * kStageBytes + kMultipliers * kStagingBytes;
 static_assert(kTileOut == kMultipliers * kUnit && kTileIn == kUnits * kFp8Columns);
 
-// As of the product in bf16, of which a tile takes twice as long; predicted from there, not measured.
+// As of the product in bf16; not measured.
 constexpr int kReducedTokens = 1536;
 
 struct WeightGemm {
