@@ -225,26 +225,17 @@ Kernel find_kernel(Activation activation, bool backward) {
 }
 
 Kernel find_kernel(const ActivationArgs& args, bool backward) {
-  const Activation activation = static_cast<Activation>(args.activation);
-  switch (static_cast<Element>(args.element)) {
-    case Element::kFloat32:
-      return find_kernel<float>(activation, backward);
-    case Element::kBFloat16:
-      return find_kernel<__nv_bfloat16>(activation, backward);
-    case Element::kFloat16:
-      return find_kernel<__half>(activation, backward);
-  }
-  return nullptr;
+  const auto activation = static_cast<Activation>(args.activation);
+  return kernel_of_element(args.element, find_kernel<float>(activation, backward),
+                           find_kernel<__nv_bfloat16>(activation, backward), find_kernel<__half>(activation, backward));
 }
 
 const char* launch_over_rows(const char* what, const ActivationArgs& args, bool backward, cudaStream_t stream) {
   if (args.rows == 0 || args.row_vectors == 0) return nullptr;
-  const Kernel kernel = find_kernel(args, backward);
-  if (kernel == nullptr) return error_text(cudaErrorInvalidValue, what);
   const int64_t teams = kThreads / team_threads(args.row_vectors);
   const int64_t wanted = (args.rows + teams - 1) / teams;
   const int blocks = static_cast<int>(wanted < kMaxBlocks ? wanted : kMaxBlocks);
-  return launch(what, kernel, args, blocks, kThreads, 0, LaunchMode::kPlain, stream);
+  return launch(what, find_kernel(args, backward), args, blocks, kThreads, 0, LaunchMode::kPlain, stream);
 }
 
 }  // namespace

@@ -207,15 +207,13 @@ Kernel find_kernel(int32_t activation, bool backward) {
 
 const char* launch_over_rows(const char* what, const ActivationFp8Args& args, bool backward, cudaStream_t stream) {
   if (args.real.rows == 0 || args.width == 0) return nullptr;
-  const Kernel kernel = find_kernel(args.activation, backward);
-  if (kernel == nullptr || args.width % kScaleBlock != 0 || (backward && args.real.room > 0))
-    return error_text(cudaErrorInvalidValue, what);
+  if (args.width % kScaleBlock != 0 || (backward && args.real.room > 0)) return error_text(cudaErrorInvalidValue, what);
   const int64_t threads = backward
                               ? args.real.rows * 32
                               : (args.real.rows + kRowsAtOnce - 1) / kRowsAtOnce * (args.width / kScaleBlock) * kLanes;
   const int64_t wanted = (threads + kThreads - 1) / kThreads;
   const int blocks = static_cast<int>(wanted < kMaxBlocks ? wanted : kMaxBlocks);
-  return launch(what, kernel, args, blocks, kThreads, 0, LaunchMode::kPlain, stream);
+  return launch(what, find_kernel(args.activation, backward), args, blocks, kThreads, 0, LaunchMode::kPlain, stream);
 }
 
 }  // namespace

@@ -349,15 +349,9 @@ __global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_const
 }
 
 template <bool kOnward>
-void (*kernel_of(Element element))(CombineArgs) {
-  switch (element) {
-    case Element::kBFloat16:
-      return combine_kernel<__nv_bfloat16, kOnward>;
-    case Element::kFloat16:
-      return combine_kernel<__half, kOnward>;
-    default:
-      return combine_kernel<float, kOnward>;
-  }
+void (*kernel_of(int32_t element))(CombineArgs) {
+  return kernel_of_element(element, combine_kernel<float, kOnward>, combine_kernel<__nv_bfloat16, kOnward>,
+                           combine_kernel<__half, kOnward>);
 }
 
 }  // namespace
@@ -367,8 +361,7 @@ void (*kernel_of(Element element))(CombineArgs) {
 // launch, for all experts.
 EP_MOE_API const char* ep_moe_combine(const ep_moe::CombineArgs* args, cudaStream_t stream) {
   using namespace ep_moe;
-  const auto element = static_cast<Element>(args->element);
-  const auto kernel = args->summed != nullptr ? kernel_of<true>(element) : kernel_of<false>(element);
+  const auto kernel = args->summed != nullptr ? kernel_of<true>(args->element) : kernel_of<false>(args->element);
   return launch("combine kernel", kernel, *args, args->comm.blocks, kThreads, kStages * kPieceBytes,
                 LaunchMode::kCooperative, stream);
 }

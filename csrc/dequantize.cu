@@ -65,20 +65,6 @@ __global__ void __launch_bounds__(kThreads) dequantize_rows_kernel(const __grid_
   }
 }
 
-using Kernel = void (*)(DequantizeRowsArgs);
-
-Kernel find_kernel(int32_t element) {
-  switch (static_cast<Element>(element)) {
-    case Element::kFloat32:
-      return dequantize_rows_kernel<float>;
-    case Element::kBFloat16:
-      return dequantize_rows_kernel<__nv_bfloat16>;
-    case Element::kFloat16:
-      return dequantize_rows_kernel<__half>;
-  }
-  return nullptr;
-}
-
 }  // namespace
 }  // namespace ep_moe
 
@@ -87,8 +73,9 @@ EP_MOE_API const char* ep_moe_dequantize_rows(const ep_moe::DequantizeRowsArgs* 
   using namespace ep_moe;
   constexpr const char* kWhat = "row dequantisation kernel";
   if (args->rows == 0 || args->width == 0) return nullptr;
-  const Kernel kernel = find_kernel(args->element);
-  if (kernel == nullptr || args->width % kScaleBlock != 0) return error_text(cudaErrorInvalidValue, kWhat);
+  if (args->width % kScaleBlock != 0) return error_text(cudaErrorInvalidValue, kWhat);
+  const auto kernel = kernel_of_element(args->element, dequantize_rows_kernel<float>,
+                                        dequantize_rows_kernel<__nv_bfloat16>, dequantize_rows_kernel<__half>);
   const int64_t threads = (args->rows * (args->width / kOfThread) + kAtOnce - 1) / kAtOnce;
   const int64_t wanted = (threads + kThreads - 1) / kThreads;
   const int blocks = static_cast<int>(wanted < kMaxBlocks ? wanted : kMaxBlocks);

@@ -324,22 +324,16 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) dispatch_kernel(const __gri
 }
 
 template <int kAtOnce>
-void (*quantizing_kernel(Element element))(DispatchArgs) {
-  switch (element) {
-    case Element::kFloat32:
-      return dispatch_kernel<FromRanks, float, kAtOnce>;
-    case Element::kFloat16:
-      return dispatch_kernel<FromRanks, __half, kAtOnce>;
-    default:
-      return dispatch_kernel<FromRanks, __nv_bfloat16, kAtOnce>;
-  }
+void (*quantizing_kernel(int32_t element))(DispatchArgs) {
+  return kernel_of_element(element, dispatch_kernel<FromRanks, float, kAtOnce>,
+                           dispatch_kernel<FromRanks, __nv_bfloat16, kAtOnce>,
+                           dispatch_kernel<FromRanks, __half, kAtOnce>);
 }
 
 void (*kernel_of(const DispatchArgs& args))(DispatchArgs) {
   if (args.nodes.nodes > 0) return dispatch_kernel<FromNodes>;
   if (!args.quantize) return dispatch_kernel<FromRanks>;
-  const auto element = static_cast<Element>(args.element);
-  return quantize_pieces(args.row_bytes) == 7 ? quantizing_kernel<7>(element) : quantizing_kernel<4>(element);
+  return quantize_pieces(args.row_bytes) == 7 ? quantizing_kernel<7>(args.element) : quantizing_kernel<4>(args.element);
 }
 
 }  // namespace

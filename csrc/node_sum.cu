@@ -56,9 +56,8 @@ EP_MOE_API const char* ep_moe_node_sum(const ep_moe::NodeSumArgs* args, cudaStre
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error != cudaSuccess) return error_text(error, "sum over nodes");
-  void (*kernel)(NodeSumArgs) = node_sum_kernel<float>;
-  if (static_cast<Element>(args->element) == Element::kBFloat16) kernel = node_sum_kernel<__nv_bfloat16>;
-  if (static_cast<Element>(args->element) == Element::kFloat16) kernel = node_sum_kernel<__half>;
+  const auto kernel =
+      kernel_of_element(args->element, node_sum_kernel<float>, node_sum_kernel<__nv_bfloat16>, node_sum_kernel<__half>);
   const int64_t vectors = static_cast<int64_t>(args->tokens) * (args->row_bytes / 16);
   const int64_t blocks = std::clamp<int64_t>((vectors + kThreads - 1) / kThreads, 1, kBlocksPerSm * multiprocessors);
   return launch("sum over nodes", kernel, *args, static_cast<int>(blocks), kThreads, 0, LaunchMode::kPlain, stream);

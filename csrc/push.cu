@@ -202,21 +202,14 @@ __global__ void __launch_bounds__((kMaxWarps + 1) * 32, 1) push_kernel(const __g
 }
 
 template <int kAtOnce>
-void (*quantizing_kernel(Element element))(PushArgs) {
-  switch (element) {
-    case Element::kFloat32:
-      return push_kernel<float, kAtOnce>;
-    case Element::kFloat16:
-      return push_kernel<__half, kAtOnce>;
-    default:
-      return push_kernel<__nv_bfloat16, kAtOnce>;
-  }
+void (*quantizing_kernel(int32_t element))(PushArgs) {
+  return kernel_of_element(element, push_kernel<float, kAtOnce>, push_kernel<__nv_bfloat16, kAtOnce>,
+                           push_kernel<__half, kAtOnce>);
 }
 
 void (*kernel_of(const PushArgs& args))(PushArgs) {
   if (!args.quantize) return push_kernel<Unchanged>;
-  const auto element = static_cast<Element>(args.element);
-  return quantize_pieces(args.row_bytes) == 7 ? quantizing_kernel<7>(element) : quantizing_kernel<4>(element);
+  return quantize_pieces(args.row_bytes) == 7 ? quantizing_kernel<7>(args.element) : quantizing_kernel<4>(args.element);
 }
 
 }  // namespace

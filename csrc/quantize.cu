@@ -199,33 +199,6 @@ __global__ void __launch_bounds__(kThreads) quantize_weight_kernel(const __grid_
   }
 }
 
-template <typename Args>
-using Kernel = void (*)(Args);
-
-Kernel<QuantizeRowsArgs> find_rows_kernel(int32_t element) {
-  switch (static_cast<Element>(element)) {
-    case Element::kFloat32:
-      return quantize_rows_kernel<float>;
-    case Element::kBFloat16:
-      return quantize_rows_kernel<__nv_bfloat16>;
-    case Element::kFloat16:
-      return quantize_rows_kernel<__half>;
-  }
-  return nullptr;
-}
-
-Kernel<QuantizeWeightArgs> find_weight_kernel(int32_t element) {
-  switch (static_cast<Element>(element)) {
-    case Element::kFloat32:
-      return quantize_weight_kernel<float>;
-    case Element::kBFloat16:
-      return quantize_weight_kernel<__nv_bfloat16>;
-    case Element::kFloat16:
-      return quantize_weight_kernel<__half>;
-  }
-  return nullptr;
-}
-
 }  // namespace
 }  // namespace ep_moe
 
@@ -234,8 +207,9 @@ EP_MOE_API const char* ep_moe_quantize_rows(const ep_moe::QuantizeRowsArgs* args
   using namespace ep_moe;
   constexpr const char* kWhat = "row quantisation kernel";
   if (args->real.rows == 0 || args->width == 0) return nullptr;
-  const auto kernel = find_rows_kernel(args->element);
-  if (kernel == nullptr || args->width % kScaleBlock != 0) return error_text(cudaErrorInvalidValue, kWhat);
+  if (args->width % kScaleBlock != 0) return error_text(cudaErrorInvalidValue, kWhat);
+  const auto kernel = kernel_of_element(args->element, quantize_rows_kernel<float>, quantize_rows_kernel<__nv_bfloat16>,
+                                        quantize_rows_kernel<__half>);
   const int64_t items = (args->real.rows + kRowsAtOnce - 1) / kRowsAtOnce * (args->width / kScaleBlock);
   const int64_t wanted = (items * kLanes + kThreads - 1) / kThreads;
   const int blocks = static_cast<int>(wanted < kMaxBlocks ? wanted : kMaxBlocks);
@@ -248,9 +222,10 @@ EP_MOE_API const char* ep_moe_quantize_weight(const ep_moe::QuantizeWeightArgs* 
   const int64_t blocks =
       static_cast<int64_t>(args->experts) * (args->rows / kScaleBlock) * (args->columns / kScaleBlock);
   if (blocks == 0) return nullptr;
-  const auto kernel = find_weight_kernel(args->element);
-  if (kernel == nullptr || args->rows % kScaleBlock != 0 || args->columns % kScaleBlock != 0 || blocks > INT32_MAX)
+  if (args->rows % kScaleBlock != 0 || args->columns % kScaleBlock != 0 || blocks > INT32_MAX)
     return error_text(cudaErrorInvalidValue, kWhat);
+  const auto kernel = kernel_of_element(args->element, quantize_weight_kernel<float>,
+                                        quantize_weight_kernel<__nv_bfloat16>, quantize_weight_kernel<__half>);
   return launch(kWhat, kernel, *args, static_cast<int>(blocks), kThreads, 0, LaunchMode::kPlain, stream);
 }
 

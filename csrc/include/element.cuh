@@ -10,6 +10,20 @@ namespace ep_moe {
 
 enum class Element : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// The kernel for rows of an Element; nullptr, which `launch` refuses, for any other number.
+template <typename Kernel>
+Kernel* kernel_of_element(int32_t element, Kernel* of_float32, Kernel* of_bfloat16, Kernel* of_float16) {
+  switch (static_cast<Element>(element)) {
+    case Element::kFloat32:
+      return of_float32;
+    case Element::kBFloat16:
+      return of_bfloat16;
+    case Element::kFloat16:
+      return of_float16;
+  }
+  return nullptr;
+}
+
 // 16 bytes of elements.
 template <typename T>
 struct Vector {

@@ -28,10 +28,11 @@ enum class LaunchMode {
                   // that wants more before all others have left
 };
 
-// Launches `kernel(args)`.
+// Launches `kernel(args)`; an error if there is no kernel.
 template <typename Args>
 const char* launch(const char* what, void (*kernel)(Args), const Args& args, int blocks, int threads, int shared_bytes,
                    LaunchMode mode, cudaStream_t stream) {
+  if (kernel == nullptr) return error_text(cudaErrorInvalidValue, what);
   if (shared_bytes > kSharedBytesUnasked) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error_text(error, what);
