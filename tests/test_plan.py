@@ -134,12 +134,13 @@ def two_gpus(tokens: int) -> Traffic:
     ("fp8", "layout", "sms", "measured"),
     [
         (True, "rows", 16, 116),
-        (True, "rows", 48, 112),
-        (True, "expert_major", 16, 300),
-        (False, "rows", 16, 189),
-        (False, "rows", 48, 187),
-        (False, "expert_major", 16, 543),
-        (False, "expert_major", 64, 203),
+        (True, "rows", 24, 113),
+        (True, "expert_major", 16, 294),
+        (True, "expert_major", 104, 122),
+        (False, "rows", 16, 198),
+        (False, "rows", 64, 196),
+        (False, "expert_major", 16, 540),
+        (False, "expert_major", 64, 200),
     ],
 )
 def test_dispatch_on_two_gpus_is_near_what_was_measured(
@@ -201,7 +202,8 @@ def test_more_ranks_leave_more_sms_to_gemms() -> None:
     for layout, budget in itertools.product(("expert_major", "rows"), (dispatch_sms, combine_sms)):
         budgets = [budget(ranks, 32, 8, layout) for ranks in range(1, 9)]
         assert budgets == sorted(budgets, reverse=True)
-        assert all(8 <= sms <= 128 and sms % 8 == 0 for sms in budgets)
+        most = 104 if budget is dispatch_sms else 128
+        assert all(8 <= sms <= most and sms % 8 == 0 for sms in budgets)
     assert dispatch_sms(2, 1, 8, "rows") == dispatch_sms(2, 1, 2, "rows")  # more entries than experts: some are -1
 
 

@@ -54,7 +54,14 @@ class KernelRates:
 MEASURED = KernelRates()
 
 
-def sms_to_keep_up(work_of_one_sm: float, longest_other: float, headroom: float = HEADROOM, step: int = SM_STEP) -> int:
+def sms_to_keep_up(
+    work_of_one_sm: float,
+    longest_other: float,
+    headroom: float = HEADROOM,
+    *,
+    step: int = SM_STEP,
+    most: int = MOST_SMS,
+) -> int:
     """SMs with which their part of an exchange takes less time than its slowest other part, by ``headroom``.
 
     Args:
@@ -62,9 +69,10 @@ def sms_to_keep_up(work_of_one_sm: float, longest_other: float, headroom: float 
         longest_other: time of that other part, in the same unit.
         headroom: how many times as much they could move.
         step: of which a multiple is returned, at least one.
+        most: that are returned.
     """
     needed = headroom * work_of_one_sm / longest_other
-    return min(max(math.ceil(needed / step), 1) * step, MOST_SMS)
+    return min(max(math.ceil(needed / step), 1) * step, most)
 
 
 def ranks_of_token(ranks: int, experts_per_rank: int, top_k: int) -> float:
@@ -82,7 +90,7 @@ def dispatch_sms(ranks: int, experts_per_rank: int, top_k: int, layout: RowLayou
     pushed = arriving * (1 - 1 / ranks)
     moved = 1 + pushed + arriving + stored  # rows read to be pushed, written by peers, read again, stored
     others = (pushed / MEASURED.push, moved / MEASURED.memory)
-    return min(sms_to_keep_up(stored / MEASURED.store_per_sm, max(others)), MOST_DISPATCH_SMS)
+    return sms_to_keep_up(stored / MEASURED.store_per_sm, max(others), most=MOST_DISPATCH_SMS)
 
 
 @functools.cache
@@ -93,7 +101,7 @@ def push_sms(ranks: int, experts_per_rank: int, top_k: int, *, own: bool, quanti
     stored = arriving if own else pushed
     others = (pushed / MEASURED.push, (1 + stored) / MEASURED.memory)
     work = max(stored / MEASURED.store_per_sm, 1 / MEASURED.quantize_per_sm if quantize else 0.0)
-    return min(sms_to_keep_up(work, max(others), 1.0, PUSH_STEP), MOST_PUSH_SMS)
+    return sms_to_keep_up(work, max(others), 1.0, step=PUSH_STEP, most=MOST_PUSH_SMS)
 
 
 @functools.cache
