@@ -12,8 +12,9 @@ DTYPES = [torch.int32, torch.int64, torch.float32, torch.uint8, torch.bool]
 @pytest.mark.parametrize("shape", [(5,), (3, 7), (0,), (4, 0)])
 def test_parts_hold_what_is_written_to_them(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     numel = torch.Size(shape).numel()
-    arena = Arena(torch.device("cpu"), 13, numel * dtype.itemsize, 4)
-    before, part, behind = arena.tensor(0, 3), arena.tensor(1, *shape, dtype=dtype), arena.tensor(2, 1)
+    arena = Arena(torch.device("cpu"), before=13, part=numel * dtype.itemsize, behind=4)
+    before, behind = arena.tensor("before", 3), arena.tensor("behind", 1)
+    part = arena.tensor("part", *shape, dtype=dtype)
     before.fill_(-1)
     behind.fill_(-2)
     values = torch.randint(0, 2, shape).to(dtype)
@@ -24,8 +25,8 @@ def test_parts_hold_what_is_written_to_them(dtype: torch.dtype, shape: tuple[int
 
 
 def test_addresses_are_those_of_the_tensors() -> None:
-    arena = Arena(torch.device("cpu"), 1, 200, 0, 8)
-    tensors = [arena.tensor(part, 1, dtype=torch.uint8) for part in (0, 1, 3)]
-    assert [x.data_ptr() for x in tensors] == [arena.addresses[part] for part in (0, 1, 3)]
-    assert all((address - arena.addresses[0]) % 128 == 0 for address in arena.addresses)
+    arena = Arena(torch.device("cpu"), a=1, b=200, empty=0, c=8)
+    tensors = [arena.tensor(part, 1, dtype=torch.uint8) for part in "abc"]
+    assert [x.data_ptr() for x in tensors] == [arena.addresses[part] for part in "abc"]
+    assert all((address - arena.addresses["a"]) % 128 == 0 for address in arena.addresses.values())
     assert all(x.untyped_storage().data_ptr() == arena.memory.data_ptr() for x in tensors)

@@ -16,25 +16,25 @@ class Arena:
 
     Attributes:
         memory: int32, all of it.
-        addresses: where each part begins.
+        addresses: where each part begins, by its name.
     """
 
-    def __init__(self, device: torch.device, *parts: int) -> None:
+    def __init__(self, device: torch.device, **parts: int) -> None:
         """Allocate, uninitialised.
 
         Args:
             device: of the memory.
-            *parts: bytes of each part; may be 0.
+            **parts: bytes of each part by its name; may be 0.
         """
-        self._offsets, end = [], 0
-        for part in parts:
-            self._offsets.append(end)
-            end += -(-part // _ALIGNMENT) * _ALIGNMENT
+        self._offsets, end = {}, 0
+        for name, size in parts.items():
+            self._offsets[name] = end
+            end += -(-size // _ALIGNMENT) * _ALIGNMENT
         self.memory = torch.empty(end // 4, dtype=torch.int32, device=device)
         base = self.memory.data_ptr()
-        self.addresses = [base + offset for offset in self._offsets]
+        self.addresses = {name: base + offset for name, offset in self._offsets.items()}
 
-    def tensor(self, part: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    def tensor(self, part: str, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         """The beginning of a part as a contiguous tensor of one or two dimensions."""
         memory = self.memory if dtype == torch.int32 else self.memory.view(dtype)
         return memory.as_strided(shape, (*shape[1:], 1), self._offsets[part] // dtype.itemsize)

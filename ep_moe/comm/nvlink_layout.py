@@ -20,7 +20,6 @@ from ep_moe.native import pointer
 
 _SPINS = 200  # looks at the flag between looks at everything else
 _ROUTING_SMS = 64  # whatever the budget: some 20 us, in which they wait more than they move; 16 and 128 take longer
-_COUNTS, _ENDS, _ROWS_PER_RANK, _ROW_OF_SLOT = 3, 4, 5, 6  # parts of the arena
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class RowPlaces:
 
     def row_of_slot(self, slots: int) -> Tensor:
         """int32 ``[slots]``."""
-        return self.arena.tensor(_ROW_OF_SLOT, slots)
+        return self.arena.tensor("row_of_slot", slots)
 
     def weights(self, slots: int, dtype: torch.dtype | None) -> Tensor | None:
         """``[slots]``, of ``dtype``; ``None`` if no weights were sent."""
@@ -170,31 +169,41 @@ def lay_out(
     entries, histogram = core.size * max_tokens, core.size * comm.blocks * (local_experts + 1)
     arena = Arena(
         core.device,
-        4 * entries * top_k,
-        4 * entries,
-        tokens,
-        8 * local_experts,
-        4 * local_experts,
-        8 * core.size,
-        4 * most_rows,
-        4 * histogram,
+        slots=4 * entries * top_k,
+        rows=4 * entries,
+        owners=tokens,
+        counts=8 * local_experts,
+        ends=4 * local_experts,
+        rows_per_rank=8 * core.size,
+        row_of_slot=4 * most_rows,
+        histogram=4 * histogram,
     )
-    slots, rows, owners, counts, ends, rows_per_rank, row_of_slot, scratch = arena.addresses
     by_row, weighted = layout == "rows", topk_weights is not None
+    at = arena.addresses
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=core.device)
 
     places = RowPlaces(
-        tokens=Places(arena.memory, slots, rows, owners, counts, ends, max_tokens, top_k, local_experts),
+        tokens=Places(
+            memory=arena.memory,
+            slots=at["slots"],
+            rows=at["rows"],
+            owners=at["owners"],
+            counts=at["counts"],
+            ends=at["ends"],
+            slot_tokens=max_tokens,
+            top_k=top_k,
+            experts=local_experts,
+        ),
         arena=arena,
-        counts=arena.tensor(_COUNTS, local_experts, dtype=torch.int64),
-        ends=arena.tensor(_ENDS, local_experts),
+        counts=arena.tensor("counts", local_experts, dtype=torch.int64),
+        ends=arena.tensor("ends", local_experts),
         max_slots=most_rows,
         slot_weights=empty(most_rows, dtype=torch.float32) if weighted else None,
         received_topk_idx=empty(most_received, top_k, dtype=torch.int64) if by_row else None,
         received_topk_weights=empty(most_received, top_k, dtype=torch.float32) if by_row and weighted else None,
-        rows_per_rank=arena.tensor(_ROWS_PER_RANK, core.size, dtype=torch.int64) if by_row else None,
+        rows_per_rank=arena.tensor("rows_per_rank", core.size, dtype=torch.int64) if by_row else None,
         max_received=most_received,
     )
     sent_weights = None if topk_weights is None else topk_weights.float().contiguous()
@@ -202,17 +211,9 @@ def lay_out(
         comm=comm,
         topk_idx=topk_idx.data_ptr(),
         topk_weights=pointer(sent_weights),
-        slots=slots,
-        rows=rows,
-        row_of_slot=row_of_slot,
-        owners=owners,
         slot_weights=pointer(places.slot_weights),
         received_topk_idx=pointer(places.received_topk_idx),
         received_topk_weights=pointer(places.received_topk_weights),
-        rows_per_rank=rows_per_rank if by_row else None,
-        counts=counts,
-        ends=ends,
-        histogram=scratch,
         host_counts=host_counts.expect() if max_rows is None and sizes is None else None,
         tokens=tokens,
         top_k=top_k,
@@ -220,7 +221,10 @@ def lay_out(
         alignment=alignment,
         max_rows=most_rows,
         max_received=most_received,
+        **at,
     )
+    if not by_row:
+        arguments.rows_per_rank = None
     if nodes is not None:
         arguments.nodes, arguments.shifts = nodes.arguments(), nodes.shifts
     core.launch("layout", arguments)

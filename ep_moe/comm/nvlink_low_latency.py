@@ -37,7 +37,6 @@ from ep_moe.streams import tensors_in
 _SCALE_FORMATS: dict[ScaleFormat, int] = {"none": 0, "fp32": 1, "ue8m0": 2}
 _TABLE_BYTES = 96 * 1024  # of shared memory: two blocks share a multiprocessor
 _MAX_THREADS, _CHANNELS_PER_THREAD = 448, 16
-_COUNTS, _SOURCE_TOKEN, _RANGES, _SLOTS, _ROUND = range(5)  # parts of the arena
 
 
 @dataclass(frozen=True)
@@ -238,12 +237,19 @@ class NvlinkLowLatencyCommunicator:
         elif scale_format == "ue8m0":
             scales = empty(local_experts, places, -(-blocks // 4))
         entries, ranges = local_experts * places, local_experts * self.size
-        arena = Arena(self.device, 4 * local_experts, 4 * entries, 8 * ranges, 4 * places * top_k, 4)
-        counts = arena.tensor(_COUNTS, local_experts)
+        arena = Arena(
+            self.device,
+            counts=4 * local_experts,
+            source_token=4 * entries,
+            ranges=8 * ranges,
+            slots=4 * places * top_k,
+            round=4,
+        )
+        counts = arena.tensor("counts", local_experts)
         handle = NvlinkLowLatencyHandle(
-            source_token=arena.tensor(_SOURCE_TOKEN, local_experts, places),
-            ranges=arena.tensor(_RANGES, local_experts, self.size, dtype=torch.int64),
-            slots=arena.addresses[_SLOTS],
+            source_token=arena.tensor("source_token", local_experts, places),
+            ranges=arena.tensor("ranges", local_experts, self.size, dtype=torch.int64),
+            slots=arena.addresses["slots"],
             weights=None if topk_weights is None else empty(places, top_k, dtype=torch.float32),
             tokens=x.shape[0],
             top_k=top_k,
@@ -258,12 +264,8 @@ class NvlinkLowLatencyCommunicator:
                 topk_weights=pointer(topk_weights),
                 rows=rows.data_ptr(),
                 scales=pointer(scales),
-                counts=arena.addresses[_COUNTS],
-                ranges=arena.addresses[_RANGES],
-                source_token=arena.addresses[_SOURCE_TOKEN],
-                slots=handle.slots,
+                **arena.addresses,
                 weights=pointer(handle.weights),
-                round=arena.addresses[_ROUND],
                 received=pointer(received),
                 wait_ns=pointer(wait_ns),
                 tokens=x.shape[0],

@@ -44,20 +44,18 @@ def count(topk_idx: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Tenso
         return _count_by_operations(topk_idx, num_experts, ranks)
     topk_idx, device = topk_idx.contiguous(), topk_idx.device
     tokens, top_k = topk_idx.shape
-    arena = Arena(device, 4 * (ranks + num_experts), tokens * ranks)
-    counts, in_rank = arena.addresses
+    arena = Arena(device, counts=4 * (ranks + num_experts), in_rank=tokens * ranks)
     arguments = RoutingCountsArgs(
         topk_idx=topk_idx.data_ptr(),
-        counts=counts,
-        in_rank=in_rank,
+        **arena.addresses,
         tokens=tokens,
         top_k=top_k,
         ranks=ranks,
         experts_per_rank=num_experts // ranks,
     )
     launch(library, "routing_counts", arguments, device)
-    per_rank, per_expert = arena.tensor(0, ranks + num_experts).split_with_sizes((ranks, num_experts))
-    return per_rank, per_expert, arena.tensor(1, tokens, ranks, dtype=torch.bool)
+    per_rank, per_expert = arena.tensor("counts", ranks + num_experts).split_with_sizes((ranks, num_experts))
+    return per_rank, per_expert, arena.tensor("in_rank", tokens, ranks, dtype=torch.bool)
 
 
 def _count_by_operations(topk_idx: Tensor, num_experts: int, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
