@@ -140,7 +140,7 @@ def _exchanges(rank: int, world: int, per_node: int) -> tuple[int, int, int, int
     x, idx, weights = make_inputs(Case((40,) * world, num_experts=4 * world, top_k=3, hidden=128), rank)
     with (
         mock.patch.object(pipelined_hops, "wire_format", any_device),
-        mock.patch.object(dist, "all_gather_into_tensor", wraps=dist.all_gather_into_tensor) as gathers,
+        mock.patch.object(tally_exchange, "all_gather", wraps=tally_exchange.all_gather) as gathers,
         mock.patch.object(tally_exchange, "_to_host", wraps=tally_exchange._to_host) as waits,
     ):
         ours.dispatch(x, idx, weights, num_experts=4 * world, fp8=True)
@@ -160,7 +160,7 @@ def _gathers(rank: int, world: int) -> tuple[int, int, int]:
     ours = make_communicator("two_hop", dist.group.WORLD)  # type: ignore[arg-type]
     x, idx, weights = make_inputs(Case((7,) * world, num_experts=8, top_k=3, hidden=512), rank)
     with (
-        mock.patch.object(dist, "all_gather_into_tensor", wraps=dist.all_gather_into_tensor) as gathers,
+        mock.patch.object(tally_exchange, "all_gather", wraps=tally_exchange.all_gather) as gathers,
         mock.patch.object(tally_exchange, "_to_host", wraps=tally_exchange._to_host) as waits,
         mock.patch.object(transport, "all_to_all_rows", wraps=transport.all_to_all_rows) as exchanges,
     ):

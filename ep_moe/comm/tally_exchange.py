@@ -16,6 +16,9 @@ from ep_moe.comm.all_to_all import staging_device
 from ep_moe.comm.symmetric_transport import Spans, SymmetricTransport
 from ep_moe.comm.topology import Topology
 
+# Its name from PyTorch 2.13 on, where the former one warns.
+all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+
 
 class TallyExchange(Protocol):
     """Tells all ranks what each of them passes."""
@@ -43,7 +46,7 @@ class GatheredTallies:
         """See :meth:`TallyExchange.share`."""
         mine = tally.to(staging_device(self._group, tally.device))
         everyone = mine.new_empty(self._size * mine.numel())
-        dist.all_gather_into_tensor(everyone, mine, group=self._group)
+        all_gather(everyone, mine, group=self._group)
         return _to_host(everyone.view(self._size, -1))
 
 
