@@ -181,7 +181,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=7168)
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--experts", type=int, default=256)
-    parser.add_argument("--sms", type=int, nargs="+", default=[8, 16, 24, 32, 64, 128])
+    parser.add_argument("--sms", type=int, nargs="+", default=[8, 16, 24, 32, 64, 104, 128])
     parser.add_argument("--groups", type=int, nargs="*", default=[], help="also exchanges in so many steps")
     parser.add_argument("--out", type=Path, help="folder for normal.json and normal.png")
     add_ranks_argument(parser)
