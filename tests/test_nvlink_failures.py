@@ -100,7 +100,7 @@ def test_a_buffer_that_cannot_grow_keeps_its_rounds(monkeypatch: pytest.MonkeyPa
 class Core:
     """Counts dispatches given up."""
 
-    size, max_tokens, skipped = 1, 32, 0
+    size, max_tokens, multiprocessors, skipped = 1, 32, 132, 0
 
     def reserve(self, *arguments: Any) -> None: ...
 
@@ -119,7 +119,7 @@ def overflowed(*arguments: Any) -> None:
     raise CapacityError("of an earlier dispatch")
 
 
-SOURCE: Any = SimpleNamespace(wire=SimpleNamespace(bytes=128), send=lambda core, early, quantizes: None)
+SOURCE: Any = SimpleNamespace(wire=SimpleNamespace(bytes=128), send=lambda core, early, quantizes: 8)
 
 
 def dispatching(monkeypatch: pytest.MonkeyPatch, sizes: Any, start: Any) -> tuple[NvlinkCommunicator, Core]:

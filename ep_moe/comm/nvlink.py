@@ -150,6 +150,7 @@ class NvlinkCommunicator:
         expert_groups(local_experts, groups)
         core.reserve(tokens, top_k, source.wire.bytes, self._row_places(nodes))
         sms = num_sms or dispatch_sms(self.size, local_experts, top_k, layout)
+        quantizes = dispatch_quantizes(sms, layout)
         with core:
             while True:
                 places = lay_out(
@@ -165,9 +166,19 @@ class NvlinkCommunicator:
                     sizes=sizes,
                 )
                 # Sending needs no sizes: it runs beside the layout and while the host waits for them.
-                source.send(core, early=True, quantizes=dispatch_quantizes(sms, layout))
+                sending = source.send(core, early=True, quantizes=quantizes)
                 try:
-                    kernel = RowDispatch(core, source, places.tokens, layout, groups, sms, nodes, early=True)
+                    kernel = RowDispatch(
+                        core,
+                        source,
+                        places.tokens,
+                        layout,
+                        groups,
+                        min(sms, core.multiprocessors - sending),
+                        nodes,
+                        quantizes=quantizes,
+                        early=True,
+                    )
                     most_tokens, received, segments = self._arriving(places, max_rows, sizes, local_experts, alignment)
                     if most_tokens <= core.max_tokens:
                         slots = segments.num_rows
@@ -223,10 +234,21 @@ class NvlinkCommunicator:
         core = self._core
         core.reserve(handle.tokens, handle.top_k, source.wire.bytes, self._row_places(handle.nodes))
         sms = handle.num_sms or dispatch_sms(self.size, handle.places.experts, handle.top_k, layout)
+        quantizes = dispatch_quantizes(sms, layout)
         with core:
-            source.send(core, early=False, quantizes=dispatch_quantizes(sms, layout))
+            sending = source.send(core, early=False, quantizes=quantizes)
             try:
-                kernel = RowDispatch(core, source, handle.places, layout, groups, sms, handle.nodes, early=False)
+                kernel = RowDispatch(
+                    core,
+                    source,
+                    handle.places,
+                    layout,
+                    groups,
+                    min(sms, core.multiprocessors - sending),
+                    handle.nodes,
+                    quantizes=quantizes,
+                    early=False,
+                )
                 rows, _, steps = kernel.start(handle.num_rows(layout))
             except Exception:
                 core.skip_dispatch()

@@ -54,6 +54,7 @@ class RowDispatch:
         sms: int,
         nodes: NodeChunks | None,
         *,
+        quantizes: bool,
         early: bool,
     ) -> None:
         """Prepare.
@@ -66,12 +67,13 @@ class RowDispatch:
             groups: of experts, one for each launch.
             sms: that it occupies.
             nodes: that tokens come from; ``None`` if they are this rank's own.
+            quantizes: this rank's own rows; as they were sent.
             early: beside the layout kernel ahead of that.
         """
         wire, (slots, width) = source.wire, places.in_layout(layout)
         self._core, self._source, self._places = core, source, places
         self._ranges = places.ranges(layout, groups)
-        comm, own = core.arguments(sms), source.own(dispatch_quantizes(sms, layout))
+        comm, own = core.arguments(sms), source.own(quantizes)
         stage_bytes = wire.bytes if own is None else max(wire.bytes, own.stage_bytes)
         ring = dispatch_ring(comm.blocks, stage_bytes)
         self._arguments = native.DispatchArgs(

@@ -65,13 +65,16 @@ class RowSource(Protocol):
         """This rank's own rows, unless they are sent too; for a dispatch that ``quantizes`` them, if that is to do."""
         ...
 
-    def send(self, core: NvlinkCore, *, early: bool, quantizes: bool) -> None:
+    def send(self, core: NvlinkCore, *, early: bool, quantizes: bool) -> int:
         """Launch the kernel that puts rows where the next dispatch of their ranks takes them.
 
         Args:
             core: of the communicator that dispatches.
             early: beside the layout kernel, which must be the last work of the stream.
             quantizes: as of :meth:`own`.
+
+        Returns:
+            SMs that dispatch must leave to it.
         """
         ...
 
@@ -112,14 +115,16 @@ class LocalRows:
             return OwnRows(address, row_bytes, stage_bytes, ELEMENTS[self._x.dtype])
         return None
 
-    def send(self, core: NvlinkCore, *, early: bool, quantizes: bool) -> None:
+    def send(self, core: NvlinkCore, *, early: bool, quantizes: bool) -> int:
         """See :meth:`RowSource.send`."""
         x, scales, wire, x_row_bytes, quantize = self._x, self._scales, self.wire, self._x_row_bytes, self._quantized
         top_k, own = self._topk_idx.shape[1], self.own(quantizes) is None
         stage_bytes = wire.stage_bytes(x_row_bytes)
         ring = push_ring(stage_bytes)
-        tokens = min(x.shape[0], core.max_tokens)  # more are found out by the layout kernel
-        sms = push_sms(core.size, self._num_experts // core.size, top_k, own=own, quantize=quantize)
+        sms, tokens = 1, 0  # where nothing is to be sent
+        if own or core.size > 1:
+            sms = push_sms(core.size, self._num_experts // core.size, top_k, own=own, quantize=quantize)
+            tokens = min(x.shape[0], core.max_tokens)  # more are found out by the layout kernel
         arguments = native.PushArgs(
             comm=core.arguments(sms),
             x=x.data_ptr(),
@@ -129,7 +134,7 @@ class LocalRows:
             wire_bytes=wire.bytes,
             row_bytes=wire.row_bytes,
             row_scales=wire.scales,
-            tokens=tokens if own or core.size > 1 else 0,
+            tokens=tokens,
             top_k=top_k,
             num_experts=self._num_experts,
             element=ELEMENTS.get(x.dtype, 0),
@@ -141,3 +146,4 @@ class LocalRows:
             early=int(early),
         )
         core.launch("push", arguments)
+        return sms

@@ -68,7 +68,7 @@ class _ArrivingRows:
     def own(self, quantizes: bool) -> None:
         """See :meth:`ep_moe.comm.nvlink_rows.RowSource.own`."""
 
-    def send(self, core: NvlinkCore, *, early: bool, quantizes: bool) -> None:
+    def send(self, core: NvlinkCore, *, early: bool, quantizes: bool) -> int:
         """See :meth:`ep_moe.comm.nvlink_rows.RowSource.send`."""
         self._transport.stage(
             self._tensors,
@@ -79,6 +79,7 @@ class _ArrivingRows:
             row_bytes=self.wire.bytes,
             early=early,
         )
+        return 0  # a few, of a kernel that does not end before rows have come
 
 
 class PipelinedHops:

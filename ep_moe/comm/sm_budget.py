@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from ep_moe.comm.communicator import RowLayout
 
 SM_STEP, MOST_SMS = 8, 128
-MOST_DISPATCH_SMS = 104
-"""So that SMs that push for it find room beside them."""
 HEADROOM = 2.0
 """How much more than limits the exchange the SMs could move: stages that take equally long hinder each other."""
 BEHIND_GEMMS = 0.5
@@ -90,7 +88,7 @@ def dispatch_sms(ranks: int, experts_per_rank: int, top_k: int, layout: RowLayou
     pushed = arriving * (1 - 1 / ranks)
     moved = 1 + pushed + arriving + stored  # rows read to be pushed, written by peers, read again, stored
     others = (pushed / MEASURED.push, moved / MEASURED.memory)
-    return sms_to_keep_up(stored / MEASURED.store_per_sm, max(others), most=MOST_DISPATCH_SMS)
+    return sms_to_keep_up(stored / MEASURED.store_per_sm, max(others))
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ep_moe.comm.communicator import RowLayout
-from ep_moe.comm.sm_budget import MOST_DISPATCH_SMS, MOST_SMS, busier_crew, overlapped, sms_to_keep_up
+from ep_moe.comm.sm_budget import busier_crew, overlapped, sms_to_keep_up
 from ep_moe.plan.rates import Rates, microseconds
 from ep_moe.plan.traffic import Traffic, row_bytes
 
@@ -74,7 +74,7 @@ def normal_dispatch(
     }
     quantised = tokens + traffic.tokens * size if fp8 and between_nodes else 0
     before = rates.layout + microseconds(quantised, rates.memory)
-    return _pipeline(traffic, rates, size, stages, before, stored, rates.store_per_sm, sms, MOST_DISPATCH_SMS)
+    return _pipeline(traffic, rates, size, stages, before, stored, rates.store_per_sm, sms)
 
 
 def normal_combine(traffic: Traffic, rates: Rates, *, sms: int | None = None) -> Exchange:
@@ -90,7 +90,7 @@ def normal_combine(traffic: Traffic, rates: Rates, *, sms: int | None = None) ->
     }
     from_peers = traffic.nvlink_rows / traffic.rows if traffic.rows else 0.0
     crew = busier_crew(traffic.slots, traffic.nvlink_rows, float(traffic.tokens), from_peers)
-    return _pipeline(traffic, rates, size, stages, 0.0, size * crew, rates.combine_per_crew, sms, MOST_SMS)
+    return _pipeline(traffic, rates, size, stages, 0.0, size * crew, rates.combine_per_crew, sms)
 
 
 def low_latency_dispatch(traffic: Traffic, rates: Rates, *, fp8: bool) -> Exchange:
@@ -119,10 +119,9 @@ def _pipeline(
     moved_by_sms: float,
     per_sm: float,
     sms: int | None,
-    most_sms: int,
 ) -> Exchange:
     if sms is None:
-        sms = sms_to_keep_up(microseconds(moved_by_sms, per_sm), max(stages.values()), most=most_sms)
+        sms = sms_to_keep_up(microseconds(moved_by_sms, per_sm), max(stages.values()))
     stages = stages | {"SMs": microseconds(moved_by_sms, per_sm * sms)}
     limit = max(stages, key=lambda name: stages[name])
     time = before + stages[limit] + (rates.rdma_latency if traffic.topology.nodes > 1 else 0.0)
