@@ -119,7 +119,9 @@ def overflowed(*arguments: Any) -> None:
     raise CapacityError("of an earlier dispatch")
 
 
-SOURCE: Any = SimpleNamespace(wire=SimpleNamespace(bytes=128), send=lambda core, early, quantizes: 8)
+SOURCE: Any = SimpleNamespace(
+    wire=SimpleNamespace(bytes=128), send=lambda core, early, quantizes: 8, own=lambda quantizes: None
+)
 
 
 def dispatching(monkeypatch: pytest.MonkeyPatch, sizes: Any, start: Any) -> tuple[NvlinkCommunicator, Core]:

@@ -18,7 +18,7 @@ from ep_moe.comm.communicator import Dispatched, ExpertSegments, RowLayout, chec
 from ep_moe.comm.expert_groups import expert_groups
 from ep_moe.comm.node_chunks import NodeChunks
 from ep_moe.comm.nvlink_core import NvlinkCore
-from ep_moe.comm.nvlink_dispatch import RowDispatch, dispatch_quantizes
+from ep_moe.comm.nvlink_dispatch import RowDispatch, send_rows
 from ep_moe.comm.nvlink_handle import NvlinkHandle
 from ep_moe.comm.nvlink_layout import HostCounts, KnownSizes, RowPlaces, lay_out
 from ep_moe.comm.nvlink_rows import LocalRows, RowSource
@@ -150,7 +150,6 @@ class NvlinkCommunicator:
         expert_groups(local_experts, groups)
         core.reserve(tokens, top_k, source.wire.bytes, self._row_places(nodes))
         sms = num_sms or dispatch_sms(self.size, local_experts, top_k, layout)
-        quantizes = dispatch_quantizes(sms, layout)
         with core:
             while True:
                 places = lay_out(
@@ -166,19 +165,9 @@ class NvlinkCommunicator:
                     sizes=sizes,
                 )
                 # Sending needs no sizes: it runs beside the layout and while the host waits for them.
-                sending = source.send(core, early=True, quantizes=quantizes)
+                sent = send_rows(core, source, layout, sms, early=True)
                 try:
-                    kernel = RowDispatch(
-                        core,
-                        source,
-                        places.tokens,
-                        layout,
-                        groups,
-                        min(sms, core.multiprocessors - sending),
-                        nodes,
-                        quantizes=quantizes,
-                        early=True,
-                    )
+                    kernel = RowDispatch(core, sent, places.tokens, groups, nodes)
                     most_tokens, received, segments = self._arriving(places, max_rows, sizes, local_experts, alignment)
                     if most_tokens <= core.max_tokens:
                         slots = segments.num_rows
@@ -234,21 +223,10 @@ class NvlinkCommunicator:
         core = self._core
         core.reserve(handle.tokens, handle.top_k, source.wire.bytes, self._row_places(handle.nodes))
         sms = handle.num_sms or dispatch_sms(self.size, handle.places.experts, handle.top_k, layout)
-        quantizes = dispatch_quantizes(sms, layout)
         with core:
-            sending = source.send(core, early=False, quantizes=quantizes)
+            sent = send_rows(core, source, layout, sms, early=False)
             try:
-                kernel = RowDispatch(
-                    core,
-                    source,
-                    handle.places,
-                    layout,
-                    groups,
-                    min(sms, core.multiprocessors - sending),
-                    handle.nodes,
-                    quantizes=quantizes,
-                    early=False,
-                )
+                kernel = RowDispatch(core, sent, handle.places, groups, handle.nodes)
                 rows, _, steps = kernel.start(handle.num_rows(layout))
             except Exception:
                 core.skip_dispatch()

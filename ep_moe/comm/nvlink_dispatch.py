@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from ep_moe.comm.communicator import RowLayout
 from ep_moe.comm.node_chunks import NodeChunks
 from ep_moe.comm.nvlink_core import NvlinkCore
 from ep_moe.comm.nvlink_handle import Places
-from ep_moe.comm.nvlink_rows import RowSource
+from ep_moe.comm.nvlink_rows import OwnRows, RowSource
 from ep_moe.comm.nvlink_wire import SHARED_BYTES, Ring
 
 _MAX_WARPS, _MAX_STAGES = 8, 3  # of dispatch.cu
@@ -41,39 +42,52 @@ def dispatch_quantizes(sms: int, layout: RowLayout) -> bool:
     return layout == "expert_major" and sms >= _SMS_THAT_QUANTIZE
 
 
+@dataclass(frozen=True)
+class SentRows:
+    """Rows on their way to the ranks that want them, for a dispatch that brings them to their places.
+
+    Attributes:
+        source: of this rank's; alive until that dispatch has been launched.
+        layout: of the result.
+        own: this rank's own rows, if they are not on their way.
+        sms: that dispatch occupies.
+        early: they are sent beside the layout kernel.
+    """
+
+    source: RowSource
+    layout: RowLayout
+    own: OwnRows | None
+    sms: int
+    early: bool
+
+
+def send_rows(core: NvlinkCore, source: RowSource, layout: RowLayout, sms: int, *, early: bool) -> SentRows:
+    """Send ``source`` for a dispatch on ``sms``, or as many as sending leaves; other arguments as of :class:`SentRows`.
+
+    The layout kernel must be the last work of the stream if they are ``early``.
+    """
+    quantizes = dispatch_quantizes(sms, layout)
+    sending = source.send(core, early=early, quantizes=quantizes)
+    return SentRows(source, layout, source.own(quantizes), min(sms, core.multiprocessors - sending), early)
+
+
 class RowDispatch:
     """A dispatch whose rows are sent; made before the host waits for sizes, so that little is left to do then."""
 
-    def __init__(
-        self,
-        core: NvlinkCore,
-        source: RowSource,
-        places: Places,
-        layout: RowLayout,
-        groups: int,
-        sms: int,
-        nodes: NodeChunks | None,
-        *,
-        quantizes: bool,
-        early: bool,
-    ) -> None:
+    def __init__(self, core: NvlinkCore, sent: SentRows, places: Places, groups: int, nodes: NodeChunks | None) -> None:
         """Prepare.
 
         Args:
             core: of the communicator that dispatches.
-            source: whose rows are sent, by the last work of the stream.
-            places: where they go.
-            layout: of the result.
+            sent: by the last work of the stream.
+            places: where rows go.
             groups: of experts, one for each launch.
-            sms: that it occupies.
             nodes: that tokens come from; ``None`` if they are this rank's own.
-            quantizes: this rank's own rows; as they were sent.
-            early: beside the layout kernel ahead of that.
         """
-        wire, (slots, width) = source.wire, places.in_layout(layout)
-        self._core, self._source, self._places = core, source, places
-        self._ranges = places.ranges(layout, groups)
-        comm, own = core.arguments(sms), source.own(quantizes)
+        own, wire, (slots, width) = sent.own, sent.source.wire, places.in_layout(sent.layout)
+        self._core, self._source, self._places = core, sent.source, places
+        self._ranges = places.ranges(sent.layout, groups)
+        comm = core.arguments(sent.sms)
         stage_bytes = wire.bytes if own is None else max(wire.bytes, own.stage_bytes)
         ring = dispatch_ring(comm.blocks, stage_bytes)
         self._arguments = native.DispatchArgs(
@@ -94,7 +108,7 @@ class RowDispatch:
             stages=ring.stages,
             stage_bytes=stage_bytes,
             behind_push=1,
-            early=int(early),
+            early=int(sent.early),
         )
         if nodes is not None:
             self._arguments.nodes = nodes.arguments()
