@@ -12,7 +12,7 @@ import torch
 from ep_moe.comm import nvlink_rows
 from ep_moe.comm.communicator import RowLayout
 from ep_moe.comm.nvlink_args import BFLOAT16, CommunicatorArgs
-from ep_moe.comm.nvlink_dispatch import dispatch_quantizes
+from ep_moe.comm.nvlink_dispatch import dispatch_quantizes, send_rows
 from ep_moe.comm.nvlink_rows import LocalRows
 from ep_moe.comm.nvlink_wire import WireFormat
 
@@ -86,3 +86,12 @@ def test_rows_that_shared_memory_holds_but_once_are_sent() -> None:
 )
 def test_dispatch_quantizes_where_it_waits_for_memory(layout: RowLayout, sms: int, quantizes: bool) -> None:
     assert dispatch_quantizes(sms, layout) == quantizes
+
+
+@pytest.mark.parametrize(
+    ("multiprocessors", "sms", "left"), [(132, 104, 104), (132, 128, 108), (78, 128, 54), (16, 64, 8)]
+)
+def test_a_dispatch_leaves_sms_to_those_that_send(multiprocessors: int, sms: int, left: int) -> None:
+    source: Any = SimpleNamespace(send=lambda core, early, quantizes: 24, own=lambda quantizes: None)
+    core: Any = SimpleNamespace(multiprocessors=multiprocessors)
+    assert send_rows(core, source, "expert_major", sms, early=True).sms == left

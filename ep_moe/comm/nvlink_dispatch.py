@@ -67,8 +67,9 @@ def send_rows(core: NvlinkCore, source: RowSource, layout: RowLayout, sms: int, 
     The layout kernel must be the last work of the stream if they are ``early``.
     """
     quantizes = dispatch_quantizes(sms, layout)
-    sending = source.send(core, early=early, quantizes=quantizes)
-    return SentRows(source, layout, source.own(quantizes), min(sms, core.multiprocessors - sending), early)
+    left = core.multiprocessors - source.send(core, early=early, quantizes=quantizes)
+    most = max(left, -(-core.multiprocessors // 2))  # on a small part of a GPU it had better wait
+    return SentRows(source, layout, source.own(quantizes), min(sms, most), early)
 
 
 class RowDispatch:
