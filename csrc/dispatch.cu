@@ -1,10 +1,10 @@
 // Dispatch: rows that ranks pushed here to their places: all slots of an expert-major tensor, or the one place each has
 // in a tensor that holds every row once.
 //
-// What moves: each wanted row once, by a bulk copy from this rank's buffer to shared memory (this rank's own rows from
-// where they are, and quantised there if rows are), then by one bulk copy into each of its slots. A warp owns a ring of
-// stages and takes every W-th row of its block's share; blocks share tokens out in turn, so that all of them take rows
-// in the order in which they are pushed.
+// What moves: each wanted row once, by a bulk copy from this rank's buffer to shared memory, then by one bulk copy into
+// each of its slots. This rank's own rows may be taken from where they are instead, and are quantised in shared memory
+// if rows travel so. A warp owns a ring of stages and takes every W-th row of its block's share; blocks share tokens
+// out in turn, so that all of them take rows in the order in which they are pushed.
 //
 // It may start while the push, and the layout ahead of that, still run: it waits for the layout to have ended and, row
 // by row, for rows to land. Nothing it writes is read by either.
@@ -32,6 +32,8 @@
 // Over several nodes the exchange between them (node_exchange.cuh) takes the place of the push: what it stores are the
 // tokens of this dispatch, which ranks pull from each other. Their chunks arrive from all nodes at once, each with a
 // flag of its own.
+#include <type_traits>
+
 #include "communicator.cuh"
 #include "expert_range.cuh"
 #include "launch.cuh"
