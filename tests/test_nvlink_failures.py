@@ -16,6 +16,7 @@ from ep_moe.comm.nvlink import NvlinkCommunicator
 from ep_moe.comm.nvlink_core import NvlinkCore
 from ep_moe.comm.nvlink_layout import KnownSizes
 from ep_moe.comm.nvlink_low_latency import NvlinkLowLatencyCommunicator
+from ep_moe.comm.nvlink_rows import Sending
 from ep_moe.comm.symmetric_transport import NodeExchangeArgs, SymmetricTransport
 
 
@@ -119,9 +120,7 @@ def overflowed(*arguments: Any) -> None:
     raise CapacityError("of an earlier dispatch")
 
 
-SOURCE: Any = SimpleNamespace(
-    wire=SimpleNamespace(bytes=128), send=lambda core, early, quantizes: 8, own=lambda quantizes: None
-)
+SOURCE: Any = SimpleNamespace(wire=SimpleNamespace(bytes=128), send=lambda core, early, quantizes: Sending(None, 8))
 
 
 def dispatching(monkeypatch: pytest.MonkeyPatch, sizes: Any, start: Any) -> tuple[NvlinkCommunicator, Core]:

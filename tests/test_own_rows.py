@@ -13,7 +13,7 @@ from ep_moe.comm import nvlink_rows
 from ep_moe.comm.communicator import RowLayout
 from ep_moe.comm.nvlink_args import BFLOAT16, CommunicatorArgs
 from ep_moe.comm.nvlink_dispatch import dispatch_quantizes, send_rows
-from ep_moe.comm.nvlink_rows import LocalRows
+from ep_moe.comm.nvlink_rows import LocalRows, Sending
 from ep_moe.comm.nvlink_wire import WireFormat
 
 
@@ -33,12 +33,11 @@ class Core:
         self.launched = arguments
 
 
-def send(size: int, *, quantizes: bool, **rows: Any) -> tuple[LocalRows, Any, int]:
-    """The source of 5 tokens for ``size`` ranks, what is launched to send them, and how many SMs that takes."""
+def send(size: int, *, quantizes: bool, **rows: Any) -> tuple[Sending, Any]:
+    """Send 5 tokens to ``size`` ranks: what a dispatch learns of it, and what is launched."""
     topk_idx = torch.arange(5 * 2).view(5, 2) % (4 * size)
     core, source = Core(size), LocalRows(topk_idx=topk_idx, num_experts=4 * size, **rows)
-    sms = source.send(core, early=True, quantizes=quantizes)  # type: ignore[arg-type]
-    return source, core.launched, sms
+    return source.send(core, early=True, quantizes=quantizes), core.launched  # type: ignore[arg-type]
 
 
 def any_device(x: torch.Tensor, dtypes: object, *, scaled: bool) -> WireFormat:
@@ -59,8 +58,7 @@ def test_own_rows_are_sent_or_taken_where_they_are(kind: str, size: int, quantiz
     x = torch.randn(5, 256, dtype=torch.bfloat16)
     scales = torch.ones(5, 2) if kind == "quantised before" else None
     given = x if scales is None else x.to(torch.float8_e4m3fn)
-    source, push, sms = send(size, quantizes=quantizes, x=given, scales=scales, fp8=kind == "quantised on the way")
-    own = source.own(quantizes)
+    (own, sms), push = send(size, quantizes=quantizes, x=given, scales=scales, fp8=kind == "quantised on the way")
     assert push.own == (own is None)
     assert push.quantize == (kind == "quantised on the way")
     assert push.comm.blocks == sms >= 1
@@ -76,8 +74,8 @@ def test_own_rows_are_sent_or_taken_where_they_are(kind: str, size: int, quantiz
 
 def test_rows_that_shared_memory_holds_but_once_are_sent() -> None:
     x = torch.randn(5, 28 * 1024)  # fp32: 112 KB a row
-    source, push, _ = send(2, quantizes=True, x=x, fp8=True)
-    assert source.own(True) is None and push.own == 1
+    (own, _), push = send(2, quantizes=True, x=x, fp8=True)
+    assert own is None and push.own == 1
 
 
 @pytest.mark.parametrize(
@@ -92,6 +90,6 @@ def test_dispatch_quantizes_where_it_waits_for_memory(layout: RowLayout, sms: in
     ("multiprocessors", "sms", "left"), [(132, 104, 104), (132, 128, 108), (78, 128, 54), (16, 64, 8)]
 )
 def test_a_dispatch_leaves_sms_to_those_that_send(multiprocessors: int, sms: int, left: int) -> None:
-    source: Any = SimpleNamespace(send=lambda core, early, quantizes: 24, own=lambda quantizes: None)
+    source: Any = SimpleNamespace(send=lambda core, early, quantizes: Sending(None, 24))
     core: Any = SimpleNamespace(multiprocessors=multiprocessors)
     assert send_rows(core, source, "expert_major", sms, early=True).sms == left

@@ -29,7 +29,7 @@ class Arena:
         self._offsets, end = {}, 0
         for name, size in parts.items():
             self._offsets[name] = end
-            end += -(-size // _ALIGNMENT) * _ALIGNMENT
+            end += size + -size % _ALIGNMENT
         self.memory = torch.empty(end // 4, dtype=torch.int32, device=device)
         base = self.memory.data_ptr()
         self.addresses = {name: base + offset for name, offset in self._offsets.items()}

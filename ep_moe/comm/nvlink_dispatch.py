@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,8 +42,7 @@ def dispatch_quantizes(sms: int, layout: RowLayout) -> bool:
     return layout == "expert_major" and sms >= _SMS_THAT_QUANTIZE
 
 
-@dataclass(frozen=True)
-class SentRows:
+class SentRows(NamedTuple):
     """Rows on their way to the ranks that want them, for a dispatch that brings them to their places.
 
     Attributes:
@@ -66,10 +65,10 @@ def send_rows(core: NvlinkCore, source: RowSource, layout: RowLayout, sms: int, 
 
     The layout kernel must be the last work of the stream if they are ``early``.
     """
-    quantizes = dispatch_quantizes(sms, layout)
-    left = core.multiprocessors - source.send(core, early=early, quantizes=quantizes)
-    most = max(left, -(-core.multiprocessors // 2))  # on a small part of a GPU it had better wait
-    return SentRows(source, layout, source.own(quantizes), min(sms, most), early)
+    sending = source.send(core, early=early, quantizes=dispatch_quantizes(sms, layout))
+    # On a small part of a GPU dispatch had better wait.
+    most = max(core.multiprocessors - sending.sms, -(-core.multiprocessors // 2))
+    return SentRows(source, layout, sending.own, min(sms, most), early)
 
 
 class RowDispatch:

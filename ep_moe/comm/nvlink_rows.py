@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,8 +25,7 @@ def push_ring(stage_bytes: int) -> Ring:
     return Ring(warps, min(room // warps, _MAX_STAGES))
 
 
-@dataclass(frozen=True)
-class OwnRows:
+class OwnRows(NamedTuple):
     """This rank's own rows, where a dispatch takes them from where they are.
 
     Attributes:
@@ -41,6 +39,18 @@ class OwnRows:
     row_bytes: int
     stage_bytes: int
     element: int | None
+
+
+class Sending(NamedTuple):
+    """What a dispatch must know of rows that are sent for it.
+
+    Attributes:
+        own: this rank's own rows, unless they are sent too.
+        sms: that dispatch must leave to the kernel that sends.
+    """
+
+    own: OwnRows | None
+    sms: int
 
 
 class RowSource(Protocol):
@@ -61,20 +71,13 @@ class RowSource(Protocol):
         """How they travel."""
         ...
 
-    def own(self, quantizes: bool) -> OwnRows | None:
-        """This rank's own rows, unless they are sent too; for a dispatch that ``quantizes`` them, if that is to do."""
-        ...
-
-    def send(self, core: NvlinkCore, *, early: bool, quantizes: bool) -> int:
+    def send(self, core: NvlinkCore, *, early: bool, quantizes: bool) -> Sending:
         """Launch the kernel that puts rows where the next dispatch of their ranks takes them.
 
         Args:
             core: of the communicator that dispatches.
             early: beside the layout kernel, which must be the last work of the stream.
-            quantizes: as of :meth:`own`.
-
-        Returns:
-            SMs that dispatch must leave to it.
+            quantizes: whether that dispatch quantises this rank's own rows, if that is to do.
         """
         ...
 
@@ -96,34 +99,20 @@ class LocalRows:
         self._x, self._topk_idx, self._num_experts = aligned(x), topk_idx, num_experts
         self._scales = None if scales is None else scales.contiguous()
 
-    @property
-    def _x_row_bytes(self) -> int:
-        return self._x.shape[1] * self._x.element_size()
-
-    @property
-    def _quantized(self) -> bool:
-        """On their way."""
-        return self.wire.scales > 0 and self._scales is None
-
-    def own(self, quantizes: bool) -> OwnRows | None:
-        """See :meth:`RowSource.own`."""
-        address, row_bytes = self._x.data_ptr(), self._x_row_bytes
-        if not self.wire.scales:
-            return OwnRows(address, row_bytes, self.wire.bytes, None)
-        stage_bytes = self.wire.stage_bytes(row_bytes)
-        if self._quantized and quantizes and 2 * stage_bytes <= SHARED_BYTES:
-            return OwnRows(address, row_bytes, stage_bytes, ELEMENTS[self._x.dtype])
-        return None
-
-    def send(self, core: NvlinkCore, *, early: bool, quantizes: bool) -> int:
+    def send(self, core: NvlinkCore, *, early: bool, quantizes: bool) -> Sending:
         """See :meth:`RowSource.send`."""
-        x, scales, wire, x_row_bytes, quantize = self._x, self._scales, self.wire, self._x_row_bytes, self._quantized
-        top_k, own = self._topk_idx.shape[1], self.own(quantizes) is None
+        x, scales, wire, top_k = self._x, self._scales, self.wire, self._topk_idx.shape[1]
+        x_row_bytes, quantize = x.shape[1] * x.element_size(), wire.scales > 0 and scales is None
         stage_bytes = wire.stage_bytes(x_row_bytes)
+        own = None
+        if not wire.scales:
+            own = OwnRows(x.data_ptr(), x_row_bytes, wire.bytes, None)
+        elif quantize and quantizes and 2 * stage_bytes <= SHARED_BYTES:
+            own = OwnRows(x.data_ptr(), x_row_bytes, stage_bytes, ELEMENTS[x.dtype])
         ring = push_ring(stage_bytes)
         sms, tokens = 1, 0  # where nothing is to be sent
-        if own or core.size > 1:
-            sms = push_sms(core.size, self._num_experts // core.size, top_k, own=own, quantize=quantize)
+        if own is None or core.size > 1:
+            sms = push_sms(core.size, self._num_experts // core.size, top_k, own=own is None, quantize=quantize)
             tokens = min(x.shape[0], core.max_tokens)  # more are found out by the layout kernel
         arguments = native.PushArgs(
             comm=core.arguments(sms),
@@ -139,11 +128,11 @@ class LocalRows:
             num_experts=self._num_experts,
             element=ELEMENTS.get(x.dtype, 0),
             quantize=int(quantize),
-            own=int(own),
+            own=int(own is None),
             warps=ring.warps,
             stages=ring.stages,
             stage_bytes=stage_bytes,
             early=int(early),
         )
         core.launch("push", arguments)
-        return sms
+        return Sending(own, sms)

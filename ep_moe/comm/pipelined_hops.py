@@ -20,6 +20,7 @@ from ep_moe.comm.nvlink import NvlinkCommunicator
 from ep_moe.comm.nvlink_core import NvlinkCore
 from ep_moe.comm.nvlink_handle import NvlinkHandle
 from ep_moe.comm.nvlink_layout import KnownSizes
+from ep_moe.comm.nvlink_rows import Sending
 from ep_moe.comm.nvlink_sums import Summed
 from ep_moe.comm.nvlink_wire import MOVED, WireFormat, aligned, wire_format
 from ep_moe.comm.symmetric_transport import Spans, SymmetricTransport
@@ -65,10 +66,7 @@ class _ArrivingRows:
         self.dtype = tensors[0].dtype
         self.hidden = tensors[0].shape[1]
 
-    def own(self, quantizes: bool) -> None:
-        """See :meth:`ep_moe.comm.nvlink_rows.RowSource.own`."""
-
-    def send(self, core: NvlinkCore, *, early: bool, quantizes: bool) -> int:
+    def send(self, core: NvlinkCore, *, early: bool, quantizes: bool) -> Sending:
         """See :meth:`ep_moe.comm.nvlink_rows.RowSource.send`."""
         self._transport.stage(
             self._tensors,
@@ -79,7 +77,7 @@ class _ArrivingRows:
             row_bytes=self.wire.bytes,
             early=early,
         )
-        return 0  # a few, of a kernel that does not end before rows have come
+        return Sending(None, 0)  # all rows arrive; by a few SMs that are busy until they have
 
 
 class PipelinedHops:
