@@ -15,6 +15,7 @@ from ep_moe.comm.node_chunks import NodeChunks
 from ep_moe.comm.nvlink_layout import KnownSizes
 from ep_moe.comm.nvlink_rows import RowSource
 from ep_moe.comm.nvlink_sums import Summed
+from ep_moe.comm.nvlink_wire import WireFormat
 from ep_moe.comm.portable import PortableHandle
 from ep_moe.comm.symmetric_transport import Spans
 from ep_moe.comm.transport import NodeRoutes, PortableTransport
@@ -83,6 +84,12 @@ class _Handle:
 
     def num_rows(self, layout: RowLayout) -> int:
         return self.portable.num_rows(layout)
+
+
+def any_device(x: Tensor, dtypes: object, *, scaled: bool) -> WireFormat:
+    """``wire_format`` of rows that need not be on a GPU."""
+    hidden = x.shape[1]
+    return WireFormat(hidden, hidden // 128) if scaled else WireFormat(hidden * x.element_size(), 0)
 
 
 class NodeDouble:

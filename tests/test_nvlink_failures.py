@@ -125,7 +125,7 @@ SOURCE: Any = SimpleNamespace(wire=SimpleNamespace(bytes=128), send=lambda core,
 
 def dispatching(monkeypatch: pytest.MonkeyPatch, sizes: Any, start: Any) -> tuple[NvlinkCommunicator, Core]:
     """A communicator whose dispatches learn what ``sizes`` returns, and then call ``start``."""
-    places = SimpleNamespace(tokens=None, counts=None, ends=None)
+    places = SimpleNamespace(tokens=SimpleNamespace(experts=2, top_k=1), counts=None, ends=None)
     monkeypatch.setattr(nvlink, "lay_out", lambda *arguments, **options: places)
     monkeypatch.setattr(nvlink, "RowDispatch", lambda *arguments, **options: SimpleNamespace(start=start))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -156,7 +156,7 @@ def test_a_dispatch_that_cannot_go_on_is_given_up(
 
 def test_a_dispatch_along_known_routes_without_room_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     communicator, core = dispatching(monkeypatch, None, no_room)
-    places = SimpleNamespace(experts=2)
+    places = SimpleNamespace(experts=2, top_k=1)
     handle = SimpleNamespace(tokens=4, top_k=1, places=places, num_sms=None, nodes=None, num_rows=lambda layout: 4)
     with pytest.raises(torch.OutOfMemoryError):
         communicator._dispatch_cached(SOURCE, handle, "rows", 1)  # type: ignore[arg-type]

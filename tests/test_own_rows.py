@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from node_doubles import any_device
 
 from ep_moe.comm import nvlink_rows
 from ep_moe.comm.communicator import RowLayout
 from ep_moe.comm.nvlink_args import BFLOAT16, CommunicatorArgs
 from ep_moe.comm.nvlink_dispatch import dispatch_quantizes, send_rows
 from ep_moe.comm.nvlink_rows import LocalRows, Sending
-from ep_moe.comm.nvlink_wire import WireFormat
 
 
 class Core:
@@ -38,12 +38,6 @@ def send(size: int, *, quantizes: bool, **rows: Any) -> tuple[Sending, Any]:
     topk_idx = torch.arange(5 * 2).view(5, 2) % (4 * size)
     core, source = Core(size), LocalRows(topk_idx=topk_idx, num_experts=4 * size, **rows)
     return source.send(core, early=True, quantizes=quantizes), core.launched  # type: ignore[arg-type]
-
-
-def any_device(x: torch.Tensor, dtypes: object, *, scaled: bool) -> WireFormat:
-    """``wire_format`` of rows that need not be on a GPU."""
-    hidden = x.shape[1]
-    return WireFormat(hidden, hidden // 128) if scaled else WireFormat(hidden * x.element_size(), 0)
 
 
 @pytest.fixture(autouse=True)
@@ -92,4 +86,5 @@ def test_dispatch_quantizes_where_it_waits_for_memory(layout: RowLayout, sms: in
 def test_a_dispatch_leaves_sms_to_those_that_send(multiprocessors: int, sms: int, left: int) -> None:
     source: Any = SimpleNamespace(send=lambda core, early, quantizes: Sending(None, 24))
     core: Any = SimpleNamespace(multiprocessors=multiprocessors)
-    assert send_rows(core, source, "expert_major", sms, early=True).sms == left
+    places: Any = SimpleNamespace()
+    assert send_rows(core, source, places, "expert_major", sms, early=True).sms == left

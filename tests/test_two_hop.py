@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from communicators import make_communicator
-from node_doubles import NodeDouble, TransportDouble
+from node_doubles import NodeDouble, TransportDouble, any_device
 from ranks import run_ranks
 from routing_cases import PATTERNS, Case, make_inputs
 
@@ -26,7 +26,6 @@ from ep_moe.comm import (
     transport,
 )
 from ep_moe.comm.hops import Place
-from ep_moe.comm.nvlink_wire import WireFormat
 from ep_moe.comm.pipelined_hops import PipelinedHops
 from ep_moe.comm.tally_exchange import PutTallies
 from ep_moe.comm.topology import Topology, topology_of_group, topology_of_hosts
@@ -81,11 +80,6 @@ def overlapping(rank: int, world: int, per_node: int) -> Communicator:
 def _compare(rank: int, world: int, kind: str, first_seed: int, count: int) -> list[str]:
     ours = make_communicator(kind, dist.group.WORLD)  # type: ignore[arg-type]
     return _differences(ours, rank, world, first_seed, count)
-
-
-def any_device(x: torch.Tensor, dtypes: object, *, scaled: bool) -> WireFormat:
-    """``wire_format`` of rows that need not be on a GPU."""
-    return WireFormat(x.shape[1] * x.element_size(), x.shape[1] // 128 if scaled else 0)
 
 
 def _compare_overlapping(rank: int, world: int, per_node: int, first_seed: int, count: int) -> list[str]:

@@ -24,7 +24,7 @@ from ep_moe.comm.nvlink_layout import HostCounts, KnownSizes, RowPlaces, lay_out
 from ep_moe.comm.nvlink_rows import LocalRows, RowSource
 from ep_moe.comm.nvlink_sums import SumFlags, Summed
 from ep_moe.comm.nvlink_wire import ELEMENTS, aligned, wire_format
-from ep_moe.comm.sm_budget import combine_sms, dispatch_sms
+from ep_moe.comm.sm_budget import combine_sms
 
 _WEIGHTS_SMS = 64  # one value a thread at usual sizes: they wait more than they move
 
@@ -149,7 +149,6 @@ class NvlinkCommunicator:
         core, local_experts = self._core, num_experts // self.size
         expert_groups(local_experts, groups)
         core.reserve(tokens, top_k, source.wire.bytes, self._row_places(nodes))
-        sms = num_sms or dispatch_sms(self.size, local_experts, top_k, layout)
         with core:
             while True:
                 places = lay_out(
@@ -165,7 +164,7 @@ class NvlinkCommunicator:
                     sizes=sizes,
                 )
                 # Sending needs no sizes: it runs beside the layout and while the host waits for them.
-                sent = send_rows(core, source, layout, sms, early=True)
+                sent = send_rows(core, source, places.tokens, layout, num_sms, early=True)
                 try:
                     kernel = RowDispatch(core, sent, places.tokens, groups, nodes)
                     most_tokens, received, segments = self._arriving(places, max_rows, sizes, local_experts, alignment)
@@ -222,9 +221,8 @@ class NvlinkCommunicator:
     ) -> tuple[Tensor, Iterator[None]]:
         core = self._core
         core.reserve(handle.tokens, handle.top_k, source.wire.bytes, self._row_places(handle.nodes))
-        sms = handle.num_sms or dispatch_sms(self.size, handle.places.experts, handle.top_k, layout)
         with core:
-            sent = send_rows(core, source, layout, sms, early=False)
+            sent = send_rows(core, source, handle.places, layout, handle.num_sms, early=False)
             try:
                 kernel = RowDispatch(core, sent, handle.places, groups, handle.nodes)
                 rows, _, steps = kernel.start(handle.num_rows(layout))

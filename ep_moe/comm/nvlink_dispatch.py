@@ -16,6 +16,7 @@ from ep_moe.comm.nvlink_core import NvlinkCore
 from ep_moe.comm.nvlink_handle import Places
 from ep_moe.comm.nvlink_rows import OwnRows, RowSource
 from ep_moe.comm.nvlink_wire import SHARED_BYTES, Ring
+from ep_moe.comm.sm_budget import dispatch_sms
 
 _MAX_WARPS, _MAX_STAGES = 8, 3  # of dispatch.cu
 _SMS_THAT_STORE_IN_TIME = 48  # an expert-major result between two ranks as fast as the link brings it
@@ -60,11 +61,20 @@ class SentRows(NamedTuple):
     early: bool
 
 
-def send_rows(core: NvlinkCore, source: RowSource, layout: RowLayout, sms: int, *, early: bool) -> SentRows:
-    """Send ``source`` for a dispatch on ``sms``, or as many as sending leaves; other arguments as of :class:`SentRows`.
+def send_rows(
+    core: NvlinkCore, source: RowSource, places: Places, layout: RowLayout, num_sms: int | None, *, early: bool
+) -> SentRows:
+    """Send rows for a dispatch; the layout kernel must be the last work of the stream if they are ``early``.
 
-    The layout kernel must be the last work of the stream if they are ``early``.
+    Args:
+        core: of the communicator that dispatches.
+        source: of the rows.
+        places: where they will go.
+        layout: of the result.
+        num_sms: SMs that dispatch may occupy, of which it leaves some to sending; ``None`` for as many as are best.
+        early: beside the layout kernel.
     """
+    sms = num_sms or dispatch_sms(core.size, places.experts, places.top_k, layout)
     sending = source.send(core, early=early, quantizes=dispatch_quantizes(sms, layout))
     # On a small part of a GPU dispatch had better wait.
     most = max(core.multiprocessors - sending.sms, -(-core.multiprocessors // 2))
